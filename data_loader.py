@@ -1,0 +1,207 @@
+"""Images to batches: every source is decoded once into a uint8 cache, which is opened at once ever after.
+
+    loader = get_loader(find_source("toy"), image_size=64, batch_size=64)
+    real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
+
+A cache is a folder, written under a temporary name and renamed when it is whole, so that a killed build leaves none:
+`images.bin` (uint8, N x S x S x 3) and `info.json` (what it holds, and which images could not be read).
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import UserError
+from image_sources import Source
+
+CHUNK = 256            # images that a worker decodes at a time
+STALE_SECONDS = 3600   # a build that has written nothing for so long is dead
+DEVICE_SHARE = 0.5     # of the GPU's free memory that the images may take
+
+
+def get_loader(source: Source, image_size: int = 64, batch_size: int = 64, *, cache_path: str = "./cache",
+               num_workers: int = 2, seed: int = 0, hflip: bool = False, device: str = "cpu") -> "Loader":
+    """A `Loader` over `source`; decodes nothing yet.
+
+    Raises:
+        UserError: the source has fewer images than a batch.
+    """
+    _check_size(len(source.items), batch_size)
+    return Loader(source, image_size, batch_size, cache_path, num_workers, seed, hflip, torch.device(device))
+
+
+class Loader:
+    """Batches of real images, each a function of (seed, position): nothing to save, nothing to restore.
+
+    `len(loader)` is the number of batches in an epoch; the last partial batch is dropped. The cache is opened, or built,
+    when the images are first needed.
+    """
+
+    def __init__(self, source: Source, image_size: int, batch_size: int, cache_path: str, num_workers: int, seed: int,
+                 hflip: bool, device: torch.device):
+        self.source, self.image_size, self.batch_size = source, image_size, batch_size
+        self.cache_path, self.num_workers = Path(cache_path), num_workers
+        self.seed, self.hflip, self.device = seed, hflip, device
+        self._epoch = None
+        self._order = self._flip = torch.empty(0)
+
+    @cached_property
+    def _cache(self) -> tuple[Tensor, list[str]]:
+        """The images (N, S, S, 3) in uint8, on the GPU where they fit, else memory-mapped; and the skipped files."""
+        images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
+        _check_size(len(images), self.batch_size)
+        images = torch.from_numpy(images)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if images.nbytes < DEVICE_SHARE * free:
+                images = images.to(self.device)
+        return images, skipped
+
+    @property
+    def skipped(self) -> list[str]:
+        """Images that could not be read: one line each, name and reason."""
+        return self._cache[1]
+
+    def __len__(self) -> int:
+        return len(self._cache[0]) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All batches from position 0 on, without end."""
+        position = 0
+        while True:
+            yield self.batch(position)
+            position += 1
+
+    def batch(self, position: int) -> Tensor:
+        """Batch number `position` since the start of training: (B, 3, S, S) float32 in [-1, 1], channels last."""
+        epoch, index = divmod(position, len(self))
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        images = self._cache[0]
+        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        batch = images[self._order[rows]].to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
+        batch = batch.float().div_(127.5).sub_(1)
+        if self.hflip:
+            batch = torch.where(self._flip[rows], batch.flip(3), batch)
+        return batch
+
+    def _shuffle(self, epoch: int) -> None:
+        """Draws the order of an epoch and its flips."""
+        random = np.random.default_rng([self.seed, epoch])
+        images = self._cache[0]
+        self._order = torch.from_numpy(random.permutation(len(images))).to(images.device)
+        self._flip = torch.from_numpy(random.random(len(images)) < 0.5).view(-1, 1, 1, 1).to(self.device)
+        self._epoch = epoch
+
+
+def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, list[str]]:
+    """The decoded images of a source, from its cache, which is built first where it is missing or damaged.
+
+    Args:
+        source: where the images come from.
+        size: height and width to decode to.
+        cache_path: the folder that holds the caches; made where missing.
+        num_workers: decoding processes; 0 decodes in this one.
+
+    Returns:
+        A memory-mapped uint8 array (N, size, size, 3), and a line for each image that could not be read.
+
+    Raises:
+        UserError: not one image could be read, or the cache cannot be written.
+    """
+    folder = cache_path / f"{source.name}_{size}_{source.fingerprint}"
+    cached = _read_cache(folder, size)
+    if cached is None:
+        try:
+            _build_cache(source, size, folder, num_workers)
+        except OSError as error:
+            raise UserError(f"cannot write the image cache {folder}: {error.strerror or error}; "
+                            "--cache_path puts it elsewhere") from error
+        cached = _read_cache(folder, size)
+    return cached
+
+
+def _read_cache(folder: Path, size: int) -> tuple[np.ndarray, list[str]] | None:
+    """A whole cache, or None."""
+    try:
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        shape = (info["count"], size, size, 3)
+        if (folder / "images.bin").stat().st_size != np.prod(shape, dtype=np.int64):
+            return None
+        images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="c", shape=shape)  # "c": torch wants it writable
+        return images, info["skipped"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale_builds(folder)
+    building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    building.mkdir()
+    try:
+        skipped: list[str] = []
+        count = 0
+        chunks = [source.items[start:start + CHUNK] for start in range(0, len(source.items), CHUNK)]
+        with (open(building / "images.bin", "wb") as file,
+              tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar):
+            for chunk, (images, failures) in zip(chunks, _decode_all(source, size, chunks, num_workers), strict=True):
+                file.write(images)
+                count += len(images)
+                skipped += failures
+                bar.update(len(chunk))
+        if not count:
+            raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
+        info = {"count": count, "size": size, "source": source.name, "skipped": skipped}
+        (building / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        if folder.exists():  # damaged, or another process was faster
+            shutil.rmtree(folder)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_stale_builds(folder: Path) -> None:
+    """Clears away what killed builds of this cache left behind."""
+    for leftover in folder.parent.glob(folder.name + ".building-*"):
+        newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+        if time.time() - newest > STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _decode_all(source: Source, size: int, chunks: Sequence[Sequence], num_workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    decode = partial(_decode_chunk, source.decode, size)
+    if num_workers == 0 or len(chunks) == 1:
+        yield from map(decode, chunks)
+        return
+    # spawn everywhere: forking a process that already runs torch's threads may deadlock
+    with ProcessPoolExecutor(min(num_workers, len(chunks)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(decode, chunks)
+
+
+def _decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
+    """Decodes some items to (K, size, size, 3) uint8; what cannot be read becomes a line of name and reason."""
+    images, failures = [], []
+    for item in items:
+        try:
+            images.append(np.asarray(decode(item, size)))
+        except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
+            failures.append(f"{item}: {type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode())
+    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), failures
+
+
+def _check_size(images: int, batch_size: int) -> None:
+    if images < batch_size:
+        raise UserError(f"the data set has {images} images, fewer than one batch: --batch_size must be {images} or less")

@@ -1,0 +1,222 @@
+"""Where images come from: `find_source` looks for a data set and says how to decode it.
+
+    source = find_source("folder", "~/cats")
+    image = source.decode(source.items[0], 64)   # a Pillow image, RGB, 64x64
+
+Nothing heavy is imported at the top: worker processes start with this module, and most need no torch.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from errors import UserError
+from toy_faces import draw_face
+
+CELEB_CROP = 160  # the reference's
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LSUN_CLASS = "church_outdoor_train"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set not yet decoded.
+
+    Attributes:
+        name: short, for file names and messages.
+        items: what to decode, in order: file names or numbers.
+        decode: takes an item and a size in pixels, returns an RGB Pillow image of that size; can be pickled.
+        fingerprint: changes whenever the decoded pixels may change.
+    """
+
+    name: str
+    items: Sequence[str] | Sequence[int]
+    decode: Callable[[Any, int], Image.Image]
+    fingerprint: str
+
+
+def find_source(dataset: str, image_path: str = "./data", crop_size: int | None = None, download: bool = False,
+                toy_num: int = 10_000, seed: int = 0) -> Source:
+    """Looks for a data set; reads file names, sizes and dates only.
+
+    Args:
+        dataset: celeb, folder, lsun, cifar10 or toy.
+        image_path: where to look.
+        crop_size: side of the centre square cut from celeb and folder images; None: 160 for celeb, the largest for folder.
+        download: fetch celeb or cifar10 first, where it is missing.
+        toy_num, seed: how many toy faces, and which.
+
+    Raises:
+        UserError: nothing usable is there; says what was expected.
+    """
+    root = Path(image_path).expanduser()
+    match dataset:
+        case "celeb":
+            return _celeb(root, crop_size or CELEB_CROP, download)
+        case "folder":
+            return _folder("folder", root, crop_size)
+        case "lsun":
+            return _lsun(root)
+        case "cifar10":
+            return _cifar10(root, download)
+        case "toy":
+            return Source("toy", range(toy_num), ToyDecoder(seed), _digest([seed, toy_num]))
+    raise ValueError(f"unknown data set {dataset!r}")
+
+
+@dataclass(frozen=True)
+class FileDecoder:
+    """Decodes image files below `root`: upright, RGB, centre square of side `crop` (None: the largest), resized."""
+
+    root: str
+    crop: int | None
+
+    def __call__(self, name: str, size: int) -> Image.Image:
+        with Image.open(os.path.join(self.root, name)) as image:
+            return resize(crop_centre(to_rgb(ImageOps.exif_transpose(image)), self.crop), size)
+
+
+@dataclass(frozen=True)
+class ToyDecoder:
+    seed: int
+
+    def __call__(self, index: int, size: int) -> Image.Image:
+        return draw_face(self.seed, index, size)
+
+
+@dataclass(frozen=True)
+class LsunDecoder:
+    """LSUN's churches, resized without a crop as the reference does."""
+
+    root: str
+
+    def __call__(self, index: int, size: int) -> Image.Image:
+        return resize(_open_lsun(self.root)[index][0], size)
+
+
+@dataclass(frozen=True)
+class Cifar10Decoder:
+    root: str
+
+    def __call__(self, index: int, size: int) -> Image.Image:
+        return resize(_open_cifar10(self.root)[index][0], size)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: 16-bit and float greys are scaled to 8 bits, transparency is laid over white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode == "F":
+        low, high = image.getextrema()
+        scale = 255 / (high - low) if high > low else 0
+        image = image.point(lambda value: value * scale - low * scale).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_centre(image: Image.Image, side: int | None) -> Image.Image:
+    """The centre square of the given side, or the largest that the image has; never pads."""
+    width, height = image.size
+    side = min(side or width, width, height)
+    left, top = round((width - side) / 2), round((height - side) / 2)  # rounded as torchvision's CenterCrop
+    return image.crop((left, top, left + side, top + side))
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """To size x size, antialiased bilinear: what torchvision's Resize does to a Pillow image."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _celeb(root: Path, crop: int, download: bool) -> Source:
+    by_hand = (f"Fetch img_align_celeba.zip (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, 'Align&Cropped Images') "
+               f"and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ...")
+    layouts = [root / "celeba" / "img_align_celeba", root / "CelebA", root / "img_align_celeba"]
+    found = next((folder for folder in layouts if folder.is_dir()), None)
+    if found is None and download:
+        from torchvision.datasets import CelebA
+        try:
+            CelebA(str(root), split="all", download=True)
+        except Exception as error:  # Google Drive's quota, no network, gdown missing: all end in the same advice
+            raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
+        found = layouts[0]
+    if found is None:
+        raise UserError(f"no CelebA in {root}: expected {layouts[0]}/*.jpg (torchvision's layout) or {layouts[1]}/*/*.jpg "
+                        f"(the reference's). {by_hand}, point --image_path at it, or try --dataset toy, which needs no data")
+    return _folder("celeb", found, crop)
+
+
+def _folder(name: str, root: Path, crop: int | None) -> Source:
+    if not root.is_dir():
+        raise UserError(f"--image_path {root} is not a folder; point it at your images, or try --dataset toy, which needs no data")
+    files = sorted(_walk(str(root)))
+    if not files:
+        raise UserError(f"no image in {root} or below it (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return Source(name, [file for file, _, _ in files], FileDecoder(str(root.absolute()), crop), _digest([crop, *files]))
+
+
+def _walk(root: str) -> Iterable[tuple[str, int, int]]:
+    """Every image file below root: relative name, size, modification time in ns. Links to folders are followed once."""
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        identity = os.path.realpath(folder)
+        if identity in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity)
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                path = os.path.join(folder, name)
+                status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link fails when decoded
+                yield os.path.relpath(path, root), status.st_size, status.st_mtime_ns
+
+
+def _lsun(root: Path) -> Source:
+    folder = root / f"{LSUN_CLASS}_lmdb"
+    if not (folder / "data.mdb").is_file():
+        raise UserError(f"no LSUN in {root}: expected {folder}/data.mdb (github.com/fyu/lsun: {LSUN_CLASS})")
+    try:
+        count = len(_open_lsun(str(root)))
+    except ModuleNotFoundError as error:
+        raise UserError("--dataset lsun reads LMDB files: pip install lmdb") from error
+    status = (folder / "data.mdb").stat()
+    return Source("lsun", range(count), LsunDecoder(str(root)), _digest([count, status.st_size, status.st_mtime_ns]))
+
+
+def _cifar10(root: Path, download: bool) -> Source:
+    try:
+        count = len(_open_cifar10(str(root), download))
+    except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
+        raise UserError(f"no CIFAR-10 in {root} ({_first_line(error)}): --download true fetches it, or unpack "
+                        f"cifar-10-python.tar.gz there by hand") from error
+    return Source("cifar10", range(count), Cifar10Decoder(str(root)), _digest([count]))  # torchvision checked the MD5 sums
+
+
+@lru_cache(maxsize=1)
+def _open_lsun(root: str):
+    from torchvision.datasets import LSUN
+    return LSUN(root, classes=[LSUN_CLASS])
+
+
+@lru_cache(maxsize=1)
+def _open_cifar10(root: str, download: bool = False):
+    from torchvision.datasets import CIFAR10
+    return CIFAR10(root, download=download)
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(repr(part).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

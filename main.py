@@ -1,0 +1,44 @@
+"""Train SAGAN, or look at what it learned.
+
+    python main.py --dataset celeb --imsize 64          # train; results in ./samples ./attn ./models ./logs
+    python main.py --pretrained_model latest            # continue
+    python main.py --dataset toy --batch_size 16        # try it without any data
+    python main.py --help                               # all options
+"""
+
+import sys
+
+from errors import UserError
+from parameter import Config, get_parameters
+
+
+def main() -> int:
+    """Runs the command line of this process; returns its exit code."""
+    config = get_parameters()
+    try:
+        return run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: Config) -> int:
+    """Trains by `config`; returns the exit code. Torch is imported here: --help and bad options need not wait for it."""
+    import torch
+
+    from data_loader import get_loader
+    from image_sources import find_source
+    from trainer import Trainer
+    from utils import pick_device, tune_malloc
+
+    if config.tune_malloc:
+        tune_malloc()
+    torch.manual_seed(config.seed)
+    source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed)
+    loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=config.num_workers,
+                        seed=config.seed, hflip=config.hflip, device=pick_device(config.device))
+    return Trainer(loader, config).train()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

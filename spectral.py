@@ -1,0 +1,87 @@
+"""Spectral normalisation: divide a layer's weight by an estimate of its largest singular value.
+
+Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv 1802.05957, algorithm 1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-12  # the reference's; keeps a zero vector from becoming NaN
+
+
+def _normalize(vector: Tensor) -> Tensor:
+    return vector / (torch.linalg.vector_norm(vector) + EPSILON)
+
+
+class SpectralNorm(nn.Module):
+    """Wraps a layer so that it runs with ``W / sigma(W)`` in place of its weight ``W``.
+
+    ``W`` is seen as a matrix of ``W.shape[0]`` rows, for transposed convolutions too, as the reference has it.
+    Each forward in training mode takes ``power_iterations`` steps of power iteration on the vectors u (rows) and
+    v (the rest); in evaluation they stay as they are. Gradients flow through ``W`` in sigma and not through u, v.
+
+    The state dict has the reference's keys: ``module.<name>_bar`` (the weight, a parameter), ``module.<name>_u`` and
+    ``module.<name>_v`` (buffers here, so that no optimizer can touch them).
+
+    Args:
+        module: the layer to wrap; its parameter ``name`` is replaced.
+        name: the parameter to normalise.
+        power_iterations: steps of power iteration for each forward, at least 1.
+
+    Raises:
+        ValueError: ``power_iterations`` is less than 1.
+    """
+
+    def __init__(self, module: nn.Module, name: str = "weight", power_iterations: int = 1):
+        super().__init__()
+        if power_iterations < 1:
+            raise ValueError(f"power_iterations must be at least 1, got {power_iterations}")
+        self.module = module
+        self.name = name
+        self.power_iterations = power_iterations
+
+        weight = getattr(module, name)
+        rows, columns = weight.shape[0], weight[0].numel()
+        del module._parameters[name]
+        module.register_parameter(name + "_bar", nn.Parameter(weight.detach()))
+        module.register_buffer(name + "_u", _normalize(torch.randn(rows)))
+        module.register_buffer(name + "_v", _normalize(torch.randn(columns)))
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, u and v."""
+        return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Advances u and v by power iteration; returns this forward's own copies of them.
+
+        Copies, because a second forward before the backward moves the buffers on, and autograd needs the vectors
+        that this forward used.
+        """
+        _, u_buffer, v_buffer = self._state()
+        u = u_buffer
+        for _ in range(self.power_iterations):
+            v = _normalize(torch.mv(matrix.t(), u))
+            u = _normalize(torch.mv(matrix, v))
+        u_buffer.copy_(u)
+        v_buffer.copy_(v)
+        return u, v
+
+    def sigma(self) -> Tensor:
+        """The current estimate of the largest singular value, a 0-d tensor; u and v stay as they are."""
+        weight, u, v = self._state()
+        return torch.dot(u.clone(), torch.mv(weight.flatten(1), v.clone()))
+
+    def forward(self, *args: Tensor) -> Tensor:
+        weight = self._state()[0]
+        if self.training:
+            matrix = weight.flatten(1)  # (rows, columns)
+            u, v = self._iterate(matrix)
+            sigma = torch.dot(u, torch.mv(matrix, v))
+        else:
+            sigma = self.sigma()
+        setattr(self.module, self.name, weight / sigma)
+        try:
+            return self.module(*args)
+        finally:
+            delattr(self.module, self.name)  # it belongs to this forward's graph: kept, it would stop deepcopy

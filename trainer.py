@@ -1,0 +1,266 @@
+"""The training loop: one discriminator update, one generator update, and what is written down in between.
+
+    trainer = Trainer(loader, config)
+    trainer.train()
+
+Everything random in a step comes from one generator seeded by (seed, step), and the batch is a function of the
+position in the data: a run that was stopped and continued takes the same steps as one that was not.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+from data_loader import Loader
+from errors import UserError
+from losses import D_LOSSES, g_loss, gradient_penalty
+from parameter import Config
+from run_log import RunLog
+from sagan_models import Discriminator, Generator, SelfAttention
+from spectral import SpectralNorm
+from utils import EMA, StopSignals, derive_seed, evaluating, memory_mib, pick_device
+from visualize import attention_figure, sample_grid
+
+STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
+BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class Trainer:
+    """Trains `G` and `D` on a loader's batches as `config` says.
+
+    Raises:
+        UserError: the device or the checkpoint asked for is not there, or does not fit.
+    """
+
+    def __init__(self, loader: Loader, config: Config):
+        self.loader, self.config = loader, config
+        self.device = pick_device(config.device)
+        self.step = 0  # finished generator updates
+
+        # Networks
+        self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
+        self.D = Discriminator(config.imsize, config.d_conv_dim)
+        for network in (self.G, self.D):
+            network.to(self.device, memory_format=torch.channels_last)
+        self.ema = EMA(self.G, config.ema_decay)
+
+        # Optimizers and loss
+        betas = (config.beta1, config.beta2)
+        self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas, fused=True)
+        self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas, fused=True)
+        self.d_loss = D_LOSSES[config.adv_loss]
+
+        # Noise
+        self.random = torch.Generator(self.device)
+        noise = torch.Generator().manual_seed(derive_seed(config.seed, FIXED_Z))  # on the CPU: the same z on any device
+        self.fixed_z = torch.randn(config.batch_size, config.z_dim, generator=noise).to(self.device)
+
+        self.sample_folder, self.attn_folder, self.model_folder, self.log_folder = (
+            Path(path).expanduser() / config.version
+            for path in (config.sample_path, config.attn_path, config.model_save_path, config.log_path))
+        if config.pretrained_model:
+            self._resume(config.pretrained_model)
+
+    def d_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """One update of the discriminator.
+
+        Args:
+            real: images (B, 3, S, S) in [-1, 1].
+            z: noise (B, z_dim).
+
+        Returns:
+            d_loss_real, d_loss_fake, d_loss (with the penalty of wgan-gp, which is also there alone as d_penalty), and
+            the mean logits d_real, d_fake: detached 0-d tensors on the device.
+        """
+        with torch.no_grad():
+            fake = self.G(z)
+        real_logits, fake_logits = self.D(real), self.D(fake)
+        loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
+        stats = {"d_loss_real": loss_real, "d_loss_fake": loss_fake, "d_loss": loss_real + loss_fake,
+                 "d_real": real_logits.mean(), "d_fake": fake_logits.mean()}
+        if self.config.adv_loss == "wgan-gp":
+            mix = torch.rand(len(real), 1, 1, 1, device=self.device, generator=self.random)
+            stats["d_penalty"] = gradient_penalty(self._plain_critic, real, fake, mix)
+            stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
+        self.d_optimizer.zero_grad()
+        stats["d_loss"].backward()
+        self.d_optimizer.step()
+        return {name: value.detach() for name, value in stats.items()}
+
+    def g_step(self, z: Tensor) -> dict[str, Tensor]:
+        """One update of the generator on noise z (B, z_dim), and of its average. Returns g_loss, detached and 0-d."""
+        self.D.requires_grad_(False)  # D's own gradients would be thrown away
+        loss = g_loss(self.D(self.G(z)))
+        self.g_optimizer.zero_grad()
+        loss.backward()
+        self.g_optimizer.step()
+        self.D.requires_grad_(True)
+        self.ema.update(self.step)
+        return {"g_loss": loss.detach()}
+
+    def train(self) -> int:
+        """Trains until `total_step`, or until SIGINT or SIGTERM. Returns the exit code: 0, or 128 + the signal's number.
+
+        Raises:
+            UserError: a result folder cannot be written, or the data cannot be read.
+        """
+        config = self.config
+        self._prepare()
+        with (StopSignals() as stop, RunLog(self.log_folder, self.step, config.use_tensorboard) as self.log,
+              tqdm(total=config.total_step, initial=self.step, bar_format=BAR, dynamic_ncols=True) as self.bar):
+            self.logged_at = (time.perf_counter(), self.step)
+            while self.step < config.total_step and stop.received is None:
+                stats = self._take_step()
+                self.step += 1
+                self.bar.update()
+                self.maintain(stats)
+            if stop.received is not None:
+                self._save()
+        if stop.received is not None:
+            print(f"stopped by {signal.Signals(stop.received).name} after step {self.step}, which is saved; continue with\n"
+                  f"  {config.command(pretrained_model='latest')}")
+            return 128 + stop.received
+        print(f"{self.step} steps done. Samples: {self.sample_folder}   attention: {self.attn_folder}   "
+              f"checkpoints: {self.model_folder}   logs: {self.log_folder}")
+        return 0
+
+    def maintain(self, stats: dict[str, Tensor]) -> None:
+        """What is due after a step: a line of the log, samples, attention figures, a checkpoint; after the last, all."""
+        config, last = self.config, self.step == self.config.total_step
+        save_step = max(1, round(config.model_save_step * len(self.loader)))
+        if last or self.step % config.log_step == 0:
+            self._log(stats)
+        if last or self.step % config.sample_step == 0:
+            self._sample()
+        if last or self.step % config.attn_step == 0:
+            self._show_attention()
+        if last or self.step % save_step == 0:
+            self._save()
+
+    def _take_step(self) -> dict[str, Tensor]:
+        """One step: `n_critic` updates of D, each on a fresh batch, and one of G. Returns the last ones' stats."""
+        config = self.config
+        self.random.manual_seed(derive_seed(config.seed, STEPS, self.step))
+        factor = self._learning_rate_factor()
+        for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
+            optimizer.param_groups[0]["lr"] = rate * factor
+        for update in range(config.n_critic):
+            real = self.loader.batch(self.step * config.n_critic + update)
+            stats = self.d_step(real, self._noise())
+        return stats | self.g_step(self._noise())
+
+    def _noise(self) -> Tensor:
+        return torch.randn(self.config.batch_size, self.config.z_dim, device=self.device, generator=self.random)
+
+    def _plain_critic(self, images: Tensor) -> Tensor:
+        """D by the path that computes the attention maps: the fused one has no double backward."""
+        return self.D(images, return_attention=True)[0]
+
+    def _learning_rate_factor(self) -> float:
+        match self.config.lr_schedule:
+            case "exponential":
+                return self.config.lr_decay ** (self.step * self.config.n_critic // len(self.loader))
+            case "linear":
+                return 1 - self.step / self.config.total_step
+        return 1.0
+
+    def _resume(self, wanted: str) -> None:
+        """Takes over a checkpoint: weights, and with its state file all that the next step depends on."""
+        saved = checkpoint.load(self.model_folder, wanted)
+        config = self.config
+        checkpoint.check_architecture(saved, {name: getattr(config, name) for name in ("imsize", "z_dim", "g_conv_dim", "d_conv_dim")})
+        self.step = saved.step
+        self.G.load_state_dict(saved.G)
+        self.D.load_state_dict(saved.D)
+        if saved.state is None:
+            self.ema.network.load_state_dict(saved.G)
+            print(f"warning: checkpoint {saved.step} has no state file: the optimizers and the averaged generator start anew",
+                  file=sys.stderr)
+            return
+        self.ema.network.load_state_dict(saved.state["ema"])
+        self.fixed_z = saved.state["fixed_z"].to(self.device)
+        for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
+            groups = optimizer.state_dict()["param_groups"]  # rates and betas are this run's options, not the saved ones
+            optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
+        changes = [f"--{name} {value} (was {saved.state['config'][name]})" for name, value in dataclasses.asdict(config).items()
+                   if name != "pretrained_model" and saved.state["config"].get(name, value) != value]
+        print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
+
+    def _prepare(self) -> None:
+        """Makes the folders, writes down the configuration, opens the data."""
+        config = self.config
+        for folder in (self.sample_folder, self.attn_folder, self.model_folder, self.log_folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+            except OSError as error:
+                raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        print(config.summary())
+        (self.log_folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
+        if self.loader.skipped:
+            path = self.log_folder / "skipped_images.txt"
+            path.write_text("\n".join(self.loader.skipped) + "\n", encoding="utf-8")
+            print(f"warning: {len(self.loader.skipped)} images could not be read and are left out, see {path}", file=sys.stderr)
+        print(f"training on {self.device}, {len(self.loader)} batches of {config.batch_size} images an epoch")
+        self.real = self.loader.batch(0)  # what D's attention is shown on
+        if not (self.sample_folder / "real.png").exists():
+            sample_grid(self.real.cpu().numpy()).save(self.sample_folder / "real.png")
+
+    def _log(self, stats: dict[str, Tensor]) -> None:
+        """Writes a line of metrics; here alone the losses leave the device."""
+        values = dict(stats)
+        for net_name, network in (("G", self.G), ("D", self.D)):
+            for name, layer in network.named_modules():
+                if isinstance(layer, SelfAttention):
+                    values[f"gamma/{net_name}_{name}"] = layer.gamma.detach()[0]
+                elif isinstance(layer, SpectralNorm):
+                    values[f"sigma/{net_name}_{name.split('.')[0]}"] = layer.sigma().detach()
+        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one transfer
+        now, (then, step_then) = time.perf_counter(), self.logged_at
+        numbers |= {"lr/g": self.g_optimizer.param_groups[0]["lr"], "lr/d": self.d_optimizer.param_groups[0]["lr"],
+                    "images_per_s": (self.step - step_then) * self.config.batch_size / (now - then),
+                    "memory_mib": memory_mib(self.device)}
+        self.logged_at = (now, self.step)
+        self.log.scalars(self.step, numbers)
+        self.bar.set_postfix_str(
+            "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
+            "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}".format_map(numbers), refresh=False)
+
+    def _sample(self) -> None:
+        """Writes G and its average on the fixed z."""
+        with evaluating(self.G, self.ema.network):
+            for name, network in (("fake", self.G), ("ema", self.ema.network)):
+                grid = sample_grid(network(self.fixed_z).cpu().numpy())
+                grid.save(self.sample_folder / f"{self.step}_{name}.png")
+                self.log.image(self.step, f"samples/{name}", grid)
+
+    def _show_attention(self) -> None:
+        """Writes a figure for each attention layer: of the averaged G on the fixed z, of D on real images."""
+        count = self.config.g_num
+        real = self.real[:count]
+        with evaluating(self.ema.network, self.D):
+            fake, *g_maps = self.ema.network(self.fixed_z[:count], return_attention=True)
+            _, *d_maps = self.D(real, return_attention=True)
+        for net_name, images, maps in (("G", fake, g_maps), ("D", real, d_maps)):
+            for index, attention in enumerate(maps, start=1):
+                name = f"{net_name}_attn{index}"
+                figure = attention_figure(images.cpu().numpy(), attention.cpu().numpy(),
+                                          f"{'Generator' if net_name == 'G' else 'Discriminator'} attn{index} after step {self.step}")
+                figure.save(self.attn_folder / f"{self.step}_{name}.png")
+                self.log.image(self.step, f"attention/{name}", figure)
+
+    def _save(self) -> None:
+        """Writes a checkpoint. The random state is not in it: it is a function of the seed and the step."""
+        state = {"step": self.step, "config": dataclasses.asdict(self.config), "fixed_z": self.fixed_z,
+                 "ema": self.ema.network.state_dict(), "g_optimizer": self.g_optimizer.state_dict(),
+                 "d_optimizer": self.d_optimizer.state_dict()}
+        checkpoint.save(self.model_folder, self.step, self.G.state_dict(), self.D.state_dict(), state)

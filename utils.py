@@ -1,0 +1,131 @@
+"""Devices, seeds, the averaged generator, and stopping on a signal."""
+
+import copy
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import UserError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: this machine, or this build of torch, has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= available:
+        raise UserError(f"--device {name}: torch sees {available} {device.type.upper()} device{'s' * (available != 1)} here; "
+                        "--device auto takes what there is")
+    return device
+
+
+def tune_malloc() -> None:
+    """Makes glibc keep freed memory for the next step instead of returning it to the system page by page.
+
+    The big maps of a step are otherwise mapped and zeroed anew each time. Does nothing where there is no glibc. To be
+    called before the first large tensor.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        mallopt(parameter, value)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: tensors on a GPU; of the whole process elsewhere, 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def derive_seed(*numbers: int) -> int:
+    """One well-mixed seed from several numbers, such as a run's seed and a step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in evaluation mode and without gradients inside, in training mode again after."""
+    for network in networks:
+        network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for network in networks:
+            network.train()
+
+
+class EMA:
+    """An exponential moving average of a generator, `network`, which makes better images than the newest weights.
+
+    Weights and BatchNorm statistics are averaged; counters and the singular vectors of spectral norm are copied, because
+    an average of unit vectors is none. The decay grows with the steps, `(1 + step) / (10 + step)` up to `decay`, so
+    that early averages are not stale.
+    """
+
+    def __init__(self, source: nn.Module, decay: float):
+        self.decay = decay
+        self.network = copy.deepcopy(source).requires_grad_(False)
+        pairs = [(name, mine, theirs.detach()) for (name, mine), theirs
+                 in zip(self.network.state_dict().items(), source.state_dict().values(), strict=True)]
+        is_copied = [name.endswith(("_u", "_v", "num_batches_tracked")) for name, _, _ in pairs]
+        self._averaged = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if not copied]
+        self._copied = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if copied]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the source's weights after update number `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([mine for mine, _ in self._averaged], [theirs for _, theirs in self._averaged], 1 - decay)
+        torch._foreach_copy_([mine for mine, _ in self._copied], [theirs for _, theirs in self._copied])
+
+
+class StopSignals:
+    """Turns the first SIGINT (Ctrl-C) or SIGTERM into a request to stop; a second one stops at once.
+
+        with StopSignals() as stop:
+            while not stop.received: ...
+
+    Attributes:
+        received: the signal's number, or None so far.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number

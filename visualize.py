@@ -1,0 +1,119 @@
+"""Pictures to look at: sample grids, and figures of what the attention looks at. Pillow and numpy only.
+
+Images are arrays (B, 3, S, S) in [-1, 1]; attention maps are arrays (B, N, N), row i being what position i looks at.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARKS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one colour for each query point
+HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
+TILE, GAP = 144, 8          # pixels
+INK, FAINT, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """(B, 3, S, S) in [-1, 1] -> (B, S, S, 3) uint8."""
+    return ((images.transpose(0, 2, 3, 1) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+def sample_grid(images: np.ndarray, gap: int = 2) -> Image.Image:
+    """Images (B, 3, S, S) side by side, as near to a square as B allows."""
+    pixels = to_pixels(images)
+    count, size = pixels.shape[:2]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap))
+    for index, tile in enumerate(pixels):
+        row, column = divmod(index, columns)
+        grid.paste(Image.fromarray(tile), (gap + column * (size + gap), gap + row * (size + gap)))
+    return grid
+
+
+def attention_figure(images: np.ndarray, attention: np.ndarray, title: str) -> Image.Image:
+    """A row for each image: the image with marked query points, then for each point what it looks at.
+
+    Args:
+        images: (B, 3, S, S) in [-1, 1].
+        attention: (B, N, N), its rows summing to 1, over a grid of sqrt(N) x sqrt(N) positions.
+        title: the figure's first line.
+    """
+    side = math.isqrt(attention.shape[1])
+    queries = [query_points(maps, len(MARKS)) for maps in attention]
+    header, footer = 58, 40
+    width = (TILE + GAP) * (1 + len(MARKS)) + GAP
+    figure = Image.new("RGB", (width, header + len(images) * (TILE + GAP) + footer), PAPER)
+    draw = ImageDraw.Draw(figure)
+    draw.text((GAP, 8), title, INK, _font(17))
+    draw.text((GAP, 33), "the image", FAINT, _font(13))
+    draw.text((TILE + 2 * GAP, 33), f"what each marked point looks at, on the layer's grid of {side} x {side} positions", FAINT, _font(13))
+    for row, (pixels, maps, points) in enumerate(zip(to_pixels(images), attention, queries, strict=True)):
+        image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
+        tiles = [_mark(image, side, dict(zip(points, MARKS, strict=False)))]
+        tiles += [_mark(overlay(image, maps[point].reshape(side, side)), side, {point: colour})
+                  for point, colour in zip(points, MARKS, strict=False)]
+        for column, tile in enumerate(tiles):
+            figure.paste(tile, (GAP + column * (TILE + GAP), header + row * (TILE + GAP)))
+    _draw_scale(figure, (TILE + 2 * GAP, figure.height - footer + 6))
+    return figure
+
+
+def query_points(maps: np.ndarray, count: int) -> list[int]:
+    """The positions that tell most: their maps (N, N) differ most from the average map, and they lie apart.
+
+    Greedy: the position whose map has the largest Kullback-Leibler divergence from the mean map, then the next at least a
+    quarter of the image away from all so far. Returns up to `count` positions in 0 ... N-1.
+    """
+    side = math.isqrt(len(maps))
+    maps = maps.astype(np.float64) + 1e-12
+    score = (maps * np.log(maps / maps.mean(axis=0))).sum(axis=1)
+    rows, columns = np.divmod(np.arange(len(maps)), side)
+    chosen: list[int] = []
+    while len(chosen) < count and np.isfinite(score).any():
+        best = int(score.argmax())
+        chosen.append(best)
+        score[(rows - rows[best]) ** 2 + (columns - columns[best]) ** 2 < (side / 4) ** 2] = -np.inf
+        score[best] = -np.inf
+    return chosen
+
+
+def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A map (H, W) laid over an RGB image in colour: scaled to its own maximum, the image dimmed so that both show."""
+    relative = Image.fromarray((heat / heat.max()).astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    strength = np.asarray(relative).clip(0, 1)[..., None]  # (S, S, 1)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    blended = 0.55 * grey * (1 - strength) + _colour(strength[..., 0]) * (0.15 + 0.85 * strength)
+    return Image.fromarray(blended.clip(0, 255).astype(np.uint8))
+
+
+def _colour(strength: np.ndarray) -> np.ndarray:
+    """[0, 1] to RGB of the heat scale, (..., 3)."""
+    stops = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(strength, stops, HEAT[:, channel]) for channel in range(3)], axis=-1)
+
+
+def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]]) -> Image.Image:
+    """A ring around each point's cell of the side x side grid."""
+    marked = image.copy()
+    draw = ImageDraw.Draw(marked)
+    radius = 6
+    for point, colour in points.items():
+        row, column = divmod(point, side)
+        x, y = (column + 0.5) * image.width / side, (row + 0.5) * image.height / side
+        for grow, ink, width in ((2, (0, 0, 0), 5), (1, colour, 3)):
+            draw.ellipse([x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow], outline=ink, width=width)
+    return marked
+
+
+def _draw_scale(figure: Image.Image, corner: tuple[int, int]) -> None:
+    """The colour scale with its meaning."""
+    ramp = _colour(np.linspace(0, 1, TILE))[None].repeat(12, axis=0)
+    figure.paste(Image.fromarray(ramp.astype(np.uint8)), corner)
+    text = "not at all  ...  most (each map scaled to its own maximum)"
+    ImageDraw.Draw(figure).text((corner[0] + TILE + GAP, corner[1] - 3), text, FAINT, _font(13))
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)

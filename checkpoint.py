@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, found by step, checked against the networks they go into.
 
-A checkpoint of step 500 is three files: `500_G.pth` and `500_D.pth`, plain state dicts that the reference reads too, and
-`500_state.pth` with all else that the next step depends on. The state file is written last: where it is, all is.
+A checkpoint of step 500 is three files: `500_G.pth` and `500_D.pth`, plain state dicts that the reference reads too,
+and `500_state.pth` with all else the next step depends on. The state file is written last: where it is, all is.
 """
 
 import os
@@ -46,32 +46,31 @@ def save(folder: Path, step: int, G: Mapping[str, Tensor], D: Mapping[str, Tenso
             temporary.unlink(missing_ok=True)
 
 
-def load(folder: Path, wanted: str) -> Checkpoint:
+def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoint:
     """Reads a checkpoint to the CPU. Files are read with `weights_only=True`: code inside them does not run.
 
     Args:
         folder: where the checkpoints are.
         wanted: a step, or "latest": the newest with a state file, else the newest weights.
+        architecture: the imsize, z_dim, g_conv_dim and d_conv_dim of the networks that it is for.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it belongs to other networks.
     """
     step = _find(folder, wanted)
     state_path = _path(folder, step, "state")
-    return Checkpoint(step, _strip_parallel(_read(_path(folder, step, "G"))), _strip_parallel(_read(_path(folder, step, "D"))),
-                      _read(state_path) if state_path.exists() else None)
+    checkpoint = Checkpoint(
+        step,
+        _strip_parallel(_read(_path(folder, step, "G"))),
+        _strip_parallel(_read(_path(folder, step, "D"))),
+        _read(state_path) if state_path.exists() else None,
+    )
+    _check_architecture(checkpoint, architecture)
+    return checkpoint
 
 
-def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
-    """Compares the sizes of the saved networks with this run's options.
-
-    Args:
-        checkpoint: what was loaded.
-        expected: this run's imsize, z_dim, g_conv_dim and d_conv_dim.
-
-    Raises:
-        UserError: names the options that differ, or says that this is no SAGAN checkpoint.
-    """
+def _check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
+    """Compares the sizes of the saved networks with those expected; names the options that differ."""
     try:
         saved = {
             "imsize": 4 * 2 ** sum(bool(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key)) for key in checkpoint.G),
@@ -81,7 +80,9 @@ def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> N
         }
     except KeyError as error:
         raise UserError(f"checkpoint {checkpoint.step} does not hold SAGAN's networks: {error} is missing") from error
-    different = [f"--{name} {saved[name]} (this run: {expected[name]})" for name in saved if saved[name] != expected[name]]
+    different = [
+        f"--{name} {saved[name]} (this run: {expected[name]})" for name in saved if saved[name] != expected[name]
+    ]
     if different:
         raise UserError(f"checkpoint {checkpoint.step} was trained with another network: {', '.join(different)}")
 
@@ -92,8 +93,14 @@ def _path(folder: Path, step: int, part: str) -> Path:
 
 def _find(folder: Path, wanted: str) -> int:
     """The step that is meant by a step or "latest"."""
-    found = {part: {int(path.name.split("_")[0]) for path in folder.glob(f"*_{part}.pth")
-                    if re.fullmatch(rf"\d+_{part}\.pth", path.name)} for part in ("G", "D", "state")}
+    found = {
+        part: {
+            int(path.name.split("_")[0])
+            for path in folder.glob(f"*_{part}.pth")
+            if re.fullmatch(rf"\d+_{part}\.pth", path.name)
+        }
+        for part in ("G", "D", "state")
+    }
     steps = found["G"] & found["D"]
     if not steps:
         raise UserError(f"--pretrained_model {wanted}: there is no checkpoint in {folder}")
@@ -112,7 +119,9 @@ def _list(steps: list[int]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by what is wrong with the file
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by what is wrong with the file
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged or is none: {reason}") from error
     if not isinstance(content, dict):

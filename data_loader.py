@@ -26,13 +26,22 @@ from tqdm import tqdm
 from errors import UserError
 from image_sources import Source
 
-CHUNK = 256            # images that a worker decodes at a time
-STALE_SECONDS = 3600   # a build that has written nothing for so long is dead
-DEVICE_SHARE = 0.5     # of the GPU's free memory that the images may take
+CHUNK = 256  # images that a worker decodes at a time
+STALE_SECONDS = 3600  # a build that has written nothing for so long is dead
+DEVICE_SHARE = 0.5  # of the GPU's free memory that the images may take
 
 
-def get_loader(source: Source, image_size: int = 64, batch_size: int = 64, *, cache_path: str = "./cache",
-               num_workers: int = 2, seed: int = 0, hflip: bool = False, device: str = "cpu") -> "Loader":
+def get_loader(
+    source: Source,
+    image_size: int = 64,
+    batch_size: int = 64,
+    *,
+    cache_path: str = "./cache",
+    num_workers: int = 2,
+    seed: int = 0,
+    hflip: bool = False,
+    device: str = "cpu",
+) -> "Loader":
     """A `Loader` over `source`; decodes nothing yet.
 
     Raises:
@@ -45,14 +54,23 @@ def get_loader(source: Source, image_size: int = 64, batch_size: int = 64, *, ca
 class Loader:
     """Batches of real images, each a function of (seed, position): nothing to save, nothing to restore.
 
-    `len(loader)` is the number of batches in an epoch; the last partial batch is dropped. The cache is opened, or built,
-    when the images are first needed.
+    `len(loader)` is the number of batches in an epoch; the last partial batch is dropped. The cache is opened, or
+    built, when the images are first needed.
     """
 
-    def __init__(self, source: Source, image_size: int, batch_size: int, cache_path: str, num_workers: int, seed: int,
-                 hflip: bool, device: torch.device):
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        batch_size: int,
+        cache_path: str,
+        num_workers: int,
+        seed: int,
+        hflip: bool,
+        device: torch.device,
+    ):
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
-        self.cache_path, self.num_workers = Path(cache_path), num_workers
+        self.cache_path, self.num_workers = Path(cache_path).expanduser(), num_workers
         self.seed, self.hflip, self.device = seed, hflip, device
         self._epoch = None
         self._order = self._flip = torch.empty(0)
@@ -127,8 +145,9 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         try:
             _build_cache(source, size, folder, num_workers)
         except OSError as error:
-            raise UserError(f"cannot write the image cache {folder}: {error.strerror or error}; "
-                            "--cache_path puts it elsewhere") from error
+            raise UserError(
+                f"cannot write the image cache {folder}: {error.strerror or error}; --cache_path puts it elsewhere"
+            ) from error
         cached = _read_cache(folder, size)
     return cached
 
@@ -154,9 +173,11 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
     try:
         skipped: list[str] = []
         count = 0
-        chunks = [source.items[start:start + CHUNK] for start in range(0, len(source.items), CHUNK)]
-        with (open(building / "images.bin", "wb") as file,
-              tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar):
+        chunks = [source.items[start : start + CHUNK] for start in range(0, len(source.items), CHUNK)]
+        with (
+            open(building / "images.bin", "wb") as file,
+            tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar,
+        ):
             for chunk, (images, failures) in zip(chunks, _decode_all(source, size, chunks, num_workers), strict=True):
                 file.write(images)
                 count += len(images)
@@ -181,7 +202,9 @@ def _remove_stale_builds(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _decode_all(source: Source, size: int, chunks: Sequence[Sequence], num_workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+def _decode_all(
+    source: Source, size: int, chunks: Sequence[Sequence], num_workers: int
+) -> Iterator[tuple[np.ndarray, list[str]]]:
     decode = partial(_decode_chunk, source.decode, size)
     if num_workers == 0 or len(chunks) == 1:
         yield from map(decode, chunks)
@@ -204,4 +227,6 @@ def _decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[
 
 def _check_size(images: int, batch_size: int) -> None:
     if images < batch_size:
-        raise UserError(f"the data set has {images} images, fewer than one batch: --batch_size must be {images} or less")
+        raise UserError(
+            f"the data set has {images} images, fewer than one batch: --batch_size must be {images} or less"
+        )

@@ -1,4 +1,6 @@
-"""The one exception whose message is meant for the user."""
+"""How the program speaks to its user about what went wrong: one line on stderr."""
+
+import sys
 
 
 class UserError(Exception):
@@ -6,3 +8,8 @@ class UserError(Exception):
 
     Everything else that is raised is a bug of ours and keeps its traceback.
     """
+
+
+def warn(message: str) -> None:
+    """Something the user should know and need not act on at once."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -41,14 +41,20 @@ class Source:
     fingerprint: str
 
 
-def find_source(dataset: str, image_path: str = "./data", crop_size: int | None = None, download: bool = False,
-                toy_num: int = 10_000, seed: int = 0) -> Source:
+def find_source(
+    dataset: str,
+    image_path: str = "./data",
+    crop_size: int | None = None,
+    download: bool = False,
+    toy_num: int = 10_000,
+    seed: int = 0,
+) -> Source:
     """Looks for a data set; reads file names, sizes and dates only.
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
         image_path: where to look.
-        crop_size: side of the centre square cut from celeb and folder images; None: 160 for celeb, the largest for folder.
+        crop_size: side of the centre square cut from celeb (None: 160) and folder images (None: the largest).
         download: fetch celeb or cifar10 first, where it is missing.
         toy_num, seed: how many toy faces, and which.
 
@@ -136,30 +142,39 @@ def resize(image: Image.Image, size: int) -> Image.Image:
 
 
 def _celeb(root: Path, crop: int, download: bool) -> Source:
-    by_hand = (f"Fetch img_align_celeba.zip (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, 'Align&Cropped Images') "
-               f"and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ...")
+    by_hand = (
+        f"Fetch img_align_celeba.zip (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, 'Align&Cropped Images') "
+        f"and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
+    )
     layouts = [root / "celeba" / "img_align_celeba", root / "CelebA", root / "img_align_celeba"]
     found = next((folder for folder in layouts if folder.is_dir()), None)
     if found is None and download:
         from torchvision.datasets import CelebA
+
         try:
             CelebA(str(root), split="all", download=True)
         except Exception as error:  # Google Drive's quota, no network, gdown missing: all end in the same advice
             raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
         found = layouts[0]
     if found is None:
-        raise UserError(f"no CelebA in {root}: expected {layouts[0]}/*.jpg (torchvision's layout) or {layouts[1]}/*/*.jpg "
-                        f"(the reference's). {by_hand}, point --image_path at it, or try --dataset toy, which needs no data")
+        raise UserError(
+            f"no CelebA in {root}: expected {layouts[0]}/*.jpg (torchvision's layout) or {layouts[1]}/*/*.jpg "
+            f"(the reference's). {by_hand}, point --image_path at it, or try --dataset toy, which needs no data"
+        )
     return _folder("celeb", found, crop)
 
 
 def _folder(name: str, root: Path, crop: int | None) -> Source:
     if not root.is_dir():
-        raise UserError(f"--image_path {root} is not a folder; point it at your images, or try --dataset toy, which needs no data")
+        raise UserError(
+            f"--image_path {root} is not a folder; point it at your images, or try --dataset toy, which needs no data"
+        )
     files = sorted(_walk(str(root)))
     if not files:
         raise UserError(f"no image in {root} or below it (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return Source(name, [file for file, _, _ in files], FileDecoder(str(root.absolute()), crop), _digest([crop, *files]))
+    return Source(
+        name, [file for file, _, _ in files], FileDecoder(str(root.absolute()), crop), _digest([crop, *files])
+    )
 
 
 def _walk(root: str) -> Iterable[tuple[str, int, int]]:
@@ -194,20 +209,26 @@ def _cifar10(root: Path, download: bool) -> Source:
     try:
         count = len(_open_cifar10(str(root), download))
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
-        raise UserError(f"no CIFAR-10 in {root} ({_first_line(error)}): --download true fetches it, or unpack "
-                        f"cifar-10-python.tar.gz there by hand") from error
-    return Source("cifar10", range(count), Cifar10Decoder(str(root)), _digest([count]))  # torchvision checked the MD5 sums
+        raise UserError(
+            f"no CIFAR-10 in {root} ({_first_line(error)}): --download true fetches it, or unpack "
+            f"cifar-10-python.tar.gz there by hand"
+        ) from error
+    return Source(
+        "cifar10", range(count), Cifar10Decoder(str(root)), _digest([count])
+    )  # torchvision checked the MD5 sums
 
 
 @lru_cache(maxsize=1)
 def _open_lsun(root: str):
     from torchvision.datasets import LSUN
+
     return LSUN(root, classes=[LSUN_CLASS])
 
 
 @lru_cache(maxsize=1)
 def _open_cifar10(root: str, download: bool = False):
     from torchvision.datasets import CIFAR10
+
     return CIFAR10(root, download=download)
 
 

@@ -1,9 +1,10 @@
 """Train SAGAN, or look at what it learned.
 
-    python main.py --dataset celeb --imsize 64          # train; results in ./samples ./attn ./models ./logs
-    python main.py --pretrained_model latest            # continue
-    python main.py --dataset toy --batch_size 16        # try it without any data
-    python main.py --help                               # all options
+python main.py --dataset celeb --imsize 64          # train; results in ./samples ./attn ./models ./logs
+python main.py --pretrained_model latest            # continue
+python main.py --train false                        # samples and attention figures from the latest checkpoint
+python main.py --dataset toy --batch_size 16        # try it without any data
+python main.py --help                               # all options
 """
 
 import sys
@@ -20,23 +21,39 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the loop, which ends in its own way, or a second one in it
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def run(config: Config) -> int:
-    """Trains by `config`; returns the exit code. Torch is imported here: --help and bad options need not wait for it."""
-    import torch
+    """Trains or evaluates as `config` says; returns the exit code."""
+    import torch  # here, and what needs it: --help and bad options do not wait for it
 
     from data_loader import get_loader
     from image_sources import find_source
+    from tester import Tester
     from trainer import Trainer
     from utils import pick_device, tune_malloc
 
     if config.tune_malloc:
         tune_malloc()
     torch.manual_seed(config.seed)
-    source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed)
-    loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=config.num_workers,
-                        seed=config.seed, hflip=config.hflip, device=pick_device(config.device))
+    if not config.train:
+        return Tester(config).test()
+    source = find_source(
+        config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed
+    )
+    loader = get_loader(
+        source,
+        config.imsize,
+        config.batch_size,
+        cache_path=config.cache_path,
+        num_workers=config.num_workers,
+        seed=config.seed,
+        hflip=config.hflip,
+        device=pick_device(config.device),
+    )
     return Trainer(loader, config).train()
 
 

@@ -9,13 +9,13 @@ import dataclasses
 import math
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from errors import UserError
+from errors import UserError, warn
 
 
 class Rule(NamedTuple):
@@ -65,36 +65,58 @@ class Config:
     total_step: int = option(1_000_000, "train until this many generator updates are done", at_least(1))
     batch_size: int = option(64, "images in a batch", at_least(1))
     n_critic: int = option(1, "discriminator updates for each generator update", at_least(1))
-    d_iters: int = option(5, "does nothing, as in the reference; accepted for old command lines, see --n_critic", at_least(1))
+    d_iters: int = option(
+        5, "does nothing, as in the reference; accepted for old command lines, see --n_critic", at_least(1)
+    )
     g_lr: float = option(0.0001, "Adam's learning rate for the generator", POSITIVE)
     d_lr: float = option(0.0004, "Adam's learning rate for the discriminator", POSITIVE)
-    lr_schedule: str = option("constant", "learning rates over time: constant, times --lr_decay after each epoch, or "
-                              "linearly to 0 at --total_step", one_of("constant", "exponential", "linear"))
+    lr_schedule: str = option(
+        "constant",
+        "learning rates over time: constant, times --lr_decay after each epoch, or linearly to 0 at --total_step",
+        one_of("constant", "exponential", "linear"),
+    )
     lr_decay: float = option(0.95, "factor for each epoch under --lr_schedule exponential", POSITIVE)
     beta1: float = option(0.0, "Adam's beta1", FRACTION)
     beta2: float = option(0.9, "Adam's beta2", FRACTION)
     ema_decay: float = option(0.999, "decay of the averaged generator, ramped up over the first steps", FRACTION)
     seed: int = option(0, "seed of weights, noise, shuffling and toy faces", SEED)
-    pretrained_model: str | None = option(None, "continue from this checkpoint", matches(r"\d+|latest", "a step, or 'latest'"))
+    pretrained_model: str | None = option(
+        None, "continue from this checkpoint", matches(r"\d+|latest", "a step, or 'latest'")
+    )
 
-    dataset: str = option("celeb", "what to train on; toy draws faces and needs no files",
-                          one_of("celeb", "lsun", "cifar10", "folder", "toy"), group="Data")
+    dataset: str = option(
+        "celeb",
+        "what to train on; toy draws faces and needs no files",
+        one_of("celeb", "lsun", "cifar10", "folder", "toy"),
+        group="Data",
+    )
     image_path: str = option("./data", "where the images are", PATH)
     download: bool = option(False, "fetch celeb or cifar10 into --image_path where it is not there")
-    crop_size: int | None = option(None, "side of the centre square cut from celeb and folder images; "
-                                   "None is 160 for celeb, the largest for folder", at_least(1))
+    crop_size: int | None = option(
+        None,
+        "side of the centre square cut from celeb and folder images; None is 160 for celeb, the largest for folder",
+        at_least(1),
+    )
     hflip: bool = option(False, "mirror half of the images at random")
     toy_num: int = option(10_000, "how many toy faces to draw", at_least(1))
     cache_path: str = option("./cache", "where decoded images are kept", PATH)
     num_workers: int = option(2, "processes that decode images while the cache is built", at_least(0))
 
-    device: str = option("auto", "what to train on", matches(r"auto|cpu|cuda(:\d+)?|mps", "auto, cpu, cuda, cuda:N or mps"),
-                         group="Machine")
+    device: str = option(
+        "auto",
+        "what to train on",
+        matches(r"auto|cpu|cuda(:\d+)?|mps", "auto, cpu, cuda, cuda:N or mps"),
+        group="Machine",
+    )
     parallel: bool = option(False, "split each batch over all visible GPUs")
     tune_malloc: bool = option(True, "on a CPU under Linux, keep freed memory for the next step: faster")
 
-    version: str = option("sagan_celeb", "name of the run: a folder in each of the paths below",
-                          matches(r"(?!\.{1,2}$)[^/\\\0]+", "a folder's name"), group="Results")
+    version: str = option(
+        "sagan_celeb",
+        "name of the run: a folder in each of the paths below",
+        matches(r"(?!\.{1,2}$)[^/\\\0]+", "a folder's name"),
+        group="Results",
+    )
     sample_path: str = option("./samples", "where sample grids go", PATH)
     attn_path: str = option("./attn", "where attention figures go", PATH)
     model_save_path: str = option("./models", "where checkpoints go", PATH)
@@ -114,13 +136,50 @@ class Config:
             if value is not None and rule and not rule.holds(value):
                 raise UserError(f"--{field.name} must be {rule.words}, not {value}")
 
+    @property
+    def sample_folder(self) -> Path:
+        return Path(self.sample_path).expanduser() / self.version
+
+    @property
+    def attn_folder(self) -> Path:
+        return Path(self.attn_path).expanduser() / self.version
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self.model_save_path).expanduser() / self.version
+
+    @property
+    def log_folder(self) -> Path:
+        return Path(self.log_path).expanduser() / self.version
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the run's results go, by what they are."""
+        return {
+            "samples": self.sample_folder,
+            "attention": self.attn_folder,
+            "checkpoints": self.model_folder,
+            "logs": self.log_folder,
+        }
+
+    @property
+    def architecture(self) -> dict[str, int]:
+        """The options that decide the shapes of the weights: a checkpoint fits where these agree."""
+        return {name: getattr(self, name) for name in ("imsize", "z_dim", "g_conv_dim", "d_conv_dim")}
+
     def summary(self) -> str:
         """All options by group, a few lines to print at the start of a run."""
         lines = []
         for title, fields in option_groups().items():
             text = "   ".join(f"{field.name} {getattr(self, field.name)}" for field in fields)
-            lines += textwrap.wrap(text, width=100, initial_indent=f"{title:<10}", subsequent_indent=" " * 10,
-                                   break_long_words=False, break_on_hyphens=False)
+            lines += textwrap.wrap(
+                text,
+                width=100,
+                initial_indent=f"{title:<10}",
+                subsequent_indent=" " * 10,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
         return "\n".join(lines)
 
     def command(self, **changes: Any) -> str:
@@ -156,24 +215,35 @@ def get_parameters(argv: list[str] | None = None) -> Config:
     Raises:
         SystemExit: with code 2 and one line on stderr for a bad option; with code 0 after --help.
     """
-    parser = _Parser(usage="python main.py [--option value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Train a self-attention GAN (arXiv 1805.08318). Results are left in ./samples, ./attn, "
-                                 "./models and ./logs, in a folder for each --version.")
+    parser = _Parser(
+        usage="python main.py [--option value] ...",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a self-attention GAN (arXiv 1805.08318). Results are left in ./samples, ./attn, "
+        "./models and ./logs, in a folder for each --version.",
+    )
     for title, fields in option_groups().items():
         group = parser.add_argument_group(title)
         for field in fields:
             parse, rule = _parser_for(field.type), field.metadata["rule"]
             limits = f"{rule.words}; " if rule and rule is not PATH else "true or false; " if parse is _boolean else ""
-            group.add_argument("--" + field.name, type=parse, metavar="",
-                               help=f"{field.metadata['help']} ({limits}default {field.default})")
+            group.add_argument(
+                "--" + field.name,
+                type=parse,
+                metavar="",
+                help=f"{field.metadata['help']} ({limits}default {field.default})",
+            )
     given = vars(parser.parse_args(argv))
-    if "d_iters" in given:
-        print("warning: --d_iters does nothing, here as in the reference; --n_critic sets the discriminator updates for "
-              f"each generator update, and stays at {given.get('n_critic', Config.n_critic)}", file=sys.stderr)
     try:
-        return Config(**given)
+        config = Config(**given)
     except UserError as error:
         parser.error(str(error))
+    if "d_iters" in given:
+        warn(
+            "--d_iters does nothing, here as in the reference; --n_critic sets the discriminator updates for each "
+            f"generator update, and stays at {config.n_critic}"
+        )
+    return config
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """What a run writes down: a line of numbers in `metrics.jsonl`, and the same for TensorBoard where asked for."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,13 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, use_tensorboard: bool):
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if _step_of(line) <= step]
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: a killed run keeps its lines
+        if path.exists():
+            os.truncate(path, _length_up_to(step, path.read_bytes()))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  a killed run keeps its lines
         self._writer = None
         if use_tensorboard:
             from tensorboardX import SummaryWriter  # a second to import: only for those who ask
+
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> "RunLog":
@@ -50,13 +52,14 @@ class RunLog:
             self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that was cut off, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _length_up_to(step: int, content: bytes) -> int:
+    """How many bytes of metrics.jsonl belong to steps up to `step`; a line that was cut off ends them too."""
+    length = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        length += len(line)
+    return length

@@ -43,11 +43,11 @@ class SelfAttention(nn.Module):
         """
         batch, channels, height, width = x.shape
         query = self.query_conv(x).flatten(2).transpose(1, 2)  # (B, N, C/8)
-        key = self.key_conv(x).flatten(2).transpose(1, 2)      # (B, N, C/8)
+        key = self.key_conv(x).flatten(2).transpose(1, 2)  # (B, N, C/8)
         value = self.value_conv(x).flatten(2).transpose(1, 2)  # (B, N, C)
         if return_attention:
             attention = torch.softmax(query @ key.transpose(1, 2), dim=-1)  # (B, N, N)
-            out = attention @ value                                         # (B, N, C)
+            out = attention @ value  # (B, N, C)
         else:
             attention = None
             heads = (tensor.unsqueeze(1) for tensor in (query, key, value))  # one head

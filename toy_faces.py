@@ -38,8 +38,15 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     hair_length = random.choice([0.0, 0.2, 0.42])
     ellipse(middle, 0.42, half_width * 1.22, half_height * 1.05, hair)
     if hair_length:
-        draw.rectangle([(middle - half_width * 1.22) * canvas, 0.42 * canvas,
-                        (middle + half_width * 1.22) * canvas, (0.42 + hair_length) * canvas], fill=hair)
+        draw.rectangle(
+            [
+                (middle - half_width * 1.22) * canvas,
+                0.42 * canvas,
+                (middle + half_width * 1.22) * canvas,
+                (0.42 + hair_length) * canvas,
+            ],
+            fill=hair,
+        )
     draw.rectangle([(middle - 0.1) * canvas, 0.7 * canvas, (middle + 0.1) * canvas, canvas], fill=shade)
     ellipse(middle, 1.08, 0.42, 0.17, _colour(random, (0, 1), (0.4, 1), (0.3, 0.9)))
 
@@ -47,8 +54,17 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     ellipse(middle, 0.54, half_width, half_height, skin)
     pair(half_width, 0.55, 0.035, 0.06, skin)
     fringe = random.uniform(0.22, 0.34)
-    draw.chord([(middle - half_width) * canvas, (0.54 - half_height) * canvas,
-                (middle + half_width) * canvas, (0.54 - half_height + 2 * fringe) * canvas], 180, 360, fill=hair)
+    draw.chord(
+        [
+            (middle - half_width) * canvas,
+            (0.54 - half_height) * canvas,
+            (middle + half_width) * canvas,
+            (0.54 - half_height + 2 * fringe) * canvas,
+        ],
+        180,
+        360,
+        fill=hair,
+    )
 
     eye_dx, eye_y, eye_size = random.uniform(0.095, 0.125), random.uniform(0.48, 0.52), random.uniform(0.04, 0.055)
     pair(eye_dx, eye_y, eye_size * 1.25, eye_size, (250, 250, 250))
@@ -59,8 +75,17 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     ellipse(middle, 0.62, 0.028, 0.045, shade)  # nose
     smile, lips = random.uniform(0.02, 0.06), _colour(random, (0.94, 1), (0.5, 0.8), (0.5, 0.85))
     mouth_width = random.uniform(0.07, 0.12)
-    draw.chord([(middle - mouth_width) * canvas, (chin - 0.16 - smile) * canvas,
-                (middle + mouth_width) * canvas, (chin - 0.16 + smile) * canvas], 0, 180, fill=lips)
+    draw.chord(
+        [
+            (middle - mouth_width) * canvas,
+            (chin - 0.16 - smile) * canvas,
+            (middle + mouth_width) * canvas,
+            (chin - 0.16 + smile) * canvas,
+        ],
+        0,
+        180,
+        fill=lips,
+    )
     return image.resize((size, size), Image.Resampling.BOX)
 
 

@@ -10,9 +10,7 @@ position in the data: a run that was stopped and continued takes the same steps 
 import dataclasses
 import json
 import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +18,14 @@ from tqdm import tqdm
 
 import checkpoint
 from data_loader import Loader
-from errors import UserError
+from errors import UserError, warn
 from losses import D_LOSSES, g_loss, gradient_penalty
 from parameter import Config
 from run_log import RunLog
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
 from utils import EMA, StopSignals, derive_seed, evaluating, memory_mib, pick_device
-from visualize import attention_figure, sample_grid
+from visualize import attention_figures, sample_grid
 
 STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -51,6 +49,9 @@ class Trainer:
         for network in (self.G, self.D):
             network.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.G, config.ema_decay)
+        self.run_G, self.run_D = self.G, self.D  # what the steps call; .G and .D are what is saved
+        if config.parallel and self.device.type == "cuda":
+            self.run_G, self.run_D = nn.DataParallel(self.G), nn.DataParallel(self.D)
 
         # Optimizers and loss
         betas = (config.beta1, config.beta2)
@@ -63,9 +64,6 @@ class Trainer:
         noise = torch.Generator().manual_seed(derive_seed(config.seed, FIXED_Z))  # on the CPU: the same z on any device
         self.fixed_z = torch.randn(config.batch_size, config.z_dim, generator=noise).to(self.device)
 
-        self.sample_folder, self.attn_folder, self.model_folder, self.log_folder = (
-            Path(path).expanduser() / config.version
-            for path in (config.sample_path, config.attn_path, config.model_save_path, config.log_path))
         if config.pretrained_model:
             self._resume(config.pretrained_model)
 
@@ -81,11 +79,16 @@ class Trainer:
             the mean logits d_real, d_fake: detached 0-d tensors on the device.
         """
         with torch.no_grad():
-            fake = self.G(z)
-        real_logits, fake_logits = self.D(real), self.D(fake)
+            fake = self.run_G(z)
+        real_logits, fake_logits = self.run_D(real), self.run_D(fake)
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
-        stats = {"d_loss_real": loss_real, "d_loss_fake": loss_fake, "d_loss": loss_real + loss_fake,
-                 "d_real": real_logits.mean(), "d_fake": fake_logits.mean()}
+        stats = {
+            "d_loss_real": loss_real,
+            "d_loss_fake": loss_fake,
+            "d_loss": loss_real + loss_fake,
+            "d_real": real_logits.mean(),
+            "d_fake": fake_logits.mean(),
+        }
         if self.config.adv_loss == "wgan-gp":
             mix = torch.rand(len(real), 1, 1, 1, device=self.device, generator=self.random)
             stats["d_penalty"] = gradient_penalty(self._plain_critic, real, fake, mix)
@@ -98,7 +101,7 @@ class Trainer:
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
         """One update of the generator on noise z (B, z_dim), and of its average. Returns g_loss, detached and 0-d."""
         self.D.requires_grad_(False)  # D's own gradients would be thrown away
-        loss = g_loss(self.D(self.G(z)))
+        loss = g_loss(self.run_D(self.run_G(z)))
         self.g_optimizer.zero_grad()
         loss.backward()
         self.g_optimizer.step()
@@ -107,15 +110,18 @@ class Trainer:
         return {"g_loss": loss.detach()}
 
     def train(self) -> int:
-        """Trains until `total_step`, or until SIGINT or SIGTERM. Returns the exit code: 0, or 128 + the signal's number.
+        """Trains until `total_step`, or until SIGINT or SIGTERM; returns 0, or 128 + the signal's number.
 
         Raises:
             UserError: a result folder cannot be written, or the data cannot be read.
         """
         config = self.config
         self._prepare()
-        with (StopSignals() as stop, RunLog(self.log_folder, self.step, config.use_tensorboard) as self.log,
-              tqdm(total=config.total_step, initial=self.step, bar_format=BAR, dynamic_ncols=True) as self.bar):
+        with (
+            StopSignals() as stop,
+            RunLog(config.log_folder, self.step, config.use_tensorboard) as self.log,
+            tqdm(total=config.total_step, initial=self.step, bar_format=BAR, dynamic_ncols=True) as self.bar,
+        ):
             self.logged_at = (time.perf_counter(), self.step)
             while self.step < config.total_step and stop.received is None:
                 stats = self._take_step()
@@ -125,15 +131,17 @@ class Trainer:
             if stop.received is not None:
                 self._save()
         if stop.received is not None:
-            print(f"stopped by {signal.Signals(stop.received).name} after step {self.step}, which is saved; continue with\n"
-                  f"  {config.command(pretrained_model='latest')}")
+            name = signal.Signals(stop.received).name
+            print(f"stopped by {name} after step {self.step}, which is saved; continue with")
+            print(" ", config.command(pretrained_model="latest"))
             return 128 + stop.received
-        print(f"{self.step} steps done. Samples: {self.sample_folder}   attention: {self.attn_folder}   "
-              f"checkpoints: {self.model_folder}   logs: {self.log_folder}")
+        print(f"{self.step} steps done; what they left:")
+        for name, folder in config.folders.items():
+            print(f"  {name:<12}{folder}")
         return 0
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
-        """What is due after a step: a line of the log, samples, attention figures, a checkpoint; after the last, all."""
+        """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
         config, last = self.config, self.step == self.config.total_step
         save_step = max(1, round(config.model_save_step * len(self.loader)))
         if last or self.step % config.log_step == 0:
@@ -174,30 +182,32 @@ class Trainer:
 
     def _resume(self, wanted: str) -> None:
         """Takes over a checkpoint: weights, and with its state file all that the next step depends on."""
-        saved = checkpoint.load(self.model_folder, wanted)
         config = self.config
-        checkpoint.check_architecture(saved, {name: getattr(config, name) for name in ("imsize", "z_dim", "g_conv_dim", "d_conv_dim")})
+        saved = checkpoint.load(config.model_folder, wanted, config.architecture)
         self.step = saved.step
         self.G.load_state_dict(saved.G)
         self.D.load_state_dict(saved.D)
         if saved.state is None:
             self.ema.network.load_state_dict(saved.G)
-            print(f"warning: checkpoint {saved.step} has no state file: the optimizers and the averaged generator start anew",
-                  file=sys.stderr)
+            warn(f"checkpoint {saved.step} has no state file: the optimizers and the averaged generator start anew")
             return
         self.ema.network.load_state_dict(saved.state["ema"])
         self.fixed_z = saved.state["fixed_z"].to(self.device)
         for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
-            groups = optimizer.state_dict()["param_groups"]  # rates and betas are this run's options, not the saved ones
+            # Rates and betas are this run's options, not the saved ones.
+            groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
-        changes = [f"--{name} {value} (was {saved.state['config'][name]})" for name, value in dataclasses.asdict(config).items()
-                   if name != "pretrained_model" and saved.state["config"].get(name, value) != value]
+        changes = [
+            f"--{name} {value} (was {saved.state['config'][name]})"
+            for name, value in dataclasses.asdict(config).items()
+            if name != "pretrained_model" and saved.state["config"].get(name, value) != value
+        ]
         print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
 
     def _prepare(self) -> None:
         """Makes the folders, writes down the configuration, opens the data."""
         config = self.config
-        for folder in (self.sample_folder, self.attn_folder, self.model_folder, self.log_folder):
+        for folder in config.folders.values():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / ".writable").touch()
@@ -205,15 +215,19 @@ class Trainer:
             except OSError as error:
                 raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         print(config.summary())
-        (self.log_folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
+        resolved = json.dumps(dataclasses.asdict(config), indent=2)
+        (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
         if self.loader.skipped:
-            path = self.log_folder / "skipped_images.txt"
+            path = config.log_folder / "skipped_images.txt"
             path.write_text("\n".join(self.loader.skipped) + "\n", encoding="utf-8")
-            print(f"warning: {len(self.loader.skipped)} images could not be read and are left out, see {path}", file=sys.stderr)
-        print(f"training on {self.device}, {len(self.loader)} batches of {config.batch_size} images an epoch")
+            warn(f"{len(self.loader.skipped)} images could not be read and are left out, see {path}")
+        print(
+            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device}, "
+            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
+        )
         self.real = self.loader.batch(0)  # what D's attention is shown on
-        if not (self.sample_folder / "real.png").exists():
-            sample_grid(self.real.cpu().numpy()).save(self.sample_folder / "real.png")
+        if not (config.sample_folder / "real.png").exists():
+            sample_grid(self.real).save(config.sample_folder / "real.png")
 
     def _log(self, stats: dict[str, Tensor]) -> None:
         """Writes a line of metrics; here alone the losses leave the device."""
@@ -226,41 +240,48 @@ class Trainer:
                     values[f"sigma/{net_name}_{name.split('.')[0]}"] = layer.sigma().detach()
         numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one transfer
         now, (then, step_then) = time.perf_counter(), self.logged_at
-        numbers |= {"lr/g": self.g_optimizer.param_groups[0]["lr"], "lr/d": self.d_optimizer.param_groups[0]["lr"],
-                    "images_per_s": (self.step - step_then) * self.config.batch_size / (now - then),
-                    "memory_mib": memory_mib(self.device)}
+        numbers |= {
+            "lr/g": self.g_optimizer.param_groups[0]["lr"],
+            "lr/d": self.d_optimizer.param_groups[0]["lr"],
+            "images_per_s": (self.step - step_then) * self.config.batch_size / (now - then),
+            "memory_mib": memory_mib(self.device),
+        }
         self.logged_at = (now, self.step)
         self.log.scalars(self.step, numbers)
         self.bar.set_postfix_str(
             "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
-            "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}".format_map(numbers), refresh=False)
+            "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}".format_map(numbers),
+            refresh=False,
+        )
 
     def _sample(self) -> None:
-        """Writes G and its average on the fixed z."""
+        """Writes what G and its average make of the fixed z."""
+        folder = self.config.sample_folder
         with evaluating(self.G, self.ema.network):
             for name, network in (("fake", self.G), ("ema", self.ema.network)):
-                grid = sample_grid(network(self.fixed_z).cpu().numpy())
-                grid.save(self.sample_folder / f"{self.step}_{name}.png")
+                grid = sample_grid(network(self.fixed_z))
+                grid.save(folder / f"{self.step}_{name}.png")
                 self.log.image(self.step, f"samples/{name}", grid)
 
     def _show_attention(self) -> None:
         """Writes a figure for each attention layer: of the averaged G on the fixed z, of D on real images."""
-        count = self.config.g_num
-        real = self.real[:count]
+        real = self.real[: self.config.g_num]
         with evaluating(self.ema.network, self.D):
-            fake, *g_maps = self.ema.network(self.fixed_z[:count], return_attention=True)
+            fake, *g_maps = self.ema.network(self.fixed_z[: self.config.g_num], return_attention=True)
             _, *d_maps = self.D(real, return_attention=True)
-        for net_name, images, maps in (("G", fake, g_maps), ("D", real, d_maps)):
-            for index, attention in enumerate(maps, start=1):
-                name = f"{net_name}_attn{index}"
-                figure = attention_figure(images.cpu().numpy(), attention.cpu().numpy(),
-                                          f"{'Generator' if net_name == 'G' else 'Discriminator'} attn{index} after step {self.step}")
-                figure.save(self.attn_folder / f"{self.step}_{name}.png")
-                self.log.image(self.step, f"attention/{name}", figure)
+        figures = attention_figures("G", fake, g_maps, self.step) | attention_figures("D", real, d_maps, self.step)
+        for name, figure in figures.items():
+            figure.save(self.config.attn_folder / f"{self.step}_{name}.png")
+            self.log.image(self.step, f"attention/{name}", figure)
 
     def _save(self) -> None:
         """Writes a checkpoint. The random state is not in it: it is a function of the seed and the step."""
-        state = {"step": self.step, "config": dataclasses.asdict(self.config), "fixed_z": self.fixed_z,
-                 "ema": self.ema.network.state_dict(), "g_optimizer": self.g_optimizer.state_dict(),
-                 "d_optimizer": self.d_optimizer.state_dict()}
-        checkpoint.save(self.model_folder, self.step, self.G.state_dict(), self.D.state_dict(), state)
+        state = {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "fixed_z": self.fixed_z,
+            "ema": self.ema.network.state_dict(),
+            "g_optimizer": self.g_optimizer.state_dict(),
+            "d_optimizer": self.d_optimizer.state_dict(),
+        }
+        checkpoint.save(self.config.model_folder, self.step, self.G.state_dict(), self.D.state_dict(), state)

@@ -26,10 +26,14 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
-    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
+        device.type
+    ]
     if (device.index or 0) >= available:
-        raise UserError(f"--device {name}: torch sees {available} {device.type.upper()} device{'s' * (available != 1)} here; "
-                        "--device auto takes what there is")
+        raise UserError(
+            f"--device {name}: torch sees {available} {device.type.upper()} device{'s' * (available != 1)} here; "
+            "--device auto takes what there is"
+        )
     return device
 
 
@@ -80,16 +84,20 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 class EMA:
     """An exponential moving average of a generator, `network`, which makes better images than the newest weights.
 
-    Weights and BatchNorm statistics are averaged; counters and the singular vectors of spectral norm are copied, because
-    an average of unit vectors is none. The decay grows with the steps, `(1 + step) / (10 + step)` up to `decay`, so
-    that early averages are not stale.
+    Weights and BatchNorm statistics are averaged; counters and the singular vectors of spectral norm are copied,
+    because an average of unit vectors is none. The decay grows with the steps, `(1 + step) / (10 + step)` up to
+    `decay`, so that early averages are not stale.
     """
 
     def __init__(self, source: nn.Module, decay: float):
         self.decay = decay
         self.network = copy.deepcopy(source).requires_grad_(False)
-        pairs = [(name, mine, theirs.detach()) for (name, mine), theirs
-                 in zip(self.network.state_dict().items(), source.state_dict().values(), strict=True)]
+        pairs = [
+            (name, mine, theirs.detach())
+            for (name, mine), theirs in zip(
+                self.network.state_dict().items(), source.state_dict().values(), strict=True
+            )
+        ]
         is_copied = [name.endswith(("_u", "_v", "num_batches_tracked")) for name, _, _ in pairs]
         self._averaged = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if not copied]
         self._copied = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if copied]

@@ -1,25 +1,27 @@
-"""Pictures to look at: sample grids, and figures of what the attention looks at. Pillow and numpy only.
+"""Pictures to look at: sample grids, and figures of what the attention looks at.
 
-Images are arrays (B, 3, S, S) in [-1, 1]; attention maps are arrays (B, N, N), row i being what position i looks at.
+Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are tensors (B, N, N), row i being what position i looks at.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 MARKS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one colour for each query point
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
-TILE, GAP = 144, 8          # pixels
+TILE, GAP = 144, 8  # pixels
 INK, FAINT, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 
-def to_pixels(images: np.ndarray) -> np.ndarray:
+def to_pixels(images: Tensor) -> np.ndarray:
     """(B, 3, S, S) in [-1, 1] -> (B, S, S, 3) uint8."""
-    return ((images.transpose(0, 2, 3, 1) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    return images.permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
-def sample_grid(images: np.ndarray, gap: int = 2) -> Image.Image:
+def sample_grid(images: Tensor, gap: int = 2) -> Image.Image:
     """Images (B, 3, S, S) side by side, as near to a square as B allows."""
     pixels = to_pixels(images)
     count, size = pixels.shape[:2]
@@ -32,7 +34,22 @@ def sample_grid(images: np.ndarray, gap: int = 2) -> Image.Image:
     return grid
 
 
-def attention_figure(images: np.ndarray, attention: np.ndarray, title: str) -> Image.Image:
+def attention_figures(network: str, images: Tensor, attention: Sequence[Tensor], step: int) -> dict[str, Image.Image]:
+    """A figure for each attention layer of a network, "G" or "D", under names such as "G_attn1".
+
+    Args:
+        images: (B, 3, S, S), what the network made or was shown.
+        attention: the layers' maps, (B, N, N) each.
+        step: for the title.
+    """
+    full_name = {"G": "Generator", "D": "Discriminator"}[network]
+    return {
+        f"{network}_attn{index}": attention_figure(images, maps, f"{full_name} attn{index} after step {step}")
+        for index, maps in enumerate(attention, start=1)
+    }
+
+
+def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Image:
     """A row for each image: the image with marked query points, then for each point what it looks at.
 
     Args:
@@ -40,20 +57,33 @@ def attention_figure(images: np.ndarray, attention: np.ndarray, title: str) -> I
         attention: (B, N, N), its rows summing to 1, over a grid of sqrt(N) x sqrt(N) positions.
         title: the figure's first line.
     """
+    attention = attention.cpu().numpy()
     side = math.isqrt(attention.shape[1])
     queries = [query_points(maps, len(MARKS)) for maps in attention]
-    header, footer = 58, 40
+    header, footer = 58, 48
     width = (TILE + GAP) * (1 + len(MARKS)) + GAP
     figure = Image.new("RGB", (width, header + len(images) * (TILE + GAP) + footer), PAPER)
     draw = ImageDraw.Draw(figure)
     draw.text((GAP, 8), title, INK, _font(17))
     draw.text((GAP, 33), "the image", FAINT, _font(13))
-    draw.text((TILE + 2 * GAP, 33), f"what each marked point looks at, on the layer's grid of {side} x {side} positions", FAINT, _font(13))
+    draw.text(
+        (TILE + 2 * GAP, 33),
+        f"what each marked point looks at, on a grid of {side} x {side} positions",
+        FAINT,
+        _font(13),
+    )
     for row, (pixels, maps, points) in enumerate(zip(to_pixels(images), attention, queries, strict=True)):
         image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
         tiles = [_mark(image, side, dict(zip(points, MARKS, strict=False)))]
-        tiles += [_mark(overlay(image, maps[point].reshape(side, side)), side, {point: colour})
-                  for point, colour in zip(points, MARKS, strict=False)]
+        tiles += [
+            _mark(
+                overlay(image, maps[point].reshape(side, side)),
+                side,
+                {point: colour},
+                label=f"{maps[point].max() * len(maps):.1f}x",
+            )
+            for point, colour in zip(points, MARKS, strict=False)
+        ]
         for column, tile in enumerate(tiles):
             figure.paste(tile, (GAP + column * (TILE + GAP), header + row * (TILE + GAP)))
     _draw_scale(figure, (TILE + 2 * GAP, figure.height - footer + 6))
@@ -63,8 +93,8 @@ def attention_figure(images: np.ndarray, attention: np.ndarray, title: str) -> I
 def query_points(maps: np.ndarray, count: int) -> list[int]:
     """The positions that tell most: their maps (N, N) differ most from the average map, and they lie apart.
 
-    Greedy: the position whose map has the largest Kullback-Leibler divergence from the mean map, then the next at least a
-    quarter of the image away from all so far. Returns up to `count` positions in 0 ... N-1.
+    Greedy: the position whose map has the largest Kullback-Leibler divergence from the mean map, then the next at least
+    a quarter of the image away from all so far. Returns up to `count` positions in 0 ... N-1.
     """
     side = math.isqrt(len(maps))
     maps = maps.astype(np.float64) + 1e-12
@@ -80,11 +110,11 @@ def query_points(maps: np.ndarray, count: int) -> list[int]:
 
 
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A map (H, W) laid over an RGB image in colour: scaled to its own maximum, the image dimmed so that both show."""
+    """A map (H, W) laid over an RGB image in colour, scaled to its own maximum; the image shows through in grey."""
     relative = Image.fromarray((heat / heat.max()).astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     strength = np.asarray(relative).clip(0, 1)[..., None]  # (S, S, 1)
-    grey = np.asarray(image.convert("L"), np.float32)[..., None]
-    blended = 0.55 * grey * (1 - strength) + _colour(strength[..., 0]) * (0.15 + 0.85 * strength)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    blended = 140 * grey * (1 - strength) + _colour(strength[..., 0]) * strength * (0.45 + 0.55 * grey)
     return Image.fromarray(blended.clip(0, 255).astype(np.uint8))
 
 
@@ -94,8 +124,8 @@ def _colour(strength: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(strength, stops, HEAT[:, channel]) for channel in range(3)], axis=-1)
 
 
-def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]]) -> Image.Image:
-    """A ring around each point's cell of the side x side grid."""
+def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]], label: str = "") -> Image.Image:
+    """A ring around each point's cell of the side x side grid, and a label in the corner away from the last."""
     marked = image.copy()
     draw = ImageDraw.Draw(marked)
     radius = 6
@@ -103,7 +133,13 @@ def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]]
         row, column = divmod(point, side)
         x, y = (column + 0.5) * image.width / side, (row + 0.5) * image.height / side
         for grow, ink, width in ((2, (0, 0, 0), 5), (1, colour, 3)):
-            draw.ellipse([x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow], outline=ink, width=width)
+            draw.ellipse(
+                [x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow], outline=ink, width=width
+            )
+    corner, anchor = (
+        ((4, image.height - 4), "ls") if x > image.width / 2 else ((image.width - 4, image.height - 4), "rs")
+    )
+    draw.text(corner, label, PAPER, _font(12), anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
     return marked
 
 
@@ -111,8 +147,14 @@ def _draw_scale(figure: Image.Image, corner: tuple[int, int]) -> None:
     """The colour scale with its meaning."""
     ramp = _colour(np.linspace(0, 1, TILE))[None].repeat(12, axis=0)
     figure.paste(Image.fromarray(ramp.astype(np.uint8)), corner)
-    text = "not at all  ...  most (each map scaled to its own maximum)"
-    ImageDraw.Draw(figure).text((corner[0] + TILE + GAP, corner[1] - 3), text, FAINT, _font(13))
+    draw = ImageDraw.Draw(figure)
+    for line, text in enumerate(
+        (
+            "dark: ignored; bright: the map's maximum. 2.0x: that maximum is twice",
+            "what looking at the whole image evenly would give",
+        )
+    ):
+        draw.text((corner[0] + TILE + GAP, corner[1] - 3 + 16 * line), text, FAINT, _font(13))
 
 
 def _font(size: int) -> ImageFont.ImageFont:

@@ -1,0 +1,73 @@
+"""What the tests share: small networks, a toy run in a temporary folder, the oracle's weights."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_loader import get_loader
+from image_sources import find_source
+from parameter import Config
+from trainer import Trainer
+
+torch.set_num_threads(1)  # small networks: a second thread costs more than it brings
+SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Configurations of small toy runs that write below a temporary folder."""
+
+    def make(**changes) -> Config:
+        paths = {name: str(tmp_path / name) for name in
+                 ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")}
+        return Config(**(SMALL | {"device": "cpu", "total_step": 3} | paths | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config):
+    """Trainers of small toy runs."""
+
+    def make(**changes) -> Trainer:
+        config = make_config(**changes)
+        torch.manual_seed(config.seed)
+        source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
+        loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
+                            seed=config.seed, hflip=config.hflip, device=config.device)
+        return Trainer(loader, config)
+
+    return make
+
+
+def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The oracle's draw for a tensor of that name: normal numbers, seeded by the name."""
+    random = np.random.RandomState(zlib.crc32(f"public/{key}".encode()))
+    return random.standard_normal(shape).astype("float32")
+
+
+def fill_as_oracle(network: torch.nn.Module) -> None:
+    """Gives a network the weights that the reference's numbers were recorded with."""
+    for key, tensor in network.state_dict().items():
+        values = np.asarray(draw(key, tuple(tensor.shape)))
+        if key.endswith(("_u", "_v")):
+            values = values / np.linalg.norm(values)
+        elif "running_var" in key:
+            values = np.abs(values) + 0.5
+        elif "num_batches_tracked" in key:
+            values = np.zeros_like(values)
+        elif "gamma" in key:
+            values = np.full_like(values, 0.5)
+        else:
+            values = 1 + 0.1 * values if ".1.weight" in key else 0.05 * values
+        tensor.copy_(torch.from_numpy(np.asarray(values)))
+
+
+@pytest.fixture(scope="session")
+def oracle() -> dict[str, np.ndarray]:
+    """Numbers recorded from the reference implementation at imsize 64, batch 4, float32 on a CPU."""
+    with np.load(Path(__file__).parent / "reference_64.npz") as file:
+        return dict(file)

@@ -1,0 +1,129 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from errors import UserError
+from sagan_models import Discriminator, Generator
+
+SIZES = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8)
+
+
+@pytest.fixture
+def networks():
+    return Generator(32, 16, 8).state_dict(), Discriminator(32, 8).state_dict()
+
+
+def save(folder, step, networks, state=True):
+    checkpoint.save(folder, step, *networks, {"step": step})
+    if not state:
+        (folder / f"{step}_state.pth").unlink()
+
+
+def test_round_trip(tmp_path, networks):
+    save(tmp_path, 7, networks)
+    loaded = checkpoint.load(tmp_path, "7", SIZES)
+    assert loaded.step == 7
+    assert loaded.state == {"step": 7}
+    for ours, theirs in zip(networks, (loaded.G, loaded.D), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7_D.pth", "7_G.pth", "7_state.pth"]
+
+
+def test_latest_is_the_newest_whole_one(tmp_path, networks):
+    for step in (9, 10, 100):
+        save(tmp_path, step, networks)
+    (tmp_path / "200_G.pth").write_bytes(b"a save that was killed")
+    assert checkpoint.load(tmp_path, "latest", SIZES).step == 100
+    save(tmp_path, 300, networks, state=False)  # killed before the state file
+    assert checkpoint.load(tmp_path, "latest", SIZES).step == 100
+
+
+def test_latest_takes_weights_alone_where_there_is_no_state(tmp_path, networks):
+    for step in (5, 20):
+        save(tmp_path, step, networks, state=False)
+    loaded = checkpoint.load(tmp_path, "latest", SIZES)
+    assert (loaded.step, loaded.state) == (20, None)
+
+
+def test_a_missing_step_lists_those_that_are_there(tmp_path, networks):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.load(tmp_path, "latest", SIZES)
+    for step in (10, 20):
+        save(tmp_path, step, networks)
+    with pytest.raises(UserError, match="10, 20"):
+        checkpoint.load(tmp_path, "15", SIZES)
+
+
+@pytest.mark.parametrize("name, value", [("imsize", 64), ("z_dim", 128), ("g_conv_dim", 64), ("d_conv_dim", 64)])
+def test_another_architecture_names_the_option(tmp_path, networks, name, value):
+    save(tmp_path, 1, networks)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path, "1", SIZES | {name: value})
+    assert f"--{name} {SIZES[name]} (this run: {value})" in str(error.value)
+    assert str(error.value).count("--") == 1
+
+
+@pytest.mark.parametrize("part", ["G", "D", "state"])
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 500), lambda path: os.truncate(path, 0),
+                                    lambda path: path.write_text("weights"), lambda path: torch.save([1], path)])
+def test_a_damaged_file_is_one_clear_line(tmp_path, networks, part, damage):
+    save(tmp_path, 1, networks)
+    damage(tmp_path / f"1_{part}.pth")
+    with pytest.raises(UserError, match=f"1_{part}.pth") as error:
+        checkpoint.load(tmp_path, "1", SIZES)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_something_else(tmp_path):
+    save(tmp_path, 1, ({"weight": torch.ones(2)}, {"weight": torch.ones(2)}))
+    with pytest.raises(UserError, match="does not hold SAGAN"):
+        checkpoint.load(tmp_path, "1", SIZES)
+
+
+def test_the_reference_s_parallel_prefix_is_taken_off(tmp_path, networks):
+    prefixed = [{f"module.{key}": value for key, value in weights.items()} for weights in networks]
+    save(tmp_path, 1, prefixed, state=False)
+    loaded = checkpoint.load(tmp_path, "1", SIZES)
+    assert loaded.G.keys() == networks[0].keys()
+    assert loaded.D.keys() == networks[1].keys()
+
+
+def test_files_of_the_old_torch_format_load(tmp_path, networks):
+    save(tmp_path, 1, networks, state=False)
+    for part, weights in zip("GD", networks, strict=True):
+        torch.save(weights, tmp_path / f"1_{part}.pth", _use_new_zipfile_serialization=False)
+    Generator(32, 16, 8).load_state_dict(checkpoint.load(tmp_path, "1", SIZES).G, strict=True)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, networks):
+    save(tmp_path, 1, networks)
+    for write in (lambda path, content: torch.save(content, path),
+                  lambda path, content: path.write_bytes(pickle.dumps(content))):
+        write(tmp_path / "1_G.pth", {"l1": Bomb(tmp_path / "ran")})
+        with pytest.raises(UserError, match="1_G.pth"):
+            checkpoint.load(tmp_path, "1", SIZES)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_save_that_fails_leaves_the_older_one_and_no_temporary_file(tmp_path, networks, monkeypatch):
+    save(tmp_path, 1, networks)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path, 2, *networks, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]

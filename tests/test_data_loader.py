@@ -1,0 +1,170 @@
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_loader
+from data_loader import get_loader, open_cache
+from errors import UserError
+from image_sources import Source, find_source
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A loader of 10 toy faces in batches of 4: two batches an epoch."""
+    return lambda **options: get_loader(find_source("toy", toy_num=10), 32, 4, **(dict(
+        cache_path=str(tmp_path / "cache"), num_workers=0) | options))
+
+
+def cache_folder(tmp_path):
+    (folder,) = (tmp_path / "cache").iterdir()
+    return folder
+
+
+def test_batches_are_scaled_as_the_reference_scales(toy):
+    batch = toy().batch(0)
+    assert batch.shape == (4, 3, 32, 32)
+    assert batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    raw = toy()._cache[0]
+    expected = (raw.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5  # ToTensor, Normalize(0.5, 0.5)
+    for image in batch:
+        assert min((image - candidate).abs().max() for candidate in expected) < 1e-6
+
+
+def test_an_epoch_shows_each_image_at_most_once_and_each_epoch_is_new(toy):
+    loader = toy()
+    assert len(loader) == 2
+    epochs = [torch.cat([loader.batch(2 * epoch), loader.batch(2 * epoch + 1)]) for epoch in range(3)]
+    for epoch in epochs:
+        assert len({image.numpy().tobytes() for image in epoch}) == 8
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_batch_is_a_function_of_seed_and_position(toy):
+    walked, jumped = iter(toy()), toy()
+    batches = [next(walked) for _ in range(6)]
+    for position in (5, 0, 3):
+        assert torch.equal(jumped.batch(position), batches[position])
+    assert not torch.equal(toy(seed=1).batch(5), batches[5])
+
+
+def test_hflip_mirrors_about_half_reproducibly(toy):
+    plain, flipped = toy(), toy(hflip=True)
+    mirrored = 0
+    for position in range(20):
+        for image, other in zip(plain.batch(position), flipped.batch(position), strict=True):
+            assert torch.equal(other, image) or torch.equal(other, image.flip(2))
+            mirrored += not torch.equal(other, image)
+    assert 20 < mirrored < 60
+    assert torch.equal(toy(hflip=True).batch(7), flipped.batch(7))
+
+
+def test_second_start_opens_the_cache_and_decodes_nothing(toy, tmp_path, monkeypatch):
+    first = toy().batch(0)
+    monkeypatch.setattr(data_loader, "_build_cache", None)
+    assert torch.equal(toy().batch(0), first)
+
+
+def test_worker_processes_give_the_same_cache(tmp_path):
+    source = find_source("toy", toy_num=600)  # three chunks
+    alone, _ = open_cache(source, 32, tmp_path / "alone", num_workers=0)
+    parallel, _ = open_cache(source, 32, tmp_path / "parallel", num_workers=2)
+    assert np.array_equal(alone, parallel)
+
+
+def test_cache_is_keyed_by_size_crop_and_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")
+    for size, crop in ((32, None), (64, None), (32, 16)):
+        open_cache(find_source("folder", str(tmp_path / "images"), crop), size, tmp_path / "cache", 0)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: os.truncate(folder / "images.bin", 100),
+    lambda folder: (folder / "images.bin").unlink(),
+    lambda folder: (folder / "info.json").unlink(),
+    lambda folder: (folder / "info.json").write_text("{"),
+    lambda folder: (folder / "info.json").write_text('{"count": "many"}'),
+    lambda folder: (folder / "info.json").write_bytes(b"\xff\xfe\x00"),
+    lambda folder: (folder / "info.json").write_text("[]"),
+])  # fmt: skip
+def test_a_damaged_cache_is_rebuilt(toy, tmp_path, damage):
+    first = toy().batch(0)
+    damage(cache_folder(tmp_path))
+    assert torch.equal(toy().batch(0), first)
+
+
+def test_a_killed_build_leaves_no_cache(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        toy().batch(0)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").iterdir())
+    assert toy().batch(0).shape == (4, 3, 32, 32)
+
+
+def test_what_a_killed_process_left_is_cleared_away_when_it_is_old(toy, tmp_path):
+    toy().batch(0)
+    folder = cache_folder(tmp_path)
+    for age, name in ((0, "live"), (2 * data_loader.STALE_SECONDS, "dead")):
+        leftover = folder.with_name(f"{folder.name}.building-{name}")
+        leftover.mkdir()
+        (leftover / "images.bin").write_bytes(b"half")
+        for path in (leftover / "images.bin", leftover):
+            os.utime(path, (time.time() - age,) * 2)
+    shutil.rmtree(folder)
+    toy().batch(0)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".building-live"}
+
+
+def make_images(folder, good):
+    folder.mkdir()
+    for number in range(good):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"good{number}.png")
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path):
+    make_images(tmp_path / "images", good=3)
+    (tmp_path / "images" / "text.jpg").write_text("not an image")
+    (tmp_path / "images" / "empty.png").touch()
+    os.symlink(tmp_path / "nowhere", tmp_path / "images" / "dangling.jpg")
+    whole = (tmp_path / "images" / "good0.png").read_bytes()
+    (tmp_path / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"),
+                        num_workers=0)  # fmt: skip
+    assert sorted(line.split(":")[0] for line in loader.skipped) == ["cut.png", "dangling.jpg", "empty.png", "text.jpg"]
+    assert len(loader._cache[0]) == 3
+    again = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"))
+    assert again.skipped == loader.skipped
+
+
+def test_fewer_images_than_a_batch_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="10 images"):
+        get_loader(find_source("toy", toy_num=10), 32, 11, cache_path=str(tmp_path))
+    make_images(tmp_path / "images", good=2)
+    (tmp_path / "images" / "text.jpg").write_text("not an image")
+    loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 3, cache_path=str(tmp_path), num_workers=0)
+    with pytest.raises(UserError, match="2 images"):
+        loader.batch(0)
+
+
+def fail(item, size):
+    raise OSError("broken")
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="none of the 3 images"):
+        open_cache(Source("folder", ["a", "b", "c"], fail, "x"), 32, tmp_path / "cache", 0)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match="--cache_path"):
+        open_cache(find_source("toy", toy_num=2), 32, tmp_path / "cache", 0)

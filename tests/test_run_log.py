@@ -1,0 +1,40 @@
+import json
+
+from PIL import Image
+
+from run_log import RunLog
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_are_written_at_once(tmp_path):
+    with RunLog(tmp_path, 0, use_tensorboard=False) as log:
+        log.scalars(10, {"d_loss": 1.5})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 10, "d_loss": 1.5}
+
+
+def test_a_continued_run_drops_the_lines_it_takes_again(tmp_path):
+    with RunLog(tmp_path, 0, use_tensorboard=False) as log:
+        for step in (10, 20, 30):
+            log.scalars(step, {})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4')  # cut off by a kill
+    with RunLog(tmp_path, 20, use_tensorboard=False) as log:
+        log.scalars(30, {})
+    assert steps(tmp_path) == [10, 20, 30]
+    with RunLog(tmp_path, 0, use_tensorboard=False):
+        pass
+    assert steps(tmp_path) == []
+
+
+def test_tensorboard_files_hold_scalars_and_images(tmp_path):
+    with RunLog(tmp_path, 0, use_tensorboard=True) as log:
+        log.scalars(10, {"d_loss": 1.5})
+        log.image(10, "samples/fake", Image.new("RGB", (8, 8)))
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"d_loss" in content
+    assert b"samples/fake" in content
+    assert b"PNG" in content

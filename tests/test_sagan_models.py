@@ -1,0 +1,157 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import draw, fill_as_oracle
+from losses import g_loss, hinge_d_loss
+from sagan_models import Discriminator, Generator, SelfAttention
+
+RELATIVE = 1e-4  # of each tensor's largest value
+# A bias before BatchNorm and a key's bias before softmax change nothing: what is recorded of them is rounding.
+WITHOUT_GRADIENT = re.compile(r"G_grad\w+/l\d\.0\.module\.bias|\w_grad\w+/attn\d\.key_conv\.bias")
+
+
+@pytest.fixture(scope="module")
+def replay(oracle):
+    """Our networks taken through what was recorded from the reference."""
+    G, D = Generator(), Discriminator()
+    fill_as_oracle(G)
+    fill_as_oracle(D)
+    z, real = torch.from_numpy(draw("z", (4, 128))), torch.from_numpy(draw("real", (4, 3, 64, 64)).clip(-1, 1))
+    ours = {}
+
+    def gradients(network, prefix):
+        for key, parameter in network.named_parameters():
+            ours[f"{prefix}_gradnorm/{key}"] = parameter.grad.double().norm().numpy()
+            ours[f"{prefix}_gradhead/{key}"] = parameter.grad.flatten()[:8].numpy()
+
+    image = G(z)
+    ours["g_image"] = image.detach().numpy()
+    ours |= {f"G_after/{key}": value.clone().numpy() for key, value in G.state_dict().items()}
+    real_logits = D(real)
+    d_loss_real, _ = hinge_d_loss(real_logits, real_logits)
+    d_loss_real.backward()
+    gradients(D, "D")
+    D.zero_grad()
+    fake_logits = D(image)
+    _, d_loss_fake = hinge_d_loss(fake_logits, fake_logits)
+    loss = g_loss(fake_logits)
+    loss.backward()
+    gradients(G, "G")
+    ours |= {"d_logits_real": real_logits.detach().numpy(), "d_loss_real": d_loss_real.item(),
+             "d_logits_fake_second_forward": fake_logits.detach().numpy(), "d_loss_fake": d_loss_fake.item(),
+             "g_loss": loss.item()}
+
+    # The maps: the same forwards, asked for them.
+    G, D = Generator(), Discriminator()
+    fill_as_oracle(G)
+    fill_as_oracle(D)
+    with torch.no_grad():
+        _, g_attn1, g_attn2 = G(z, return_attention=True)
+        _, d_attn1, d_attn2 = D(real, return_attention=True)
+    ours |= {"g_attn1_sum": g_attn1.sum(1).numpy(), "g_attn2_sum": g_attn2.sum(1).numpy(),
+             "g_attn1_row": g_attn1[:, 17].numpy(), "g_attn2_row": g_attn2[:, 333].numpy(),
+             "d_attn1_row": d_attn1[:, 5].numpy(), "d_attn2_row": d_attn2[:, 3].numpy()}
+    return ours
+
+
+def test_every_recorded_number_agrees_with_the_reference(oracle, replay):
+    compared = [key for key in oracle if not key.endswith("_keys")]
+    assert len(compared) == 136
+    for key in compared:
+        expected, actual = np.asarray(oracle[key], np.float64), np.asarray(replay[key], np.float64)
+        if WITHOUT_GRADIENT.fullmatch(key):
+            assert np.abs(actual).max() < 1e-6, key
+        else:
+            assert np.abs(actual - expected).max() <= RELATIVE * np.abs(expected).max(), key
+
+
+@pytest.mark.parametrize("network, prefix, parameters", [(Generator, "G", 3_832_885), (Discriminator, "D", 3_175_299)])
+def test_keys_shapes_and_parameter_counts_are_the_reference_s(oracle, network, prefix, parameters):
+    network = network()
+    ours = {f"{key} {tuple(value.shape)}" for key, value in network.state_dict().items()}
+    assert ours == set(oracle[f"{prefix}_keys"])
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+def test_reference_checkpoints_load_strictly():
+    """The reference keeps u and v as parameters and saves no BatchNorm counter under its old torch."""
+    for network in (Generator(), Discriminator()):
+        saved = {key: value for key, value in network.state_dict().items() if "num_batches_tracked" not in key}
+        network.load_state_dict(saved, strict=True)
+
+
+def shapes_of(network, x):
+    shapes = {}
+    for name, layer in network.named_children():
+        layer.register_forward_hook(lambda _, __, out, name=name: shapes.update(
+            {name: tuple((out[0] if isinstance(out, tuple) else out).shape)}))
+    network(x)
+    return shapes
+
+
+def test_shape_table_of_the_generator():
+    assert shapes_of(Generator(), torch.randn(2, 128)) == {
+        "l1": (2, 512, 4, 4), "l2": (2, 256, 8, 8), "l3": (2, 128, 16, 16), "attn1": (2, 128, 16, 16),
+        "l4": (2, 64, 32, 32), "attn2": (2, 64, 32, 32), "last": (2, 3, 64, 64)}
+
+
+def test_shape_table_of_the_discriminator():
+    assert shapes_of(Discriminator(), torch.randn(2, 3, 64, 64)) == {
+        "l1": (2, 64, 32, 32), "l2": (2, 128, 16, 16), "l3": (2, 256, 8, 8), "attn1": (2, 256, 8, 8),
+        "l4": (2, 512, 4, 4), "attn2": (2, 512, 4, 4), "last": (2, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+@pytest.mark.parametrize("conv_dim", [8, 24])
+def test_every_size_and_width(size, conv_dim):
+    G, D = Generator(size, 16, conv_dim), Discriminator(size, conv_dim)
+    images, g1, g2 = G(torch.randn(2, 16), return_attention=True)
+    logits, d1, d2 = D(images, return_attention=True)
+    assert images.shape == (2, 3, size, size)
+    assert logits.shape == (2,)
+    assert [g1.shape[1], g2.shape[1]] == ([64, 256] if size == 32 else [256, 1024])
+    assert [d1.shape[1], d2.shape[1]] == [64, 16]
+    assert D(images[:1]).shape == (1,)
+
+
+def test_maps_are_distributions_and_asking_for_them_changes_nothing():
+    torch.manual_seed(0)
+    G = Generator(32, 16, 8).eval()
+    torch.nn.init.constant_(G.attn1.gamma, 0.7)
+    torch.nn.init.constant_(G.attn2.gamma, -0.7)
+    z = torch.randn(3, 16)
+    images, *maps = G(z, return_attention=True)
+    torch.testing.assert_close(images, G(z))
+    for attention in maps:
+        assert (attention >= 0).all()
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:2]))
+
+
+def test_attention_is_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    layer = SelfAttention(16)
+    torch.nn.init.constant_(layer.gamma, 0.3)
+    x = torch.randn(2, 16, 4, 5)
+    query, key, value = (convolution(x).flatten(2) for convolution in
+                         (layer.query_conv, layer.key_conv, layer.value_conv))
+    attention = torch.softmax(torch.einsum("bci,bcj->bij", query, key), dim=2)
+    expected = 0.3 * torch.einsum("bcj,bij->bci", value, attention).reshape(x.shape) + x
+    out, given = layer(x, return_attention=True)
+    torch.testing.assert_close(given, attention)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_attention_starts_as_the_identity():
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(SelfAttention(16)(x)[0], x)
+
+
+@pytest.mark.parametrize("arguments", [dict(image_size=48), dict(conv_dim=12), dict(conv_dim=0)])
+def test_impossible_networks_are_refused(arguments):
+    for network in (Generator, Discriminator):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            network(**arguments)

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spectral import SpectralNorm
+
+LAYERS = [lambda: nn.Conv2d(6, 10, 3), lambda: nn.ConvTranspose2d(6, 10, 4, 2, 1), lambda: nn.Linear(7, 5)]
+
+
+def inputs_for(layer):
+    return torch.randn(2, 7) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 8, 8)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_sigma_converges_to_the_largest_singular_value(make):
+    torch.manual_seed(0)
+    layer = SpectralNorm(make())
+    matrix = layer.module.weight_bar.detach().flatten(1)
+    for _ in range(200):
+        layer(inputs_for(layer.module))
+    assert layer.sigma().item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-4)
+
+
+def test_transposed_convolution_has_its_input_channels_as_rows():
+    layer = SpectralNorm(nn.ConvTranspose2d(6, 10, 4))
+    assert layer.module.weight_u.shape == (6,)
+    assert layer.module.weight_v.shape == (10 * 4 * 4,)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_one_forward_is_the_published_iteration(iterations):
+    torch.manual_seed(1)
+    layer = SpectralNorm(nn.Linear(7, 5), power_iterations=iterations)
+    weight, u = layer.module.weight_bar.detach().clone(), layer.module.weight_u.clone()
+    for _ in range(iterations):
+        v = weight.t() @ u
+        v = v / (v.norm() + 1e-12)
+        u = weight @ v
+        u = u / (u.norm() + 1e-12)
+    x = torch.randn(3, 7)
+    expected = x @ (weight / (u @ weight @ v)).t() + layer.module.bias
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.module.weight_u, u)
+    torch.testing.assert_close(layer.module.weight_v, v)
+
+
+def test_evaluation_leaves_the_vectors_alone():
+    layer = SpectralNorm(nn.Linear(7, 5))
+    layer(torch.randn(3, 7))
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    first, second = layer(torch.ones(1, 7)), layer(torch.ones(1, 7))
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_two_forwards_before_one_backward_have_exact_gradients():
+    """The reference lets the first forward's gradient use the second one's vectors: 5% off."""
+    torch.manual_seed(0)
+    layer = SpectralNorm(nn.Linear(7, 5, bias=False))
+    x, y = torch.randn(3, 7), torch.randn(3, 7)
+    weight = layer.module.weight_bar.detach().clone().requires_grad_()
+    total = 0
+    for data in (x, y):
+        state = layer.module.weight_u, layer.module.weight_v
+        layer(data)  # moves u and v to what this forward uses
+        u, v = (vector.clone() for vector in state)
+        total = total + (data @ (weight / (u @ weight @ v)).t()).square().sum()
+    (expected,) = torch.autograd.grad(total, weight)
+
+    torch.manual_seed(0)
+    layer = SpectralNorm(nn.Linear(7, 5, bias=False))
+    (layer(x).square().sum() + layer(y).square().sum()).backward()
+    torch.testing.assert_close(layer.module.weight_bar.grad, expected)
+
+
+def test_keys_are_the_reference_s_and_vectors_are_buffers():
+    layer = SpectralNorm(nn.Conv2d(3, 8, 4))
+    assert set(layer.state_dict()) == {"module.weight_bar", "module.weight_u", "module.weight_v", "module.bias"}
+    assert {name for name, _ in layer.named_parameters()} == {"module.weight_bar", "module.bias"}
+
+
+def test_survives_deepcopy_after_a_forward_with_gradients():
+    layer = SpectralNorm(nn.Linear(7, 5))
+    layer(torch.randn(3, 7))
+    copy.deepcopy(layer)
+
+
+def test_a_zero_weight_gives_no_nan_vectors():
+    layer = SpectralNorm(nn.Linear(7, 5))
+    nn.init.zeros_(layer.module.weight_bar)
+    layer(torch.randn(3, 7))
+    assert torch.isfinite(layer.module.weight_u).all()
+
+
+def test_rejects_no_iterations():
+    with pytest.raises(ValueError, match="power_iterations"):
+        SpectralNorm(nn.Linear(2, 2), power_iterations=0)

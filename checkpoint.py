@@ -6,6 +6,7 @@ and `500_state.pth` with all else the next step depends on. The state file is wr
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def _list(steps: list[int]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the file was pickled: nothing the user can put right
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by what is wrong with the file

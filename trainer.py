@@ -11,6 +11,7 @@ import dataclasses
 import json
 import signal
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from parameter import Config
 from run_log import RunLog
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
-from utils import EMA, StopSignals, derive_seed, evaluating, memory_mib, pick_device
+from utils import EMA, StopSignals, check_writable, derive_seed, evaluating, memory_mib, pick_device
 from visualize import attention_figures, sample_grid
 
 STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
@@ -207,16 +208,16 @@ class Trainer:
     def _prepare(self) -> None:
         """Makes the folders, writes down the configuration, opens the data."""
         config = self.config
-        for folder in config.folders.values():
-            try:
+        for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
+            check_writable(folder)  # all of them before the first is made
+        try:
+            for folder in config.folders.values():
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
-            except OSError as error:
-                raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+            resolved = json.dumps(dataclasses.asdict(config), indent=2)
+            (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {error.filename}: {error.strerror}") from error
         print(config.summary())
-        resolved = json.dumps(dataclasses.asdict(config), indent=2)
-        (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
         if self.loader.skipped:
             path = config.log_folder / "skipped_images.txt"
             path.write_text("\n".join(self.loader.skipped) + "\n", encoding="utf-8")

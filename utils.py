@@ -2,10 +2,12 @@
 
 import copy
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -35,6 +37,19 @@ def pick_device(name: str) -> torch.device:
             "--device auto takes what there is"
         )
     return device
+
+
+def check_writable(folder: Path) -> None:
+    """Looks whether a folder can be written or made, without making it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {existing} is read-only for this user")
 
 
 def tune_malloc() -> None:

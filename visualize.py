@@ -110,8 +110,13 @@ def query_points(maps: np.ndarray, count: int) -> list[int]:
 
 
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A map (H, W) laid over an RGB image in colour, scaled to its own maximum; the image shows through in grey."""
-    relative = Image.fromarray((heat / heat.max()).astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    """A map (H, W) laid over an RGB image in colour; the image shows through in grey.
+
+    Brightness is the square root of the share of the map's maximum: trained maps are so peaked that without it a few
+    dots would be all that shows.
+    """
+    relative = Image.fromarray(np.sqrt(heat / heat.max()).astype(np.float32))
+    relative = relative.resize(image.size, Image.Resampling.BILINEAR)
     strength = np.asarray(relative).clip(0, 1)[..., None]  # (S, S, 1)
     grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
     blended = 140 * grey * (1 - strength) + _colour(strength[..., 0]) * strength * (0.45 + 0.55 * grey)
@@ -150,8 +155,8 @@ def _draw_scale(figure: Image.Image, corner: tuple[int, int]) -> None:
     draw = ImageDraw.Draw(figure)
     for line, text in enumerate(
         (
-            "dark: ignored; bright: the map's maximum. 2.0x: that maximum is twice",
-            "what looking at the whole image evenly would give",
+            "dark: ignored; bright: the map's maximum; halfway: a quarter of it.",
+            "2.0x: that maximum is twice what looking evenly at the whole image gives.",
         )
     ):
         draw.text((corner[0] + TILE + GAP, corner[1] - 3 + 16 * line), text, FAINT, _font(13))

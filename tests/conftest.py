@@ -21,8 +21,10 @@ def make_config(tmp_path):
     """Configurations of small toy runs that write below a temporary folder."""
 
     def make(**changes) -> Config:
-        paths = {name: str(tmp_path / name) for name in
-                 ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")}
+        paths = {
+            name: str(tmp_path / name)
+            for name in ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
+        }
         return Config(**(SMALL | {"device": "cpu", "total_step": 3} | paths | changes))
 
     return make
@@ -36,8 +38,16 @@ def make_trainer(make_config):
         config = make_config(**changes)
         torch.manual_seed(config.seed)
         source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
-        loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                            seed=config.seed, hflip=config.hflip, device=config.device)
+        loader = get_loader(
+            source,
+            config.imsize,
+            config.batch_size,
+            cache_path=config.cache_path,
+            num_workers=0,
+            seed=config.seed,
+            hflip=config.hflip,
+            device=config.device,
+        )
         return Trainer(loader, config)
 
     return make

@@ -68,8 +68,15 @@ def test_another_architecture_names_the_option(tmp_path, networks, name, value):
 
 
 @pytest.mark.parametrize("part", ["G", "D", "state"])
-@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 500), lambda path: os.truncate(path, 0),
-                                    lambda path: path.write_text("weights"), lambda path: torch.save([1], path)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 500),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_text("weights"),
+        lambda path: torch.save([1], path),
+    ],
+)
 def test_a_damaged_file_is_one_clear_line(tmp_path, networks, part, damage):
     save(tmp_path, 1, networks)
     damage(tmp_path / f"1_{part}.pth")
@@ -109,10 +116,12 @@ class Bomb:
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path, networks):
     save(tmp_path, 1, networks)
-    for write in (lambda path, content: torch.save(content, path),
-                  lambda path, content: path.write_bytes(pickle.dumps(content))):
+    for write in (
+        lambda path, content: torch.save(content, path),
+        lambda path, content: path.write_bytes(pickle.dumps(content)),
+    ):
         write(tmp_path / "1_G.pth", {"l1": Bomb(tmp_path / "ran")})
-        with pytest.raises(UserError, match="1_G.pth"):
+        with pytest.raises(UserError, match=r"1_G\.pth"):
             checkpoint.load(tmp_path, "1", SIZES)
     assert not (tmp_path / "ran").exists()
 

@@ -17,8 +17,9 @@ from image_sources import Source, find_source
 @pytest.fixture
 def toy(tmp_path):
     """A loader of 10 toy faces in batches of 4: two batches an epoch."""
-    return lambda **options: get_loader(find_source("toy", toy_num=10), 32, 4, **(dict(
-        cache_path=str(tmp_path / "cache"), num_workers=0) | options))
+    return lambda **options: get_loader(
+        find_source("toy", toy_num=10), 32, 4, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)
+    )
 
 
 def cache_folder(tmp_path):

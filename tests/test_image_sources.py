@@ -160,7 +160,7 @@ def write_cifar10(root):
 
 
 def test_cifar10(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):
+    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz"):
         find_source("cifar10", str(tmp_path))
     write_cifar10(tmp_path)
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
@@ -174,7 +174,10 @@ def test_lsun(tmp_path):
     with pytest.raises(UserError, match="church_outdoor_train_lmdb"):
         find_source("lsun", str(tmp_path))
     lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=2**24) as base, base.begin(write=True) as entry:
+    with (
+        lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=2**24) as base,
+        base.begin(write=True) as entry,
+    ):
         for number in range(3):
             file = io.BytesIO()
             picture(90, 60, seed=number).save(file, "webp", lossless=True)

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 import torch
-
 from conftest import draw, fill_as_oracle
+
 from losses import g_loss, hinge_d_loss
 from sagan_models import Discriminator, Generator, SelfAttention
 
@@ -40,9 +40,13 @@ def replay(oracle):
     loss = g_loss(fake_logits)
     loss.backward()
     gradients(G, "G")
-    ours |= {"d_logits_real": real_logits.detach().numpy(), "d_loss_real": d_loss_real.item(),
-             "d_logits_fake_second_forward": fake_logits.detach().numpy(), "d_loss_fake": d_loss_fake.item(),
-             "g_loss": loss.item()}
+    ours |= {
+        "d_logits_real": real_logits.detach().numpy(),
+        "d_loss_real": d_loss_real.item(),
+        "d_logits_fake_second_forward": fake_logits.detach().numpy(),
+        "d_loss_fake": d_loss_fake.item(),
+        "g_loss": loss.item(),
+    }
 
     # The maps: the same forwards, asked for them.
     G, D = Generator(), Discriminator()
@@ -51,9 +55,14 @@ def replay(oracle):
     with torch.no_grad():
         _, g_attn1, g_attn2 = G(z, return_attention=True)
         _, d_attn1, d_attn2 = D(real, return_attention=True)
-    ours |= {"g_attn1_sum": g_attn1.sum(1).numpy(), "g_attn2_sum": g_attn2.sum(1).numpy(),
-             "g_attn1_row": g_attn1[:, 17].numpy(), "g_attn2_row": g_attn2[:, 333].numpy(),
-             "d_attn1_row": d_attn1[:, 5].numpy(), "d_attn2_row": d_attn2[:, 3].numpy()}
+    ours |= {
+        "g_attn1_sum": g_attn1.sum(1).numpy(),
+        "g_attn2_sum": g_attn2.sum(1).numpy(),
+        "g_attn1_row": g_attn1[:, 17].numpy(),
+        "g_attn2_row": g_attn2[:, 333].numpy(),
+        "d_attn1_row": d_attn1[:, 5].numpy(),
+        "d_attn2_row": d_attn2[:, 3].numpy(),
+    }
     return ours
 
 
@@ -86,22 +95,37 @@ def test_reference_checkpoints_load_strictly():
 def shapes_of(network, x):
     shapes = {}
     for name, layer in network.named_children():
-        layer.register_forward_hook(lambda _, __, out, name=name: shapes.update(
-            {name: tuple((out[0] if isinstance(out, tuple) else out).shape)}))
+        layer.register_forward_hook(
+            lambda _, __, out, name=name: shapes.update(
+                {name: tuple((out[0] if isinstance(out, tuple) else out).shape)}
+            )
+        )
     network(x)
     return shapes
 
 
 def test_shape_table_of_the_generator():
     assert shapes_of(Generator(), torch.randn(2, 128)) == {
-        "l1": (2, 512, 4, 4), "l2": (2, 256, 8, 8), "l3": (2, 128, 16, 16), "attn1": (2, 128, 16, 16),
-        "l4": (2, 64, 32, 32), "attn2": (2, 64, 32, 32), "last": (2, 3, 64, 64)}
+        "l1": (2, 512, 4, 4),
+        "l2": (2, 256, 8, 8),
+        "l3": (2, 128, 16, 16),
+        "attn1": (2, 128, 16, 16),
+        "l4": (2, 64, 32, 32),
+        "attn2": (2, 64, 32, 32),
+        "last": (2, 3, 64, 64),
+    }
 
 
 def test_shape_table_of_the_discriminator():
     assert shapes_of(Discriminator(), torch.randn(2, 3, 64, 64)) == {
-        "l1": (2, 64, 32, 32), "l2": (2, 128, 16, 16), "l3": (2, 256, 8, 8), "attn1": (2, 256, 8, 8),
-        "l4": (2, 512, 4, 4), "attn2": (2, 512, 4, 4), "last": (2, 1, 1, 1)}
+        "l1": (2, 64, 32, 32),
+        "l2": (2, 128, 16, 16),
+        "l3": (2, 256, 8, 8),
+        "attn1": (2, 256, 8, 8),
+        "l4": (2, 512, 4, 4),
+        "attn2": (2, 512, 4, 4),
+        "last": (2, 1, 1, 1),
+    }
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -135,8 +159,9 @@ def test_attention_is_the_formula_of_the_paper():
     layer = SelfAttention(16)
     torch.nn.init.constant_(layer.gamma, 0.3)
     x = torch.randn(2, 16, 4, 5)
-    query, key, value = (convolution(x).flatten(2) for convolution in
-                         (layer.query_conv, layer.key_conv, layer.value_conv))
+    query, key, value = (
+        convolution(x).flatten(2) for convolution in (layer.query_conv, layer.key_conv, layer.value_conv)
+    )
     attention = torch.softmax(torch.einsum("bci,bcj->bij", query, key), dim=2)
     expected = 0.3 * torch.einsum("bcj,bij->bci", value, attention).reshape(x.shape) + x
     out, given = layer(x, return_attention=True)

@@ -6,7 +6,7 @@ import torch
 
 from errors import UserError
 from sagan_models import Generator
-from utils import EMA, StopSignals, derive_seed, evaluating, memory_mib, pick_device, tune_malloc
+from utils import EMA, StopSignals, check_writable, derive_seed, evaluating, memory_mib, pick_device, tune_malloc
 
 
 def test_devices():
@@ -20,6 +20,14 @@ def test_devices():
 def test_cuda_without_one():
     with pytest.raises(UserError, match="--device cuda"):
         pick_device("cuda")
+
+
+def test_writable_folders(tmp_path):
+    check_writable(tmp_path / "new" / "newer")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_writable(tmp_path / "file" / "below")
 
 
 def test_seeds_are_distinct_and_stable():

@@ -3,7 +3,17 @@ import pytest
 import torch
 from PIL import Image
 
-from visualize import GAP, MARKS, TILE, attention_figure, attention_figures, overlay, query_points, sample_grid, to_pixels
+from visualize import (
+    GAP,
+    MARKS,
+    TILE,
+    attention_figure,
+    attention_figures,
+    overlay,
+    query_points,
+    sample_grid,
+    to_pixels,
+)
 
 
 def test_pixels():

@@ -1,0 +1,168 @@
+"""The program as its users run it: one whole run in a process of its own, and every mistake they may make."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from sagan_models import Discriminator, Generator
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--imsize",
+    "32",
+    "--z_dim",
+    "16",
+    "--g_conv_dim",
+    "8",
+    "--d_conv_dim",
+    "8",
+    "--batch_size",
+    "4",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
+TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
+
+
+def start(folder, *words):
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, *words):
+    process = start(folder, *words)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def test_the_main_job_from_images_to_samples_and_on(tmp_path):
+    """A folder of images, the real network, two worker processes, a stop and a continuation."""
+    for number in range(300):
+        path = tmp_path / "data" / f"{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 80), (number % 256, 100, 50)).save(path)
+    (tmp_path / "data" / "bad.jpg").write_text("no image")
+    words = ["--dataset", "folder", "--batch_size", "4", "--total_step", "2", "--sample_step", "1", "--log_step", "1",
+             "--use_tensorboard", "true", "--device", "cpu"]  # fmt: skip
+    code, out, err = run(tmp_path, *words)
+    assert code == 0, err
+    assert "imsize 64" in out
+    assert "1 images could not be read" in err
+    for path in ("samples/sagan_celeb/real.png", "samples/sagan_celeb/2_fake.png", "samples/sagan_celeb/2_ema.png",
+                 "attn/sagan_celeb/2_G_attn2.png", "attn/sagan_celeb/2_D_attn1.png", "models/sagan_celeb/2_G.pth",
+                 "models/sagan_celeb/2_D.pth", "models/sagan_celeb/2_state.pth", "logs/sagan_celeb/config.json",
+                 "logs/sagan_celeb/metrics.jsonl", "logs/sagan_celeb/skipped_images.txt"):  # fmt: skip
+        assert (tmp_path / path).stat().st_size > 0, path
+    Generator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_G.pth", weights_only=True), strict=True)
+    Discriminator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_D.pth", weights_only=True), strict=True)
+
+    code, out, err = run(tmp_path, *words, "--total_step", "3", "--pretrained_model", "latest")
+    assert code == 0, err
+    assert "decoding" not in err  # the cache was opened
+    lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+    code, out, err = run(tmp_path, "--train", "false", "--device", "cpu")
+    assert code == 0, err
+    assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, code):
+    process = start(tmp_path, *TOY, "--log_step", "1")
+    metrics = tmp_path / "logs/sagan_celeb/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "--pretrained_model latest" in out
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
+
+
+@pytest.fixture
+def fail(tmp_path, monkeypatch, capfd):
+    """Runs `main` in an empty folder and returns its one line of complaint."""
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*words):
+        monkeypatch.setattr(sys, "argv", ["main.py", *words])
+        before = sorted(tmp_path.rglob("*"))
+        assert main.main() == 2
+        err = capfd.readouterr().err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return err
+
+    return fail
+
+
+def test_no_data(fail, tmp_path):
+    complaint = fail(*SMALL)
+    for words in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):
+        assert words in complaint
+    (tmp_path / "data").mkdir()
+    assert "no image" in fail(*SMALL, "--dataset", "folder")
+
+
+def test_fewer_images_than_a_batch(fail):
+    assert "3 images" in fail(*SMALL, "--dataset", "toy", "--toy_num", "3")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_one(fail):
+    assert "--device auto" in fail(*TOY, "--device", "cuda")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that not even root can write")
+def test_a_folder_that_cannot_be_written(fail):
+    assert "/proc/samples" in fail(*TOY, "--sample_path", "/proc/samples")
+
+
+@pytest.mark.parametrize("option", ["sample_path", "attn_path", "model_save_path", "log_path", "cache_path"])
+def test_a_path_that_is_a_file(fail, tmp_path, option):
+    (tmp_path / "file").touch()
+    assert "file is a file" in fail(*TOY, f"--{option}", "file")
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, capfd):
+    """A folder with the checkpoint of a finished run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
+    assert main.main() == 0
+    capfd.readouterr()
+    return tmp_path / "models" / "sagan_celeb"
+
+
+def test_a_step_that_is_not_there(fail):
+    assert "no checkpoint" in fail(*TOY, "--pretrained_model", "7")
+
+
+def test_a_step_that_is_not_among_those_there(trained, fail):
+    assert "which has 2" in fail(*TOY, "--pretrained_model", "7")
+
+
+def test_a_checkpoint_of_another_architecture(trained, fail):
+    assert "--z_dim 16 (this run: 8)" in fail(*TOY, "--z_dim", "8", "--pretrained_model", "latest")
+
+
+@pytest.mark.parametrize("part", ["G", "D", "state"])
+def test_a_truncated_checkpoint(trained, fail, part):
+    os.truncate(trained / f"2_{part}.pth", 1000)
+    assert f"2_{part}.pth is damaged" in fail(*TOY, "--pretrained_model", "2")

@@ -41,7 +41,8 @@ def test_booleans(word, value):
     ("--adv_loss lsgan", "wgan-gp"), ("--dataset imagenet", "toy"), ("--model biggan", "sagan"),
     ("--train maybe", "true or false"), ("--device gpu", "cuda"), ("--pretrained_model last", "latest"),
     ("--version a/b", "version"), ("--version ..", "version"), ("--no_such_option 1", "no_such_option"),
-    ("--batch 3", "--batch"), ("--seed", "seed"), ("--lr_schedule cosine", "linear"), ("--num_workers -1", "num_workers"),
+    ("--batch 3", "--batch"), ("--seed", "seed"), ("--lr_schedule cosine", "linear"),
+    ("--num_workers -1", "num_workers"),
     ("--model_save_step 0", "model_save_step"), ("--sample_step 0", "sample_step"), ("--crop_size 0", "crop_size"),
     ("stray", "stray"), ("--ema_decay 1", "ema_decay"), ("--n_critic 0", "n_critic"), ("--log_step -1", "log_step"),
 ])  # fmt: skip

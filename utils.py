@@ -80,7 +80,7 @@ def memory_mib(device: torch.device) -> float:
 
 def derive_seed(*numbers: int) -> int:
     """One well-mixed seed from several numbers, such as a run's seed and a step."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager

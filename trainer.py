@@ -10,6 +10,7 @@ position in the data: a run that was stopped and continued takes the same steps 
 import dataclasses
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -121,7 +122,13 @@ class Trainer:
         with (
             StopSignals() as stop,
             RunLog(config.log_folder, self.step, config.use_tensorboard) as self.log,
-            tqdm(total=config.total_step, initial=self.step, bar_format=BAR, dynamic_ncols=True) as self.bar,
+            tqdm(
+                total=config.total_step,
+                initial=self.step,
+                bar_format=BAR,
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file is not a terminal
+            ) as self.bar,
         ):
             self.logged_at = (time.perf_counter(), self.step)
             while self.step < config.total_step and stop.received is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 MARKS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one colour for each query point
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
-TILE, GAP = 144, 8  # pixels
+TILE, GAP, CAPTION = 144, 8, 16  # pixels
 INK, FAINT, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 
@@ -62,7 +62,7 @@ def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Ima
     queries = [query_points(maps, len(MARKS)) for maps in attention]
     header, footer = 58, 48
     width = (TILE + GAP) * (1 + len(MARKS)) + GAP
-    figure = Image.new("RGB", (width, header + len(images) * (TILE + GAP) + footer), PAPER)
+    figure = Image.new("RGB", (width, header + len(images) * (TILE + CAPTION + GAP) + footer), PAPER)
     draw = ImageDraw.Draw(figure)
     draw.text((GAP, 8), title, INK, _font(17))
     draw.text((GAP, 33), "the image", FAINT, _font(13))
@@ -74,18 +74,12 @@ def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Ima
     )
     for row, (pixels, maps, points) in enumerate(zip(to_pixels(images), attention, queries, strict=True)):
         image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
-        tiles = [_mark(image, side, dict(zip(points, MARKS, strict=False)))]
-        tiles += [
-            _mark(
-                overlay(image, maps[point].reshape(side, side)),
-                side,
-                {point: colour},
-                label=f"{maps[point].max() * len(maps):.1f}x",
-            )
-            for point, colour in zip(points, MARKS, strict=False)
-        ]
-        for column, tile in enumerate(tiles):
-            figure.paste(tile, (GAP + column * (TILE + GAP), header + row * (TILE + GAP)))
+        top = header + row * (TILE + CAPTION + GAP)
+        figure.paste(_mark(image, side, dict(zip(points, MARKS, strict=False))), (GAP, top))
+        for column, (point, colour) in enumerate(zip(points, MARKS, strict=False), start=1):
+            left = GAP + column * (TILE + GAP)
+            figure.paste(_mark(overlay(image, maps[point].reshape(side, side)), side, {point: colour}), (left, top))
+            draw.text((left, top + TILE + 1), f"{maps[point].max() * len(maps):.1f}x", FAINT, _font(12))
     _draw_scale(figure, (TILE + 2 * GAP, figure.height - footer + 6))
     return figure
 
@@ -94,12 +88,15 @@ def query_points(maps: np.ndarray, count: int) -> list[int]:
     """The positions that tell most: their maps (N, N) differ most from the average map, and they lie apart.
 
     Greedy: the position whose map has the largest Kullback-Leibler divergence from the mean map, then the next at least
-    a quarter of the image away from all so far. Returns up to `count` positions in 0 ... N-1.
+    a quarter of the image away from all so far. Positions at the border, where the padding of the convolutions makes
+    maps of their own, are left out. Returns up to `count` positions in 0 ... N-1.
     """
     side = math.isqrt(len(maps))
     maps = maps.astype(np.float64) + 1e-12
     score = (maps * np.log(maps / maps.mean(axis=0))).sum(axis=1)
     rows, columns = np.divmod(np.arange(len(maps)), side)
+    margin = side // 8
+    score[np.minimum.reduce([rows, columns, side - 1 - rows, side - 1 - columns]) < margin] = -np.inf
     chosen: list[int] = []
     while len(chosen) < count and np.isfinite(score).any():
         best = int(score.argmax())
@@ -116,10 +113,10 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     dots would be all that shows.
     """
     relative = Image.fromarray(np.sqrt(heat / heat.max()).astype(np.float32))
-    relative = relative.resize(image.size, Image.Resampling.BILINEAR)
+    relative = relative.resize(image.size, Image.Resampling.BOX)  # the cells as they are: a peak stays visible
     strength = np.asarray(relative).clip(0, 1)[..., None]  # (S, S, 1)
     grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    blended = 140 * grey * (1 - strength) + _colour(strength[..., 0]) * strength * (0.45 + 0.55 * grey)
+    blended = 140 * grey * (1 - strength) + _colour(strength[..., 0]) * strength * (0.6 + 0.4 * grey)
     return Image.fromarray(blended.clip(0, 255).astype(np.uint8))
 
 
@@ -129,8 +126,8 @@ def _colour(strength: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(strength, stops, HEAT[:, channel]) for channel in range(3)], axis=-1)
 
 
-def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]], label: str = "") -> Image.Image:
-    """A ring around each point's cell of the side x side grid, and a label in the corner away from the last."""
+def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]]) -> Image.Image:
+    """A ring around each point's cell of the side x side grid."""
     marked = image.copy()
     draw = ImageDraw.Draw(marked)
     radius = 6
@@ -141,10 +138,6 @@ def _mark(image: Image.Image, side: int, points: dict[int, tuple[int, int, int]]
             draw.ellipse(
                 [x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow], outline=ink, width=width
             )
-    corner, anchor = (
-        ((4, image.height - 4), "ls") if x > image.width / 2 else ((image.width - 4, image.height - 4), "rs")
-    )
-    draw.text(corner, label, PAPER, _font(12), anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
     return marked
 
 

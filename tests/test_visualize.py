@@ -32,14 +32,21 @@ def test_grid(count, columns, rows):
 
 def test_query_points_are_where_maps_differ_and_lie_apart():
     maps = np.full((256, 256), 1 / 256)
-    for point in (17, 100, 240):
+    for point in (40, 100, 200):
         maps[point] = np.eye(256)[point]
     points = query_points(maps, 3)
-    assert set(points) == {17, 100, 240}
+    assert set(points) == {40, 100, 200}
     rows, columns = np.divmod(query_points(np.random.default_rng(0).dirichlet(np.ones(64), 64), 4), 8)
     for i in range(4):
         for j in range(i):
             assert (rows[i] - rows[j]) ** 2 + (columns[i] - columns[j]) ** 2 >= 4
+
+
+def test_query_points_leave_the_border_out():
+    points = np.array(query_points(np.random.default_rng(0).dirichlet(np.ones(256), 256), 4))
+    assert len(points) == 4
+    assert (points // 16 >= 2).all() and (points // 16 < 14).all()
+    assert (points % 16 >= 2).all() and (points % 16 < 14).all()
 
 
 def test_overlay_is_bright_where_the_map_is():

@@ -108,6 +108,16 @@ class Config:
         matches(r"auto|cpu|cuda(:\d+)?|mps", "auto, cpu, cuda, cuda:N or mps"),
         group="Machine",
     )
+    precision: str = option(
+        "auto",
+        "arithmetic of the networks: auto is bf16 on a GPU that has it, fp32 elsewhere",
+        one_of("auto", "fp32", "tf32", "bf16"),
+    )
+    cuda_graph: str = option(
+        "auto",
+        "on CUDA, replay the step as one recorded graph; auto steps aside where that cannot be done",
+        one_of("auto", "true", "false"),
+    )
     parallel: bool = option(False, "split each batch over all visible GPUs")
     tune_malloc: bool = option(True, "on a CPU under Linux, keep freed memory for the next step: faster")
 

@@ -8,11 +8,13 @@ Both hold their layers in the order they run in, so that the constructor reads a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import attend, attention_map
 from spectral import SpectralNorm
 
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -38,37 +40,53 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, C, H, W) -> out (B, C, H, W) and, when asked for, the map A (B, N, N), else None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i looks at position j. Without the map the fused kernels run, which never
-        hold an N x N array; they have no double backward, the path with the map has.
+        ``A[b, i, j]`` is how much position i looks at position j. The path without the map is faster; the path with it
+        can be differentiated twice.
         """
         batch, channels, height, width = x.shape
-        query = self.query_conv(x).flatten(2).transpose(1, 2)  # (B, N, C/8)
-        key = self.key_conv(x).flatten(2).transpose(1, 2)  # (B, N, C/8)
-        value = self.value_conv(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        convolutions = (self.query_conv, self.key_conv, self.value_conv)
+        weight = torch.cat([convolution.weight for convolution in convolutions])  # one convolution reads x once
+        bias = torch.cat([convolution.bias for convolution in convolutions])
+        projected = F.conv2d(x, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C/8 + C/8 + C)
+        query, key, value = projected.split([channels // 8, channels // 8, channels], dim=2)
         if return_attention:
-            attention = torch.softmax(query @ key.transpose(1, 2), dim=-1)  # (B, N, N)
-            out = attention @ value  # (B, N, C)
+            attention = attention_map(query, key)  # (B, N, N)
+            out = attention.to(value.dtype) @ value  # (B, N, C)
         else:
-            attention = None
-            heads = (tensor.unsqueeze(1) for tensor in (query, key, value))  # one head
-            out = F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)
+            attention, out = None, attend(query, key, value)
         out = out.transpose(1, 2).reshape(batch, channels, height, width)
-        return torch.addcmul(x, self.gamma, out), attention
+        return torch.addcmul(x, self.gamma.to(x.dtype), out), attention
 
 
 class _Layers(nn.Module):
     """A network whose children run one after the other, in the order in which they were registered."""
 
-    def _run(self, x: Tensor, return_attention: bool) -> tuple[Tensor, list[Tensor]]:
-        """The output, and the maps of the attention layers where they were asked for."""
+    def _run(self, x: Tensor, return_attention: bool, sizes: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """The output, and the maps of the attention layers where they were asked for.
+
+        `sizes` are those of the batches that x consists of, where it is several on end.
+        """
         maps = []
         for layer in self.children():
             if isinstance(layer, SelfAttention):
                 x, attention = layer(x, return_attention)
                 maps.append(attention)
+            elif isinstance(layer, _Block):
+                x = layer(x, sizes)
             else:
                 x = layer(x)
         return x, maps
+
+
+class _Block(nn.Sequential):
+    """A spectral-normed convolution and what follows it."""
+
+    def forward(self, x: Tensor, sizes: Sequence[int] = ()) -> Tensor:
+        convolution, *rest = self
+        x = convolution(x, sizes)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 class Generator(_Layers):
@@ -125,10 +143,17 @@ class Discriminator(_Layers):
                 self.add_module("attn1" if size == 8 else "attn2", SelfAttention(width))
         self.last = nn.Sequential(nn.Conv2d(width, 1, 4))
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x (B, 3, S, S) -> logits (B,); with return_attention also both maps, (B, 64, 64) and (B, 16, 16)."""
-        out, maps = self._run(x, return_attention)
+    def forward(self, *batches: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """x (B, 3, S, S) -> logits (B,); with return_attention also both maps, (B, 64, 64) and (B, 16, 16).
+
+        Several batches, ``real_logits, fake_logits = D(real, fake)``, run as one, with the results of one forward after
+        the other: nothing here but spectral norm looks beyond an image, and that keeps a sigma for each.
+        """
+        x = batches[0] if len(batches) == 1 else torch.cat(batches)
+        out, maps = self._run(x, return_attention, [len(batch) for batch in batches])
         logits = out.flatten()  # (B, 1, 1, 1) -> (B,)
+        if len(batches) > 1:
+            return logits.split([len(batch) for batch in batches])
         return (logits, *maps) if return_attention else logits
 
 
@@ -142,8 +167,8 @@ def _count_blocks(image_size: int, conv_dim: int) -> int:
 
 def _up_block(inputs: int, outputs: int, stride: int, padding: int) -> nn.Sequential:
     convolution = nn.ConvTranspose2d(inputs, outputs, 4, stride, padding)
-    return nn.Sequential(SpectralNorm(convolution), nn.BatchNorm2d(outputs), nn.ReLU())
+    return _Block(SpectralNorm(convolution), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _down_block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
+    return _Block(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))

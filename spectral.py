@@ -3,6 +3,8 @@
 Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv 1802.05957, algorithm 1.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,11 @@ class SpectralNorm(nn.Module):
     ``W`` is seen as a matrix of ``W.shape[0]`` rows, for transposed convolutions too, as the reference has it.
     Each forward in training mode takes ``power_iterations`` steps of power iteration on the vectors u (rows) and
     v (the rest); in evaluation they stay as they are. Gradients flow through ``W`` in sigma and not through u, v.
+    Sigma is computed in fp32 under autocast too.
+
+    Several batches can go through as one: ``layer(x, sizes=[len(a), len(b)])`` with x = a and b on end gives what
+    ``layer(a)`` and then ``layer(b)`` give, each with the sigma of its own power iteration. The layer has to be linear
+    but for a bias, as convolutions are: then scaling a batch by 1 / sigma is scaling the weight.
 
     The state dict has the reference's keys: ``module.<name>_bar`` (the weight, a parameter), ``module.<name>_u`` and
     ``module.<name>_v`` (buffers here, so that no optimizer can touch them).
@@ -72,16 +79,25 @@ class SpectralNorm(nn.Module):
         weight, u, v = self._state()
         return torch.dot(u.clone(), torch.mv(weight.flatten(1), v.clone()))
 
-    def forward(self, *args: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sequence[int] = ()) -> Tensor:
         weight = self._state()[0]
-        if self.training:
-            matrix = weight.flatten(1)  # (rows, columns)
-            u, v = self._iterate(matrix)
-            sigma = torch.dot(u, torch.mv(matrix, v))
+        with torch.autocast(weight.device.type, enabled=False):
+            sigmas = [self._next_sigma() for _ in sizes or (1,)]
+        if len(sigmas) == 1:
+            weight = weight / sigmas[0]
         else:
-            sigma = self.sigma()
-        setattr(self.module, self.name, weight / sigma)
+            scale = torch.cat([(1 / sigma).expand(size) for sigma, size in zip(sigmas, sizes, strict=True)])
+            x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        setattr(self.module, self.name, weight)
         try:
-            return self.module(*args)
+            return self.module(x)
         finally:
             delattr(self.module, self.name)  # it belongs to this forward's graph: kept, it would stop deepcopy
+
+    def _next_sigma(self) -> Tensor:
+        """Sigma of one forward, after its power iteration; differentiable in the weight."""
+        if not self.training:
+            return self.sigma()
+        matrix = self._state()[0].flatten(1)  # (rows, columns)
+        u, v = self._iterate(matrix)
+        return torch.dot(u, torch.mv(matrix, v))

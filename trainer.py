@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+from background import Background
 from data_loader import Loader
 from errors import UserError, warn
 from losses import D_LOSSES, g_loss, gradient_penalty
@@ -26,7 +28,19 @@ from parameter import Config
 from run_log import RunLog
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
-from utils import EMA, StopSignals, check_writable, derive_seed, evaluating, memory_mib, pick_device
+from step_graph import StepGraph
+from utils import (
+    EMA,
+    StopSignals,
+    check_writable,
+    clone_tensors,
+    derive_seed,
+    evaluating,
+    memory_mib,
+    pick_device,
+    pick_precision,
+    set_learning_rate,
+)
 from visualize import attention_figures, sample_grid
 
 STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
@@ -56,16 +70,26 @@ class Trainer:
             self.run_G, self.run_D = nn.DataParallel(self.G), nn.DataParallel(self.D)
 
         # Optimizers and loss
-        betas = (config.beta1, config.beta2)
-        self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas, fused=True)
-        self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas, fused=True)
+        on_cuda = self.device.type == "cuda"
+        self.g_optimizer, self.d_optimizer = (
+            torch.optim.Adam(
+                network.parameters(),
+                torch.tensor(rate, device=self.device) if on_cuda else rate,  # a recorded step reads it from a tensor
+                (config.beta1, config.beta2),
+                fused=True,
+                capturable=on_cuda,
+            )
+            for network, rate in ((self.G, config.g_lr), (self.D, config.d_lr))
+        )
         self.d_loss = D_LOSSES[config.adv_loss]
+        self.precision = pick_precision(config.precision, self.device)
 
         # Noise
         self.random = torch.Generator(self.device)
         noise = torch.Generator().manual_seed(derive_seed(config.seed, FIXED_Z))  # on the CPU: the same z on any device
         self.fixed_z = torch.randn(config.batch_size, config.z_dim, generator=noise).to(self.device)
 
+        self.run_updates = self._pick_updates()
         if config.pretrained_model:
             self._resume(config.pretrained_model)
 
@@ -80,9 +104,10 @@ class Trainer:
             d_loss_real, d_loss_fake, d_loss (with the penalty of wgan-gp, which is also there alone as d_penalty), and
             the mean logits d_real, d_fake: detached 0-d tensors on the device.
         """
-        with torch.no_grad():
-            fake = self.run_G(z)
-        real_logits, fake_logits = self.run_D(real), self.run_D(fake)
+        with self._autocast():
+            with torch.no_grad():
+                fake = self.run_G(z).float()
+            real_logits, fake_logits = (logits.float() for logits in self.run_D(real, fake))
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
         stats = {
             "d_loss_real": loss_real,
@@ -101,14 +126,14 @@ class Trainer:
         return {name: value.detach() for name, value in stats.items()}
 
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
-        """One update of the generator on noise z (B, z_dim), and of its average. Returns g_loss, detached and 0-d."""
+        """One update of the generator on noise z (B, z_dim). Returns g_loss, detached and 0-d."""
         self.D.requires_grad_(False)  # D's own gradients would be thrown away
-        loss = g_loss(self.run_D(self.run_G(z)))
+        with self._autocast():
+            loss = g_loss(self.run_D(self.run_G(z)).float())
         self.g_optimizer.zero_grad()
         loss.backward()
         self.g_optimizer.step()
         self.D.requires_grad_(True)
-        self.ema.update(self.step)
         return {"g_loss": loss.detach()}
 
     def train(self) -> int:
@@ -122,6 +147,7 @@ class Trainer:
         with (
             StopSignals() as stop,
             RunLog(config.log_folder, self.step, config.use_tensorboard) as self.log,
+            Background() as self.background,
             tqdm(
                 total=config.total_step,
                 initial=self.step,
@@ -162,16 +188,40 @@ class Trainer:
             self._save()
 
     def _take_step(self) -> dict[str, Tensor]:
-        """One step: `n_critic` updates of D, each on a fresh batch, and one of G. Returns the last ones' stats."""
+        """One step: draws its inputs, sets its learning rates, runs its updates. Returns the last updates' stats."""
         config = self.config
         self.random.manual_seed(derive_seed(config.seed, STEPS, self.step))
         factor = self._learning_rate_factor()
         for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
-            optimizer.param_groups[0]["lr"] = rate * factor
-        for update in range(config.n_critic):
-            real = self.loader.batch(self.step * config.n_critic + update)
-            stats = self.d_step(real, self._noise())
-        return stats | self.g_step(self._noise())
+            set_learning_rate(optimizer, rate * factor)
+        first = self.step * config.n_critic
+        reals = [self.loader.batch(position) for position in range(first, first + config.n_critic)]
+        noises = [self._noise() for _ in range(config.n_critic + 1)]
+        stats = self.run_updates(reals, noises)
+        self.ema.update(self.step)
+        return stats
+
+    def _updates(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The updates of one step: D's on each real batch with a noise, then G's on the last noise."""
+        for real, z in zip(reals, noises, strict=False):
+            stats = self.d_step(real, z)
+        return stats | self.g_step(noises[-1])
+
+    def _pick_updates(self) -> Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Tensor]]:
+        """`_updates` itself, or its recording as a CUDA graph where that can be."""
+        if self.device.type != "cuda" or self.config.cuda_graph == "false":
+            return self._updates
+        obstacle = "wgan-gp draws random numbers in it" if self.config.adv_loss == "wgan-gp" else ""
+        obstacle = obstacle or ("--parallel spreads it over GPUs" if self.config.parallel else "")
+        if not obstacle:
+            return StepGraph(self._updates, self.device)
+        if self.config.cuda_graph == "true":
+            raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
+        print(f"the step runs without a CUDA graph: {obstacle}")
+        return self._updates
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _noise(self) -> Tensor:
         return torch.randn(self.config.batch_size, self.config.z_dim, device=self.device, generator=self.random)
@@ -249,8 +299,8 @@ class Trainer:
         numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one transfer
         now, (then, step_then) = time.perf_counter(), self.logged_at
         numbers |= {
-            "lr/g": self.g_optimizer.param_groups[0]["lr"],
-            "lr/d": self.d_optimizer.param_groups[0]["lr"],
+            "lr/g": float(self.g_optimizer.param_groups[0]["lr"]),
+            "lr/d": float(self.d_optimizer.param_groups[0]["lr"]),
             "images_per_s": (self.step - step_then) * self.config.batch_size / (now - then),
             "memory_mib": memory_mib(self.device),
         }
@@ -264,12 +314,15 @@ class Trainer:
 
     def _sample(self) -> None:
         """Writes what G and its average make of the fixed z."""
-        folder = self.config.sample_folder
         with evaluating(self.G, self.ema.network):
             for name, network in (("fake", self.G), ("ema", self.ema.network)):
-                grid = sample_grid(network(self.fixed_z))
-                grid.save(folder / f"{self.step}_{name}.png")
-                self.log.image(self.step, f"samples/{name}", grid)
+                path = self.config.sample_folder / f"{self.step}_{name}.png"
+                self.background.submit(self._write_samples, network(self.fixed_z), path, self.step, f"samples/{name}")
+
+    def _write_samples(self, images: Tensor, path: Path, step: int, name: str) -> None:
+        grid = sample_grid(images)
+        grid.save(path)
+        self.log.image(step, name, grid)
 
     def _show_attention(self) -> None:
         """Writes a figure for each attention layer: of the averaged G on the fixed z, of D on real images."""
@@ -277,10 +330,13 @@ class Trainer:
         with evaluating(self.ema.network, self.D):
             fake, *g_maps = self.ema.network(self.fixed_z[: self.config.g_num], return_attention=True)
             _, *d_maps = self.D(real, return_attention=True)
-        figures = attention_figures("G", fake, g_maps, self.step) | attention_figures("D", real, d_maps, self.step)
-        for name, figure in figures.items():
-            figure.save(self.config.attn_folder / f"{self.step}_{name}.png")
-            self.log.image(self.step, f"attention/{name}", figure)
+        for network, images, maps in (("G", fake, g_maps), ("D", real, d_maps)):
+            self.background.submit(self._write_figures, network, images, maps, self.step)
+
+    def _write_figures(self, network: str, images: Tensor, maps: list[Tensor], step: int) -> None:
+        for name, figure in attention_figures(network, images, maps, step).items():
+            figure.save(self.config.attn_folder / f"{step}_{name}.png")
+            self.log.image(step, f"attention/{name}", figure)
 
     def _save(self) -> None:
         """Writes a checkpoint. The random state is not in it: it is a function of the seed and the step."""
@@ -292,4 +348,5 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
         }
-        checkpoint.save(self.config.model_folder, self.step, self.G.state_dict(), self.D.state_dict(), state)
+        content = clone_tensors([self.G.state_dict(), self.D.state_dict(), state])  # the next steps change them
+        self.background.submit(checkpoint.save, self.config.model_folder, self.step, *content)

@@ -5,14 +5,15 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 
@@ -78,9 +79,44 @@ def memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolves --precision to fp32, tf32 or bf16, and sets torch's switches for it.
+
+    auto is bf16 on a GPU with bf16 matrix units (compute capability 8.0 and up), fp32 elsewhere.
+
+    Raises:
+        UserError: tf32 on a device without it.
+    """
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        name = "bf16" if has_tensor_cores else "fp32"
+    if name == "tf32" and not has_tensor_cores:
+        raise UserError(f"--precision tf32 needs an NVIDIA GPU of the Ampere generation or later, not {device}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
+
+
+def clone_tensors(tree: Any) -> Any:
+    """A copy of nested dicts and lists in which every tensor is a copy too: what a background job may keep."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: clone_tensors(value) for key, value in tree.items()}
+    return [clone_tensors(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def derive_seed(*numbers: int) -> int:
     """One well-mixed seed from several numbers, such as a run's seed and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of all groups; where it is a tensor, in place, because a recorded step reads that tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Work that the training loop does not wait for: encoding pictures, writing files."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Background:
+    """Runs jobs one after the other in a thread; at the end of a `with` block all are done.
+
+        with Background() as background:
+            background.submit(picture.save, path)
+
+    A job must not read what the loop changes: give it copies. What a job raises is raised by a later `submit`, or at
+    the end. At most `capacity` jobs wait; `submit` waits when there are more, so that memory stays bounded.
+    """
+
+    def __init__(self, capacity: int = 8):
+        self.capacity = capacity
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
+        self._pending: deque[Future] = deque()
+
+    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Hands in a job."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self.capacity):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(job, *arguments))
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=False)
+        if kind is None:  # else the first error is on its way already
+            for future in self._pending:
+                future.result()

@@ -1,0 +1,88 @@
+"""How fast images come: decoding into the cache, opening the cache, gathering batches.
+
+    python benchmarks/data.py                                     # 2,000 noise images of CelebA's size
+    python benchmarks/data.py --image_path data/CelebA            # your own
+
+Decoding is compared with what Pillow alone does on one core, times the number of workers.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_loader import get_loader, open_cache
+from image_sources import Source, find_source
+
+SAMPLE = 500  # images for the rate of one core
+BATCHES = 500
+
+
+def write_images(folder: Path, count: int) -> None:
+    """JPEG files of CelebA's size, 178x218, as hard to decode as photographs."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        coarse = random.integers(0, 256, (28, 23, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((178, 218), Image.Resampling.BICUBIC).save(
+            folder / f"{index:06}.jpg", quality=90
+        )
+
+
+def one_core(source: Source, size: int) -> float:
+    """Images/s that this process decodes, crops and resizes."""
+    items = source.items[:SAMPLE]
+    start = time.perf_counter()
+    for item in items:
+        source.decode(item, size)
+    return len(items) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_path", help="a folder of images in place of noise")
+    parser.add_argument("--images", type=int, default=20_000, help="how many noise images")
+    parser.add_argument("--imsize", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if not arguments.image_path:
+            write_images(Path(scratch), arguments.images)
+        source = find_source("folder", arguments.image_path or scratch, crop_size=160)
+        single = one_core(source, arguments.imsize)
+
+        cache = Path(scratch) / "cache"
+        start = time.perf_counter()
+        images, _ = open_cache(source, arguments.imsize, cache, arguments.num_workers)
+        rate = len(images) / (time.perf_counter() - start)
+        start = time.perf_counter()
+        open_cache(source, arguments.imsize, cache)
+        opened = time.perf_counter() - start
+
+        loader = get_loader(
+            source, arguments.imsize, arguments.batch_size, cache_path=str(cache), device=arguments.device
+        )
+        loader.batch(0)
+        start = time.perf_counter()
+        for position in range(BATCHES):
+            batch = loader.batch(position)
+        batch.sum().item()  # waits for the device
+        gather = (time.perf_counter() - start) / BATCHES
+
+    workers = arguments.num_workers
+    print(f"one core decodes       {single:8.0f} images/s")
+    print(f"{workers} workers decode       {rate:8.0f} images/s, {rate / (workers * single):.0%} of {workers} cores")
+    print(f"opening the cache      {opened * 1e3:8.1f} ms")
+    print(f"a batch of {arguments.batch_size:<4}        {gather * 1e3:8.2f} ms on {arguments.device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from baseline import Baseline
+from floor import Rates, Work, floors_ms
+from step import Setting, add_ratios, build_step, contenders, measure, table
+
+
+def test_the_baseline_has_our_losses(make_trainer):
+    """Each update from the same weights: after one, Adam has made a step of what was rounding."""
+    for update in ("d_step", "g_step"):
+        ours = make_trainer(imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64)
+        theirs = Baseline()
+        theirs.G.load_state_dict(ours.G.state_dict())
+        theirs.D.load_state_dict(ours.D.state_dict())
+        inputs = [torch.randn(4, 128)] if update == "g_step" else [ours.loader.batch(0), torch.randn(4, 128)]
+        stats = getattr(ours, update)(*inputs)
+        for name, value in getattr(theirs, update)(*inputs).items():
+            assert stats[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_contenders_by_device():
+    assert [contender.name for contender in contenders(Setting("cpu", 64, 64))] == ["baseline", "ours", "ours"]
+    assert len(contenders(Setting("cuda", 64, 64))) == 7
+    assert "baseline" not in [contender.name for contender in contenders(Setting("cpu", 32, 64))]
+
+
+def test_processes_are_measured_and_reported():
+    records = measure(Setting("cpu", 32, 2), rounds=3, warm_up=1, block=1)
+    add_ratios(records, {"fp32": 1.0, "bf16": 1.0})
+    names = "name device precision mode imsize batch_size ms_per_step spread_ms images_per_s ratio floor_share peak_mib"
+    assert " ".join(records[0]) == names.replace(
+        "name device precision mode imsize batch_size", " ".join((*Setting._fields, *Contender._fields))
+    ).replace("ratio floor_share peak_mib", "peak_mib ratio floor_share")
+    assert [record["precision"] for record in records] == ["fp32", "bf16"]
+    assert all(record["ms_per_step"] > 0 and record["peak_mib"] > 0 for record in records)
+    assert "ours, bf16, eager" in table(records)
+
+
+def test_the_floor_is_the_longer_of_work_and_traffic():
+    rates = Rates({"fp32": 1e12, "bf16": 1e15}, 1e9)
+    floors = floors_ms(Work(flop=1e11, kept_bytes=10_000_000, parameters=1_000_000), rates)
+    assert floors == {"fp32": pytest.approx(100), "bf16": pytest.approx((10 + 28) * 1.0)}
+
+
+def test_steps_are_ours_and_on_the_same_inputs():
+    first = build_step(contenders(Setting("cpu", 32, 2))[0], Setting("cpu", 32, 2))()
+    second = build_step(contenders(Setting("cpu", 32, 2))[0], Setting("cpu", 32, 2))()
+    assert first["d_loss"].item() == second["d_loss"].item()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import UserError
-from image_sources import Source
+from image_sources import Source, decode_chunk
 
 CHUNK = 256  # images that a worker decodes at a time
 STALE_SECONDS = 3600  # a build that has written nothing for so long is dead
@@ -73,6 +73,7 @@ class Loader:
         self.cache_path, self.num_workers = Path(cache_path).expanduser(), num_workers
         self.seed, self.hflip, self.device = seed, hflip, device
         self._epoch = None
+        self._staged = 0
         self._order = self._flip = torch.empty(0)
 
     @cached_property
@@ -107,13 +108,31 @@ class Loader:
         epoch, index = divmod(position, len(self))
         if epoch != self._epoch:
             self._shuffle(epoch)
-        images = self._cache[0]
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        batch = images[self._order[rows]].to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
+        batch = self._gather(self._order[rows]).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
         batch = batch.float().div_(127.5).sub_(1)
         if self.hflip:
             batch = torch.where(self._flip[rows], batch.flip(3), batch)
         return batch
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The images of these rows, (B, S, S, 3) uint8, on the device."""
+        images = self._cache[0]
+        if images.is_cuda or self.device.type != "cuda":
+            return images[rows].to(self.device)
+        # Two pinned buffers in turn: one is filled while the GPU still copies from the other.
+        self._staged += 1
+        buffer, copied = self._staging[self._staged % 2]
+        copied.synchronize()
+        torch.index_select(images, 0, rows, out=buffer)
+        batch = buffer.to(self.device, non_blocking=True)
+        copied.record()
+        return batch
+
+    @cached_property
+    def _staging(self) -> list[tuple[Tensor, torch.cuda.Event]]:
+        shape = (self.batch_size, self.image_size, self.image_size, 3)
+        return [(torch.empty(shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     def _shuffle(self, epoch: int) -> None:
         """Draws the order of an epoch and its flips."""
@@ -205,24 +224,13 @@ def _remove_stale_builds(folder: Path) -> None:
 def _decode_all(
     source: Source, size: int, chunks: Sequence[Sequence], num_workers: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
-    decode = partial(_decode_chunk, source.decode, size)
+    decode = partial(decode_chunk, source.decode, size)
     if num_workers == 0 or len(chunks) == 1:
         yield from map(decode, chunks)
         return
     # spawn everywhere: forking a process that already runs torch's threads may deadlock
     with ProcessPoolExecutor(min(num_workers, len(chunks)), mp_context=get_context("spawn")) as pool:
         yield from pool.map(decode, chunks)
-
-
-def _decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
-    """Decodes some items to (K, size, size, 3) uint8; what cannot be read becomes a line of name and reason."""
-    images, failures = [], []
-    for item in items:
-        try:
-            images.append(np.asarray(decode(item, size)))
-        except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
-            failures.append(f"{item}: {type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode())
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), failures
 
 
 def _check_size(images: int, batch_size: int) -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from errors import UserError
@@ -112,6 +113,20 @@ class Cifar10Decoder:
 
     def __call__(self, index: int, size: int) -> Image.Image:
         return resize(_open_cifar10(self.root)[index][0], size)
+
+
+def decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
+    """Decodes some items to (K, size, size, 3) uint8; what cannot be read becomes a line of name and reason.
+
+    What a worker process runs: it is here so that the process need not import torch.
+    """
+    images, failures = [], []
+    for item in items:
+        try:
+            images.append(np.asarray(decode(item, size)))
+        except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
+            failures.append(f"{item}: {type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode())
+    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), failures
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -17,7 +17,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_loader import get_loader, open_cache
 from image_sources import Source, find_source
 
 SAMPLE = 500  # images for the rate of one core
@@ -44,6 +43,8 @@ def one_core(source: Source, size: int) -> float:
 
 
 def main() -> None:
+    from data_loader import get_loader, open_cache  # not at the top: worker processes read this file too
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", help="a folder of images in place of noise")
     parser.add_argument("--images", type=int, default=20_000, help="how many noise images")

@@ -33,10 +33,10 @@ def test_contenders_by_device():
 def test_processes_are_measured_and_reported():
     records = measure(Setting("cpu", 32, 2), rounds=3, warm_up=1, block=1)
     add_ratios(records, {"fp32": 1.0, "bf16": 1.0})
-    names = "name device precision mode imsize batch_size ms_per_step spread_ms images_per_s ratio floor_share peak_mib"
-    assert " ".join(records[0]) == names.replace(
-        "name device precision mode imsize batch_size", " ".join((*Setting._fields, *Contender._fields))
-    ).replace("ratio floor_share peak_mib", "peak_mib ratio floor_share")
+    expected = (
+        "name device precision mode imsize batch_size ms_per_step images_per_s ratio floor_share peak_mib spread_ms"
+    )
+    assert set(records[0]) == set(expected.split())
     assert [record["precision"] for record in records] == ["fp32", "bf16"]
     assert all(record["ms_per_step"] > 0 and record["peak_mib"] > 0 for record in records)
     assert "ours, bf16, eager" in table(records)

@@ -8,43 +8,25 @@ position in the data: a run that was stopped and continued takes the same steps 
 """
 
 import dataclasses
-import json
 import signal
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
-from background import Background
 from data_loader import Loader
 from errors import UserError, warn
 from losses import D_LOSSES, g_loss, gradient_penalty
 from parameter import Config
-from run_log import RunLog
+from recorder import Recorder, prepare_folders, report_skipped
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
 from step_graph import StepGraph
-from utils import (
-    EMA,
-    StopSignals,
-    check_writable,
-    clone_tensors,
-    derive_seed,
-    evaluating,
-    memory_mib,
-    pick_device,
-    pick_precision,
-    set_learning_rate,
-)
-from visualize import attention_figures, sample_grid
+from utils import EMA, StopSignals, derive_seed, evaluating, pick_device, pick_precision, set_learning_rate
+from visualize import sample_grid
 
 STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
-BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Trainer:
@@ -143,24 +125,21 @@ class Trainer:
             UserError: a result folder cannot be written, or the data cannot be read.
         """
         config = self.config
-        self._prepare()
-        with (
-            StopSignals() as stop,
-            RunLog(config.log_folder, self.step, config.use_tensorboard) as self.log,
-            Background() as self.background,
-            tqdm(
-                total=config.total_step,
-                initial=self.step,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file is not a terminal
-            ) as self.bar,
-        ):
-            self.logged_at = (time.perf_counter(), self.step)
+        prepare_folders(config)
+        print(config.summary())
+        report_skipped(config, self.loader.skipped)
+        print(
+            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
+        )
+        self.real = self.loader.batch(0)  # what D's attention is shown on
+        if not (config.sample_folder / "real.png").exists():
+            sample_grid(self.real).save(config.sample_folder / "real.png")
+        with StopSignals() as stop, Recorder(config, self.step, self.device) as self.recorder:
             while self.step < config.total_step and stop.received is None:
                 stats = self._take_step()
                 self.step += 1
-                self.bar.update()
+                self.recorder.advance()
                 self.maintain(stats)
             if stop.received is not None:
                 self._save()
@@ -262,84 +241,38 @@ class Trainer:
         ]
         print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
 
-    def _prepare(self) -> None:
-        """Makes the folders, writes down the configuration, opens the data."""
-        config = self.config
-        for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
-            check_writable(folder)  # all of them before the first is made
-        try:
-            for folder in config.folders.values():
-                folder.mkdir(parents=True, exist_ok=True)
-            resolved = json.dumps(dataclasses.asdict(config), indent=2)
-            (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write to {error.filename}: {error.strerror}") from error
-        print(config.summary())
-        if self.loader.skipped:
-            path = config.log_folder / "skipped_images.txt"
-            path.write_text("\n".join(self.loader.skipped) + "\n", encoding="utf-8")
-            warn(f"{len(self.loader.skipped)} images could not be read and are left out, see {path}")
-        print(
-            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device}, "
-            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
-        )
-        self.real = self.loader.batch(0)  # what D's attention is shown on
-        if not (config.sample_folder / "real.png").exists():
-            sample_grid(self.real).save(config.sample_folder / "real.png")
-
     def _log(self, stats: dict[str, Tensor]) -> None:
-        """Writes a line of metrics; here alone the losses leave the device."""
+        """Records the losses, gamma of each attention layer, sigma of each spectral norm, and the learning rates."""
         values = dict(stats)
-        for net_name, network in (("G", self.G), ("D", self.D)):
+        for prefix, network in (("G", self.G), ("D", self.D)):
             for name, layer in network.named_modules():
                 if isinstance(layer, SelfAttention):
-                    values[f"gamma/{net_name}_{name}"] = layer.gamma.detach()[0]
+                    values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
                 elif isinstance(layer, SpectralNorm):
-                    values[f"sigma/{net_name}_{name.split('.')[0]}"] = layer.sigma().detach()
-        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one transfer
-        now, (then, step_then) = time.perf_counter(), self.logged_at
-        numbers |= {
+                    values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma().detach()
+        rates = {
             "lr/g": float(self.g_optimizer.param_groups[0]["lr"]),
             "lr/d": float(self.d_optimizer.param_groups[0]["lr"]),
-            "images_per_s": (self.step - step_then) * self.config.batch_size / (now - then),
-            "memory_mib": memory_mib(self.device),
         }
-        self.logged_at = (now, self.step)
-        self.log.scalars(self.step, numbers)
-        self.bar.set_postfix_str(
-            "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
-            "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}".format_map(numbers),
-            refresh=False,
-        )
+        self.recorder.log(self.step, values, rates)
 
     def _sample(self) -> None:
-        """Writes what G and its average make of the fixed z."""
+        """Records what G and its average make of the fixed z."""
         with evaluating(self.G, self.ema.network):
-            for name, network in (("fake", self.G), ("ema", self.ema.network)):
-                path = self.config.sample_folder / f"{self.step}_{name}.png"
-                self.background.submit(self._write_samples, network(self.fixed_z), path, self.step, f"samples/{name}")
-
-    def _write_samples(self, images: Tensor, path: Path, step: int, name: str) -> None:
-        grid = sample_grid(images)
-        grid.save(path)
-        self.log.image(step, name, grid)
+            self.recorder.samples(self.step, "fake", self.G(self.fixed_z))
+            self.recorder.samples(self.step, "ema", self.ema.network(self.fixed_z))
 
     def _show_attention(self) -> None:
-        """Writes a figure for each attention layer: of the averaged G on the fixed z, of D on real images."""
+        """Records every attention layer: of the averaged G on the fixed z, of D on real images."""
         real = self.real[: self.config.g_num]
         with evaluating(self.ema.network, self.D):
             fake, *g_maps = self.ema.network(self.fixed_z[: self.config.g_num], return_attention=True)
             _, *d_maps = self.D(real, return_attention=True)
-        for network, images, maps in (("G", fake, g_maps), ("D", real, d_maps)):
-            self.background.submit(self._write_figures, network, images, maps, self.step)
-
-    def _write_figures(self, network: str, images: Tensor, maps: list[Tensor], step: int) -> None:
-        for name, figure in attention_figures(network, images, maps, step).items():
-            figure.save(self.config.attn_folder / f"{step}_{name}.png")
-            self.log.image(step, f"attention/{name}", figure)
+        self.recorder.attention(self.step, "G", fake, g_maps)
+        self.recorder.attention(self.step, "D", real, d_maps)
 
     def _save(self) -> None:
-        """Writes a checkpoint. The random state is not in it: it is a function of the seed and the step."""
+        """Records a checkpoint. The random state is not in it: it is a function of the seed and the step."""
         state = {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
@@ -348,5 +281,4 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
         }
-        content = clone_tensors([self.G.state_dict(), self.D.state_dict(), state])  # the next steps change them
-        self.background.submit(checkpoint.save, self.config.model_folder, self.step, *content)
+        self.recorder.checkpoint(self.step, self.G.state_dict(), self.D.state_dict(), state)

@@ -1,0 +1,122 @@
+"""What a run shows and leaves behind: the progress bar, the log, pictures, checkpoints.
+
+The trainer hands over tensors and goes on; whatever takes time is done in the background.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from background import Background
+from errors import UserError, warn
+from parameter import Config
+from run_log import RunLog
+from utils import check_writable, clone_tensors, memory_mib
+from visualize import attention_figures, sample_grid
+
+BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+POSTFIX = (
+    "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
+    "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}"
+)
+
+
+def prepare_folders(config: Config) -> None:
+    """Makes the run's folders and writes its configuration down.
+
+    Raises:
+        UserError: a folder cannot be written; none is made then, where that can be told beforehand.
+    """
+    for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
+        check_writable(folder)
+    try:
+        for folder in config.folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        resolved = json.dumps(dataclasses.asdict(config), indent=2)
+        (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename}: {error.strerror}") from error
+
+
+def report_skipped(config: Config, skipped: Sequence[str]) -> None:
+    """Lists the images that could not be read, with one warning."""
+    if skipped:
+        path = config.log_folder / "skipped_images.txt"
+        path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
+        warn(f"{len(skipped)} images could not be read and are left out, see {path}")
+
+
+class Recorder:
+    """Records a run from `step` on; used as a context, at whose end all is written.
+
+    Every method takes the number of finished steps first. Tensors may be on any device and may change afterwards only
+    where the method says that it copies them.
+    """
+
+    def __init__(self, config: Config, step: int, device: torch.device):
+        self.config, self.device = config, device
+        self._logged_at = (time.perf_counter(), step)
+        self._stack = ExitStack()
+        self._log = self._stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
+        self._background = self._stack.enter_context(Background())
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=config.total_step,
+                initial=step,
+                bar_format=BAR,
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file is not a terminal
+            )
+        )
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def advance(self) -> None:
+        """Moves the progress bar on by a step."""
+        self._bar.update()
+
+    def log(self, step: int, values: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        """A line of metrics from 0-d tensors, which leave the device here in one transfer, and learning rates."""
+        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | rates
+        now, (then, step_then) = time.perf_counter(), self._logged_at
+        numbers["images_per_s"] = (step - step_then) * self.config.batch_size / (now - then)
+        numbers["memory_mib"] = memory_mib(self.device)
+        self._logged_at = (now, step)
+        self._log.scalars(step, numbers)
+        self._bar.set_postfix_str(POSTFIX.format_map(numbers), refresh=False)
+
+    def samples(self, step: int, name: str, images: Tensor) -> None:
+        """A grid of images (B, 3, S, S), `{step}_{name}.png`."""
+        self._background.submit(self._write_samples, step, name, images)
+
+    def attention(self, step: int, network: str, images: Tensor, maps: Sequence[Tensor]) -> None:
+        """A figure for each attention layer of "G" or "D": images (B, 3, S, S), maps (B, N, N)."""
+        self._background.submit(self._write_attention, step, network, images, maps)
+
+    def checkpoint(self, step: int, G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """A checkpoint of copies of these state dicts."""
+        self._background.submit(checkpoint.save, self.config.model_folder, step, *clone_tensors([G, D, state]))
+
+    def _write_samples(self, step: int, name: str, images: Tensor) -> None:
+        grid = sample_grid(images)
+        grid.save(self.config.sample_folder / f"{step}_{name}.png")
+        self._log.image(step, f"samples/{name}", grid)
+
+    def _write_attention(self, step: int, network: str, images: Tensor, maps: Sequence[Tensor]) -> None:
+        for name, figure in attention_figures(network, images, maps, step).items():
+            figure.save(self.config.attn_folder / f"{step}_{name}.png")
+            self._log.image(step, f"attention/{name}", figure)

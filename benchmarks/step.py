@@ -39,13 +39,16 @@ class Contender(NamedTuple):
     mode: str
 
 
-def contenders(setting: Setting) -> list[Contender]:
-    """What there is to compare; the textbook step exists at 64x64 only."""
+def contenders(setting: Setting, only: str = "") -> list[Contender]:
+    """What there is to compare, or those whose words, as in "ours bf16 graph", contain `only`.
+
+    The textbook step exists at 64x64 only.
+    """
     on_cuda = setting.device == "cuda"
     found = [Contender("baseline", "fp32", "eager")] if setting.imsize == 64 else []
     for precision in ("fp32", "tf32", "bf16") if on_cuda else ("fp32", "bf16"):
         found += [Contender("ours", precision, mode) for mode in (("eager", "graph") if on_cuda else ("eager",))]
-    return found
+    return [contender for contender in found if only in " ".join(contender)]
 
 
 def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
@@ -107,11 +110,11 @@ def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int
     pipe.send(memory_mib(torch.device(setting.device)))
 
 
-def measure(setting: Setting, rounds: int, warm_up: int, block: int) -> list[dict[str, Any]]:
-    """All contenders in one setting: a record for each."""
+def measure(setting: Setting, found: list[Contender], rounds: int, warm_up: int, block: int) -> list[dict[str, Any]]:
+    """Contenders in one setting: a record for each."""
     context = multiprocessing.get_context("spawn")
     running = []
-    for contender in contenders(setting):
+    for contender in found:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, contender, setting, warm_up, block), daemon=True)
         process.start()
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--imsize", type=numbers, default=[64], help="one or more, with commas")
     parser.add_argument("--batch_size", type=numbers, default=[64], help="one or more, with commas")
+    parser.add_argument("--only", default="", help='contenders whose words contain this, such as "ours bf16"')
     parser.add_argument("--rounds", type=int, default=20 if has_cuda else 7, help="times each contender is asked")
     parser.add_argument("--json", type=Path, help="write one record a row to this file")
     arguments = parser.parse_args()
@@ -176,7 +180,7 @@ def main() -> None:
             setting = Setting(arguments.device, imsize, batch_size)
             work = step_work(build_step(Contender("ours", "fp32", "eager"), setting))
             print(f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP a step\n")
-            found = measure(setting, arguments.rounds, warm_up, block)
+            found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
             add_ratios(found, floors_ms(work, rates))
             print(table(found), flush=True)
             records += found

@@ -27,11 +27,12 @@ def test_the_baseline_has_our_losses(make_trainer):
 def test_contenders_by_device():
     assert [contender.name for contender in contenders(Setting("cpu", 64, 64))] == ["baseline", "ours", "ours"]
     assert len(contenders(Setting("cuda", 64, 64))) == 7
+    assert len(contenders(Setting("cuda", 64, 64), "ours bf16 graph")) == 1
     assert "baseline" not in [contender.name for contender in contenders(Setting("cpu", 32, 64))]
 
 
 def test_processes_are_measured_and_reported():
-    records = measure(Setting("cpu", 32, 2), rounds=3, warm_up=1, block=1)
+    records = measure(Setting("cpu", 32, 2), contenders(Setting("cpu", 32, 2)), rounds=3, warm_up=1, block=1)
     add_ratios(records, {"fp32": 1.0, "bf16": 1.0})
     expected = (
         "name device precision mode imsize batch_size ms_per_step images_per_s ratio floor_share peak_mib spread_ms"

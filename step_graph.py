@@ -18,12 +18,15 @@ class StepGraph:
 
     Args:
         step: takes real batches and noises, returns named 0-d tensors.
-        device: the GPU.
+        device: the GPU, which has to be the current one.
+        may_step_aside: where recording fails, say so and run `step` itself from then on, in place of raising.
     """
 
-    def __init__(self, step: Step, device: torch.device):
+    def __init__(self, step: Step, device: torch.device, may_step_aside: bool = True):
         self.step = step
+        self.may_step_aside = may_step_aside
         self.stream = torch.cuda.Stream(device)
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
     def __call__(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -32,6 +35,8 @@ class StepGraph:
             return self._warm_up(reals, noises)
         if self.calls == WARM_UP + 1:
             self._record(reals, noises)
+        if self.graph is None:
+            return self.step(reals, noises)
         for mine, given in zip((*self.reals, *self.noises), (*reals, *noises), strict=True):
             mine.copy_(given)
         self.graph.replay()
@@ -49,6 +54,13 @@ class StepGraph:
         """Records the step; recording runs nothing."""
         self.reals = [torch.empty_like(tensor) for tensor in reals]  # in the layout of the inputs
         self.noises = [torch.empty_like(tensor) for tensor in noises]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = self.step(self.reals, self.noises)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.results = self.step(self.reals, self.noises)
+        except RuntimeError as error:
+            if not self.may_step_aside:
+                raise
+            print(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}")
+        else:
+            self.graph = graph

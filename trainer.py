@@ -53,6 +53,7 @@ class Trainer:
 
         # Optimizers and loss
         on_cuda = self.device.type == "cuda"
+        torch.backends.cudnn.benchmark = on_cuda  # shapes never change: cuDNN may look for its fastest algorithms
         self.g_optimizer, self.d_optimizer = (
             torch.optim.Adam(
                 network.parameters(),
@@ -193,7 +194,7 @@ class Trainer:
         obstacle = "wgan-gp draws random numbers in it" if self.config.adv_loss == "wgan-gp" else ""
         obstacle = obstacle or ("--parallel spreads it over GPUs" if self.config.parallel else "")
         if not obstacle:
-            return StepGraph(self._updates, self.device)
+            return StepGraph(self._updates, self.device, may_step_aside=self.config.cuda_graph == "auto")
         if self.config.cuda_graph == "true":
             raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
         print(f"the step runs without a CUDA graph: {obstacle}")

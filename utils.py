@@ -37,6 +37,9 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: torch sees {available} {device.type.upper()} device{'s' * (available != 1)} here; "
             "--device auto takes what there is"
         )
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 

@@ -55,8 +55,8 @@ def test_images_live_on_the_gpu_and_batches_are_the_cpu_s(make_trainer, monkeypa
     assert not streamed.loader._cache[0].is_cuda
     for position in (0, 1, 2, 7, 3):
         expected = cpu.loader.batch(position)
-        assert torch.equal(on_gpu.loader.batch(position).cpu(), expected)
-        assert torch.equal(streamed.loader.batch(position).cpu(), expected)
+        for trainer in (on_gpu, streamed):
+            torch.testing.assert_close(trainer.loader.batch(position).cpu(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp")])

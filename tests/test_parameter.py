@@ -116,3 +116,9 @@ def test_help_is_quick_and_imports_no_torch():
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 0.5
     assert "--imsize" in done.stdout
+
+
+def test_the_readme_s_table_has_every_option_and_its_default():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Config):
+        assert f"| `--{field.name}` | {field.default} | {field.metadata['help']}" in readme, field.name

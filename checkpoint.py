@@ -7,7 +7,8 @@ and `500_state.pth` with all else the next step depends on. The state file is wr
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoi
     return checkpoint
 
 
+@contextmanager
+def complete(step: int) -> Iterator[None]:
+    """Around the use of what was loaded: turns the errors of missing or misshapen parts into a `UserError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint {step} is not complete: {type(error).__name__}: {reason[:200]}") from error
+
+
 def _check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
     """Compares the sizes of the saved networks with those expected; names the options that differ."""
     try:
@@ -79,8 +90,8 @@ def _check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> 
             "g_conv_dim": checkpoint.G["last.0.weight"].shape[0],
             "d_conv_dim": checkpoint.D["l1.0.module.weight_bar"].shape[0],
         }
-    except KeyError as error:
-        raise UserError(f"checkpoint {checkpoint.step} does not hold SAGAN's networks: {error} is missing") from error
+    except (KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"checkpoint {checkpoint.step} does not hold SAGAN's networks: {error}") from error
     different = [
         f"--{name} {saved[name]} (this run: {expected[name]})" for name in saved if saved[name] != expected[name]
     ]

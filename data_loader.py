@@ -10,6 +10,7 @@ A cache is a folder, written under a temporary name and renamed when it is whole
 import json
 import os
 import shutil
+import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def get_loader(
     num_workers: int = 2,
     seed: int = 0,
     hflip: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> "Loader":
     """A `Loader` over `source`; decodes nothing yet.
 
@@ -204,8 +205,8 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
                 bar.update(len(chunk))
         if not count:
             raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
-        info = {"count": count, "size": size, "source": source.name, "skipped": skipped}
-        (building / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        info = json.dumps({"count": count, "skipped": skipped})
+        (building / "info.json").write_text(info, encoding="utf-8")
         if folder.exists():  # damaged, or another process was faster
             shutil.rmtree(folder)
         os.replace(building, folder)
@@ -229,7 +230,13 @@ def _decode_all(
         yield from map(decode, chunks)
         return
     # spawn everywhere: forking a process that already runs torch's threads may deadlock
-    with ProcessPoolExecutor(min(num_workers, len(chunks)), mp_context=get_context("spawn")) as pool:
+    # and without Ctrl-C, which reaches them too: a worker cut off in the middle of an answer hangs this process
+    with ProcessPoolExecutor(
+        min(num_workers, len(chunks)),
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:
         yield from pool.map(decode, chunks)
 
 

@@ -7,7 +7,9 @@ Nothing heavy is imported at the top: worker processes start with this module, a
 """
 
 import hashlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,13 +33,13 @@ class Source:
 
     Attributes:
         name: short, for file names and messages.
-        items: what to decode, in order: file names or numbers.
+        items: what to decode, in order: file names, numbers or keys.
         decode: takes an item and a size in pixels, returns an RGB Pillow image of that size; can be pickled.
         fingerprint: changes whenever the decoded pixels may change.
     """
 
     name: str
-    items: Sequence[str] | Sequence[int]
+    items: Sequence[str] | Sequence[int] | Sequence[bytes]
     decode: Callable[[Any, int], Image.Image]
     fingerprint: str
 
@@ -101,10 +103,11 @@ class ToyDecoder:
 class LsunDecoder:
     """LSUN's churches, resized without a crop as the reference does."""
 
-    root: str
+    folder: str
 
-    def __call__(self, index: int, size: int) -> Image.Image:
-        return resize(_open_lsun(self.root)[index][0], size)
+    def __call__(self, key: bytes, size: int) -> Image.Image:
+        with _open_lsun(self.folder).begin(buffers=False) as transaction:
+            return resize(to_rgb(Image.open(io.BytesIO(transaction.get(key)))), size)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[s
     What a worker process runs: it is here so that the process need not import torch.
     """
     images, failures = [], []
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; twice that size Pillow refuses
     for item in items:
         try:
             images.append(np.asarray(decode(item, size)))
@@ -162,7 +166,9 @@ def _celeb(root: Path, crop: int, download: bool) -> Source:
         f"and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
     )
     layouts = [root / "celeba" / "img_align_celeba", root / "CelebA", root / "img_align_celeba"]
-    found = next((folder for folder in layouts if folder.is_dir()), None)
+    if root.name == "img_align_celeba":
+        layouts.append(root)
+    found = next((folder for folder in layouts if next(iter(_walk(str(folder))), None)), None)
     if found is None and download:
         from torchvision.datasets import CelebA
 
@@ -210,14 +216,20 @@ def _walk(root: str) -> Iterable[tuple[str, int, int]]:
 
 def _lsun(root: Path) -> Source:
     folder = root / f"{LSUN_CLASS}_lmdb"
-    if not (folder / "data.mdb").is_file():
-        raise UserError(f"no LSUN in {root}: expected {folder}/data.mdb (github.com/fyu/lsun: {LSUN_CLASS})")
+    data = folder / "data.mdb"
+    if not data.is_file():
+        raise UserError(f"no LSUN in {root}: expected {data} (github.com/fyu/lsun: {LSUN_CLASS})")
     try:
-        count = len(_open_lsun(str(root)))
+        import lmdb
     except ModuleNotFoundError as error:
         raise UserError("--dataset lsun reads LMDB files: pip install lmdb") from error
-    status = (folder / "data.mdb").stat()
-    return Source("lsun", range(count), LsunDecoder(str(root)), _digest([count, status.st_size, status.st_mtime_ns]))
+    try:
+        with _open_lsun(str(folder)).begin(buffers=False) as transaction:
+            keys = list(transaction.cursor().iternext(values=False))
+    except lmdb.Error as error:
+        raise UserError(f"{data} cannot be read: {error}") from error
+    status = data.stat()
+    return Source("lsun", keys, LsunDecoder(str(folder)), _digest([len(keys), status.st_size, status.st_mtime_ns]))
 
 
 def _cifar10(root: Path, download: bool) -> Source:
@@ -234,10 +246,11 @@ def _cifar10(root: Path, download: bool) -> Source:
 
 
 @lru_cache(maxsize=1)
-def _open_lsun(root: str):
-    from torchvision.datasets import LSUN
+def _open_lsun(folder: str):
+    """Not torchvision's LSUN: that leaves a pickled list of keys in the current folder and mixes up data sets by it."""
+    import lmdb
 
-    return LSUN(root, classes=[LSUN_CLASS])
+    return lmdb.open(folder, max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
 
 
 @lru_cache(maxsize=1)

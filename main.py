@@ -7,6 +7,7 @@ python main.py --dataset toy --batch_size 16        # try it without any data
 python main.py --help                               # all options
 """
 
+import signal
 import sys
 
 from errors import UserError
@@ -15,10 +16,16 @@ from parameter import Config, get_parameters
 
 def main() -> int:
     """Runs the command line of this process; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
     config = get_parameters()
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the data is decoded: clear up, then end
         return run(config)
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that went away, a name that is too long
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the loop, which ends in its own way, or a second one in it

@@ -39,6 +39,8 @@ def matches(pattern: str, words: str) -> Rule:
 
 POSITIVE = Rule(lambda value: value > 0, "more than 0")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+DECAY = Rule(lambda value: 0 < value <= 1, "more than 0 and at most 1")
+EPOCHS = Rule(lambda value: 0 < value <= 1e6, "more than 0 and at most 1000000")
 SEED = Rule(lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
 WIDTH = Rule(lambda value: value > 0 and value % 8 == 0, "a positive multiple of 8")
 PATH = matches(r"[^\0]+", "a path")
@@ -75,7 +77,7 @@ class Config:
         "learning rates over time: constant, times --lr_decay after each epoch, or linearly to 0 at --total_step",
         one_of("constant", "exponential", "linear"),
     )
-    lr_decay: float = option(0.95, "factor for each epoch under --lr_schedule exponential", POSITIVE)
+    lr_decay: float = option(0.95, "factor for each epoch under --lr_schedule exponential", DECAY)
     beta1: float = option(0.0, "Adam's beta1", FRACTION)
     beta2: float = option(0.9, "Adam's beta2", FRACTION)
     ema_decay: float = option(0.999, "decay of the averaged generator, ramped up over the first steps", FRACTION)
@@ -105,7 +107,7 @@ class Config:
     device: str = option(
         "auto",
         "what to train on",
-        matches(r"auto|cpu|cuda(:\d+)?|mps", "auto, cpu, cuda, cuda:N or mps"),
+        matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mps"),
         group="Machine",
     )
     precision: str = option(
@@ -124,7 +126,7 @@ class Config:
     version: str = option(
         "sagan_celeb",
         "name of the run: a folder in each of the paths below",
-        matches(r"(?!\.{1,2}$)[^/\\\0]+", "a folder's name"),
+        matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder's name, of up to 100 letters"),
         group="Results",
     )
     sample_path: str = option("./samples", "where sample grids go", PATH)
@@ -136,7 +138,7 @@ class Config:
     sample_step: int = option(100, "steps between two sample grids", at_least(1))
     attn_step: int = option(1000, "steps between two sets of attention figures", at_least(1))
     g_num: int = option(5, "images in an attention figure, at most a batch", at_least(1))
-    model_save_step: float = option(1.0, "epochs between two checkpoints", POSITIVE)
+    model_save_step: float = option(1.0, "epochs between two checkpoints", EPOCHS)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import checkpoint
 from background import Background
-from errors import UserError, warn
+from errors import warn
 from parameter import Config
 from run_log import RunLog
 from utils import check_writable, clone_tensors, memory_mib
@@ -31,27 +31,21 @@ POSTFIX = (
 )
 
 
-def prepare_folders(config: Config) -> None:
-    """Makes the run's folders and writes its configuration down.
-
-    Raises:
-        UserError: a folder cannot be written; none is made then, where that can be told beforehand.
-    """
+def check_folders(config: Config) -> None:
+    """Looks whether the run's folders can be written, before any work; raises UserError for one that cannot."""
     for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
         check_writable(folder)
-    try:
-        for folder in config.folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-        resolved = json.dumps(dataclasses.asdict(config), indent=2)
-        (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename}: {error.strerror}") from error
 
 
-def report_skipped(config: Config, skipped: Sequence[str]) -> None:
-    """Lists the images that could not be read, with one warning."""
+def make_folders(config: Config, skipped: Sequence[str]) -> None:
+    """Makes the run's folders; writes down its configuration and, with a warning, the images that it leaves out."""
+    for folder in config.folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    resolved = json.dumps(dataclasses.asdict(config), indent=2)
+    (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
+    path = config.log_folder / "skipped_images.txt"
+    path.unlink(missing_ok=True)
     if skipped:
-        path = config.log_folder / "skipped_images.txt"
         path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
         warn(f"{len(skipped)} images could not be read and are left out, see {path}")
 

@@ -31,7 +31,8 @@ class Tester:
         self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim).to(
             self.device, memory_format=torch.channels_last
         )
-        self.G.load_state_dict(saved.state["ema"] if saved.state else saved.G)
+        with checkpoint.complete(saved.step):
+            self.G.load_state_dict(saved.state["ema"] if saved.state else saved.G)
 
     def test(self) -> int:
         """Writes the pictures for a batch of z drawn from the seed. Returns the exit code, 0."""

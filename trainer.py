@@ -19,7 +19,7 @@ from data_loader import Loader
 from errors import UserError, warn
 from losses import D_LOSSES, g_loss, gradient_penalty
 from parameter import Config
-from recorder import Recorder, prepare_folders, report_skipped
+from recorder import Recorder, check_folders, make_folders
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
 from step_graph import StepGraph
@@ -126,15 +126,18 @@ class Trainer:
             UserError: a result folder cannot be written, or the data cannot be read.
         """
         config = self.config
-        prepare_folders(config)
+        check_folders(config)
+        skipped = self.loader.skipped  # opens the data: what is wrong with it is said before a folder is made
+        if self.step == 0 and any(config.model_folder.glob("*.pth")):
+            warn(f"{config.model_folder} has checkpoints of an earlier run, which --pretrained_model would continue")
+        make_folders(config, skipped)
         print(config.summary())
-        report_skipped(config, self.loader.skipped)
         print(
             f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
             f"{len(self.loader)} batches of {config.batch_size} images an epoch"
         )
         self.real = self.loader.batch(0)  # what D's attention is shown on
-        if not (config.sample_folder / "real.png").exists():
+        if self.step == 0:
             sample_grid(self.real).save(config.sample_folder / "real.png")
         with StopSignals() as stop, Recorder(config, self.step, self.device) as self.recorder:
             while self.step < config.total_step and stop.received is None:
@@ -147,7 +150,7 @@ class Trainer:
         if stop.received is not None:
             name = signal.Signals(stop.received).name
             print(f"stopped by {name} after step {self.step}, which is saved; continue with")
-            print(" ", config.command(pretrained_model="latest"))
+            print(" ", config.command(pretrained_model=str(self.step)))
             return 128 + stop.received
         print(f"{self.step} steps done; what they left:")
         for name, folder in config.folders.items():
@@ -157,7 +160,7 @@ class Trainer:
     def maintain(self, stats: dict[str, Tensor]) -> None:
         """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
         config, last = self.config, self.step == self.config.total_step
-        save_step = max(1, round(config.model_save_step * len(self.loader)))
+        save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
         if last or self.step % config.log_step == 0:
             self._log(stats)
         if last or self.step % config.sample_step == 0:
@@ -223,18 +226,19 @@ class Trainer:
         config = self.config
         saved = checkpoint.load(config.model_folder, wanted, config.architecture)
         self.step = saved.step
-        self.G.load_state_dict(saved.G)
-        self.D.load_state_dict(saved.D)
+        with checkpoint.complete(saved.step):
+            self.G.load_state_dict(saved.G)
+            self.D.load_state_dict(saved.D)
+            self.ema.network.load_state_dict(saved.state["ema"] if saved.state else saved.G)
         if saved.state is None:
-            self.ema.network.load_state_dict(saved.G)
             warn(f"checkpoint {saved.step} has no state file: the optimizers and the averaged generator start anew")
             return
-        self.ema.network.load_state_dict(saved.state["ema"])
-        self.fixed_z = saved.state["fixed_z"].to(self.device)
-        for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
-            # Rates and betas are this run's options, not the saved ones.
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
+        with checkpoint.complete(saved.step):
+            self.fixed_z = saved.state["fixed_z"].to(self.device)
+            for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
+                # Rates and betas are this run's options, not the saved ones.
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
         changes = [
             f"--{name} {value} (was {saved.state['config'][name]})"
             for name, value in dataclasses.asdict(config).items()

@@ -49,7 +49,10 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     if not existing.is_dir():
         raise UserError(f"cannot write to {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -184,8 +184,9 @@ def test_lsun(tmp_path):
             entry.put(str(number).encode(), file.getvalue())
     source = find_source("lsun", str(tmp_path))
     assert len(source.items) == 3
+    assert source.decode == pickle.loads(pickle.dumps(source.decode))
     expected = T.Resize((32, 32))(picture(90, 60, seed=1))  # without a crop
-    assert np.array_equal(np.asarray(source.decode(1, 32)), np.asarray(expected))
+    assert np.array_equal(np.asarray(source.decode(source.items[1], 32)), np.asarray(expected))
 
 
 def test_lsun_without_lmdb_says_what_to_install(tmp_path, monkeypatch):

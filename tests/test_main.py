@@ -89,25 +89,28 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, code):
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "--pretrained_model latest" in out
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"--pretrained_model {step}" in out
     assert (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
 
 
 @pytest.fixture
 def fail(tmp_path, monkeypatch, capfd):
-    """Runs `main` in an empty folder and returns its one line of complaint."""
+    """Runs `main` in an empty folder and returns its one line of complaint; a cache may be left, nothing else."""
     monkeypatch.chdir(tmp_path)
+
+    def written():
+        return sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
 
     def fail(*words):
         monkeypatch.setattr(sys, "argv", ["main.py", *words])
-        before = sorted(tmp_path.rglob("*"))
+        before = written()
         assert main.main() == 2
-        err = capfd.readouterr().err
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert sorted(tmp_path.rglob("*")) == before, "something was written"
-        return err
+        *bar, complaint = capfd.readouterr().err.splitlines()
+        assert complaint.startswith("error: ")
+        assert all("decoding" in line or not line for line in bar)
+        assert written() == before, "something was written"
+        return complaint
 
     return fail
 
@@ -166,3 +169,38 @@ def test_a_checkpoint_of_another_architecture(trained, fail):
 def test_a_truncated_checkpoint(trained, fail, part):
     os.truncate(trained / f"2_{part}.pth", 1000)
     assert f"2_{part}.pth is damaged" in fail(*TOY, "--pretrained_model", "2")
+
+
+def test_a_folder_of_broken_images(fail, tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        (tmp_path / "data" / f"{number}.png").write_text("no image")
+    assert "none of the 4 images" in fail(*SMALL, "--dataset", "folder")
+
+
+def test_an_incomplete_checkpoint(trained, fail):
+    state = torch.load(trained / "2_state.pth", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "ema"}, trained / "2_state.pth")
+    assert "not complete" in fail(*TOY, "--pretrained_model", "2")
+    weights = torch.load(trained / "2_G.pth", weights_only=True)
+    torch.save({key: value for key, value in weights.items() if key != "attn1.gamma"}, trained / "2_G.pth")
+    assert "attn1.gamma" in fail(*TOY, "--pretrained_model", "2")
+
+
+def test_a_name_that_is_too_long(fail):
+    assert "too long" in fail(*TOY, "--log_path", "v" * 300)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_signal_while_decoding_ends_it_and_leaves_nothing(tmp_path, number):
+    process = start(tmp_path, *SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/*.building-*/images.bin")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not list((tmp_path / "cache").iterdir())

@@ -7,6 +7,7 @@ A cache is a folder, written under a temporary name and renamed when it is whole
 `images.bin` (uint8, N x S x S x 3) and `info.json` (what it holds, and which images could not be read).
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -77,9 +78,18 @@ class Loader:
         self._staged = 0
         self._order = self._flip = torch.empty(0)
 
+    @property
+    def images(self) -> Tensor:
+        """All images (N, S, S, 3) in uint8, on the GPU where they fit, else memory-mapped."""
+        return self._cache[0]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Images that could not be read: one line each, name and reason."""
+        return self._cache[1]
+
     @cached_property
     def _cache(self) -> tuple[Tensor, list[str]]:
-        """The images (N, S, S, 3) in uint8, on the GPU where they fit, else memory-mapped; and the skipped files."""
         images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         _check_size(len(images), self.batch_size)
         images = torch.from_numpy(images)
@@ -89,20 +99,12 @@ class Loader:
                 images = images.to(self.device)
         return images, skipped
 
-    @property
-    def skipped(self) -> list[str]:
-        """Images that could not be read: one line each, name and reason."""
-        return self._cache[1]
-
     def __len__(self) -> int:
-        return len(self._cache[0]) // self.batch_size
+        return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
         """All batches from position 0 on, without end."""
-        position = 0
-        while True:
-            yield self.batch(position)
-            position += 1
+        return map(self.batch, itertools.count())
 
     def batch(self, position: int) -> Tensor:
         """Batch number `position` since the start of training: (B, 3, S, S) float32 in [-1, 1], channels last."""
@@ -118,14 +120,13 @@ class Loader:
 
     def _gather(self, rows: Tensor) -> Tensor:
         """The images of these rows, (B, S, S, 3) uint8, on the device."""
-        images = self._cache[0]
-        if images.is_cuda or self.device.type != "cuda":
-            return images[rows].to(self.device)
+        if self.images.is_cuda or self.device.type != "cuda":
+            return self.images[rows].to(self.device)
         # Two pinned buffers in turn: one is filled while the GPU still copies from the other.
         self._staged += 1
         buffer, copied = self._staging[self._staged % 2]
         copied.synchronize()
-        torch.index_select(images, 0, rows, out=buffer)
+        torch.index_select(self.images, 0, rows, out=buffer)
         batch = buffer.to(self.device, non_blocking=True)
         copied.record()
         return batch
@@ -138,9 +139,9 @@ class Loader:
     def _shuffle(self, epoch: int) -> None:
         """Draws the order of an epoch and its flips."""
         random = np.random.default_rng([self.seed, epoch])
-        images = self._cache[0]
-        self._order = torch.from_numpy(random.permutation(len(images))).to(images.device)
-        self._flip = torch.from_numpy(random.random(len(images)) < 0.5).view(-1, 1, 1, 1).to(self.device)
+        count = len(self.images)
+        self._order = torch.from_numpy(random.permutation(count)).to(self.images.device)
+        self._flip = torch.from_numpy(random.random(count) < 0.5).view(-1, 1, 1, 1).to(self.device)
         self._epoch = epoch
 
 

@@ -20,7 +20,7 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
     config = get_parameters()
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the data is decoded: clear up, then end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while the data is decoded: clear up, then end
         return run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,9 @@ def memory_mib(device: torch.device) -> float:
     """Peak memory so far in MiB: tensors on a GPU; of the whole process elsewhere, 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) / 1024
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -49,10 +49,10 @@ def test_images_live_on_the_gpu_and_batches_are_the_cpu_s(make_trainer, monkeypa
 
     cpu = make_trainer(**(REAL | {"device": "cpu"}), hflip=True)
     on_gpu = make_trainer(**REAL, hflip=True)
-    assert on_gpu.loader._cache[0].is_cuda
+    assert on_gpu.loader.images.is_cuda
     monkeypatch.setattr(data_loader, "DEVICE_SHARE", 0)
     streamed = make_trainer(**REAL, hflip=True)
-    assert not streamed.loader._cache[0].is_cuda
+    assert not streamed.loader.images.is_cuda
     for position in (0, 1, 2, 7, 3):
         expected = cpu.loader.batch(position)
         for trainer in (on_gpu, streamed):

@@ -32,7 +32,7 @@ def test_batches_are_scaled_as_the_reference_scales(toy):
     assert batch.shape == (4, 3, 32, 32)
     assert batch.dtype == torch.float32
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    raw = toy()._cache[0]
+    raw = toy().images
     expected = (raw.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5  # ToTensor, Normalize(0.5, 0.5)
     for image in batch:
         assert min((image - candidate).abs().max() for candidate in expected) < 1e-6
@@ -141,7 +141,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
     loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"),
                         num_workers=0)  # fmt: skip
     assert sorted(line.split(":")[0] for line in loader.skipped) == ["cut.png", "dangling.jpg", "empty.png", "text.jpg"]
-    assert len(loader._cache[0]) == 3
+    assert len(loader.images) == 3
     again = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"))
     assert again.skipped == loader.skipped
 

@@ -183,7 +183,8 @@ class Config:
         """All options by group, a few lines to print at the start of a run."""
         lines = []
         for title, fields in option_groups().items():
-            text = "   ".join(f"{field.name} {getattr(self, field.name)}" for field in fields)
+            # A no-break space keeps a name and its value on one line.
+            text = "   ".join(f"{field.name}\N{NO-BREAK SPACE}{getattr(self, field.name)}" for field in fields)
             lines += textwrap.wrap(
                 text,
                 width=100,
@@ -192,7 +193,7 @@ class Config:
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-        return "\n".join(lines)
+        return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
     def command(self, **changes: Any) -> str:
         """The command line that gives this configuration with `changes`; options at their defaults are left out."""

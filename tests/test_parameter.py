@@ -112,11 +112,14 @@ def test_every_option_has_a_help_text_and_is_read_by_something():
 def test_help_is_quick_and_imports_no_torch():
     code = "import sys, main; sys.argv = ['main.py', '--help']\ntry: main.main()\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 0.5
-    assert "--imsize" in done.stdout
+    seconds = []
+    for _ in range(3):  # the best of three: the first may read Python itself from a cold disk
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "--imsize" in done.stdout
+    assert min(seconds) < 0.5
 
 
 def test_the_readme_s_table_has_every_option_and_its_default():

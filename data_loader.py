@@ -230,8 +230,8 @@ def _decode_all(
     if num_workers == 0 or len(chunks) == 1:
         yield from map(decode, chunks)
         return
-    # spawn everywhere: forking a process that already runs torch's threads may deadlock
-    # and without Ctrl-C, which reaches them too: a worker cut off in the middle of an answer hangs this process
+    # Spawned everywhere: forking a process that already runs torch's threads may deadlock. Deaf to Ctrl-C, which
+    # reaches the workers too: one that is cut off in the middle of an answer hangs this process.
     with ProcessPoolExecutor(
         min(num_workers, len(chunks)),
         mp_context=get_context("spawn"),

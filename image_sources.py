@@ -118,7 +118,7 @@ class Cifar10Decoder:
         return resize(_open_cifar10(self.root)[index][0], size)
 
 
-def decode_chunk(decode, size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
+def decode_chunk(decode: Callable[[Any, int], Image.Image], size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
     """Decodes some items to (K, size, size, 3) uint8; what cannot be read becomes a line of name and reason.
 
     What a worker process runs: it is here so that the process need not import torch.
@@ -240,9 +240,8 @@ def _cifar10(root: Path, download: bool) -> Source:
             f"no CIFAR-10 in {root} ({_first_line(error)}): --download true fetches it, or unpack "
             f"cifar-10-python.tar.gz there by hand"
         ) from error
-    return Source(
-        "cifar10", range(count), Cifar10Decoder(str(root)), _digest([count])
-    )  # torchvision checked the MD5 sums
+    # Nothing of the files is in the fingerprint: torchvision has checked their MD5 sums.
+    return Source("cifar10", range(count), Cifar10Decoder(str(root)), _digest([count]))
 
 
 @lru_cache(maxsize=1)

@@ -43,7 +43,8 @@ def run(config: Config) -> int:
     from trainer import Trainer
     from utils import pick_device, tune_malloc
 
-    if config.tune_malloc:
+    device = pick_device(config.device)
+    if config.tune_malloc and device.type == "cpu":
         tune_malloc()
     torch.manual_seed(config.seed)
     if not config.train:
@@ -59,7 +60,7 @@ def run(config: Config) -> int:
         num_workers=config.num_workers,
         seed=config.seed,
         hflip=config.hflip,
-        device=pick_device(config.device),
+        device=device,
     )
     return Trainer(loader, config).train()
 

@@ -148,21 +148,24 @@ class Config:
             if value is not None and rule and not rule.holds(value):
                 raise UserError(f"--{field.name} must be {rule.words}, not {value}")
 
+    def _folder(self, path: str) -> Path:
+        return Path(path).expanduser() / self.version
+
     @property
     def sample_folder(self) -> Path:
-        return Path(self.sample_path).expanduser() / self.version
+        return self._folder(self.sample_path)
 
     @property
     def attn_folder(self) -> Path:
-        return Path(self.attn_path).expanduser() / self.version
+        return self._folder(self.attn_path)
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.model_save_path).expanduser() / self.version
+        return self._folder(self.model_save_path)
 
     @property
     def log_folder(self) -> Path:
-        return Path(self.log_path).expanduser() / self.version
+        return self._folder(self.log_path)
 
     @property
     def folders(self) -> dict[str, Path]:

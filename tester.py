@@ -10,7 +10,7 @@ import torch
 import checkpoint
 from parameter import Config
 from sagan_models import Generator
-from utils import evaluating, pick_device
+from utils import evaluating, pick_device, seeded_noise
 from visualize import attention_figures, sample_grid
 
 
@@ -37,8 +37,7 @@ class Tester:
     def test(self) -> int:
         """Writes the pictures for a batch of z drawn from the seed. Returns the exit code, 0."""
         config = self.config
-        noise = torch.Generator().manual_seed(config.seed)  # on the CPU: the same z on any device
-        z = torch.randn(config.batch_size, config.z_dim, generator=noise).to(self.device)
+        z = seeded_noise(config.seed, config.batch_size, config.z_dim, self.device)
         with evaluating(self.G):
             images = self.G(z)
             shown, *maps = self.G(z[: config.g_num], return_attention=True)

@@ -23,7 +23,16 @@ from recorder import Recorder, check_folders, make_folders
 from sagan_models import Discriminator, Generator, SelfAttention
 from spectral import SpectralNorm
 from step_graph import StepGraph
-from utils import EMA, StopSignals, derive_seed, evaluating, pick_device, pick_precision, set_learning_rate
+from utils import (
+    EMA,
+    StopSignals,
+    derive_seed,
+    evaluating,
+    pick_device,
+    pick_precision,
+    seeded_noise,
+    set_learning_rate,
+)
 from visualize import sample_grid
 
 STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
@@ -69,8 +78,8 @@ class Trainer:
 
         # Noise
         self.random = torch.Generator(self.device)
-        noise = torch.Generator().manual_seed(derive_seed(config.seed, FIXED_Z))  # on the CPU: the same z on any device
-        self.fixed_z = torch.randn(config.batch_size, config.z_dim, generator=noise).to(self.device)
+        z_seed = derive_seed(config.seed, FIXED_Z)
+        self.fixed_z = seeded_noise(z_seed, config.batch_size, config.z_dim, self.device)
 
         self.run_updates = self._pick_updates()
         if config.pretrained_model:
@@ -137,8 +146,9 @@ class Trainer:
             f"{len(self.loader)} batches of {config.batch_size} images an epoch"
         )
         self.real = self.loader.batch(0)  # what D's attention is shown on
-        if self.step == 0:
-            sample_grid(self.real).save(config.sample_folder / "real.png")
+        real_path = config.sample_folder / "real.png"
+        if self.step == 0 or not real_path.exists():
+            sample_grid(self.real).save(real_path)
         with StopSignals() as stop, Recorder(config, self.step, self.device) as self.recorder:
             while self.step < config.total_step and stop.received is None:
                 stats = self._take_step()

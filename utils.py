@@ -120,6 +120,11 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
+def seeded_noise(seed: int, count: int, z_dim: int, device: torch.device) -> Tensor:
+    """Noise (count, z_dim) drawn on the CPU: the same on every device."""
+    return torch.randn(count, z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the rate of all groups; where it is a tensor, in place, because a recorded step reads that tensor."""
     for group in optimizer.param_groups:
@@ -153,22 +158,18 @@ class EMA:
     def __init__(self, source: nn.Module, decay: float):
         self.decay = decay
         self.network = copy.deepcopy(source).requires_grad_(False)
-        pairs = [
-            (name, mine, theirs.detach())
-            for (name, mine), theirs in zip(
-                self.network.state_dict().items(), source.state_dict().values(), strict=True
-            )
-        ]
-        is_copied = [name.endswith(("_u", "_v", "num_batches_tracked")) for name, _, _ in pairs]
-        self._averaged = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if not copied]
-        self._copied = [pair[1:] for pair, copied in zip(pairs, is_copied, strict=True) if copied]
+        mine, theirs = self.network.state_dict(), source.state_dict()  # they share memory with the networks
+        copied = [key for key in mine if key.endswith(("_u", "_v", "num_batches_tracked"))]
+        averaged = [key for key in mine if key not in copied]
+        self._averaged = [mine[key] for key in averaged], [theirs[key] for key in averaged]
+        self._copied = [mine[key] for key in copied], [theirs[key] for key in copied]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the source's weights after update number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([mine for mine, _ in self._averaged], [theirs for _, theirs in self._averaged], 1 - decay)
-        torch._foreach_copy_([mine for mine, _ in self._copied], [theirs for _, theirs in self._copied])
+        torch._foreach_lerp_(*self._averaged, 1 - decay)
+        torch._foreach_copy_(*self._copied)
 
 
 class StopSignals:

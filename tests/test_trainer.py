@@ -187,7 +187,9 @@ def test_weights_without_a_state_file_load_with_a_warning(make_trainer, capsys):
     assert "optimizers" in capsys.readouterr().err
     assert torch.equal(continued.G.last[0].weight, first.G.last[0].weight)
     assert torch.equal(continued.ema.network.last[0].weight, first.G.last[0].weight)
+    (first.config.sample_folder / "real.png").unlink()  # as where the weights came from elsewhere
     assert continued.train() == 0
+    assert (first.config.sample_folder / "real.png").exists()
 
 
 def test_continuing_with_other_options_says_so_and_uses_them(make_trainer, capsys):

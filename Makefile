@@ -10,7 +10,7 @@ BIN := .venv/bin
 .PHONY: demo test lint bench bench-gpu clean
 
 demo: .venv/.installed
-	$(BIN)/python main.py --dataset toy --version demo --batch_size 16 --total_step 400 \
+	$(BIN)/python main.py --dataset toy --version demo --overwrite true --batch_size 16 --total_step 400 \
 		--sample_step 50 --attn_step 200 --use_tensorboard true
 
 test: .venv/.installed-tests

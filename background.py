@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Background:
-    """Runs jobs one after the other in a thread; at the end of a `with` block all are done.
+    """Runs jobs one after the other in a thread; at the end of a `with` block all are done, also after an error.
 
         with Background() as background:
             background.submit(picture.save, path)
@@ -31,7 +31,8 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=False)
+        at_once = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C, or SystemExit
+        self._thread.shutdown(cancel_futures=at_once)
         if kind is None:  # else the first error is on its way already
             for future in self._pending:
                 future.result()

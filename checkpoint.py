@@ -1,12 +1,16 @@
 """Checkpoints: written whole or not at all, found by step, checked against the networks they go into.
 
 A checkpoint of step 500 is three files: `500_G.pth` and `500_D.pth`, plain state dicts that the reference reads too,
-and `500_state.pth` with all else the next step depends on. The state file is written last: where it is, all is.
+and `500_state.pth` with all else the next step depends on, and the checksums of the other two. The state file appears
+last: where it is, all is.
 """
 
+import hashlib
+import io
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, warn
+
+PARTS = ("G", "D", "state")  # in the order in which the files appear
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,39 @@ class Checkpoint:
     state: dict[str, Any] | None
 
 
-def save(folder: Path, step: int, G: Mapping[str, Tensor], D: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Writes the three files of a checkpoint; each appears under its name only when it is whole and on the disk.
+def save(
+    folder: Path,
+    step: int,
+    G: Mapping[str, Tensor],
+    D: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep_checkpoints: int = 0,
+    keep_weights: int = 0,
+) -> None:
+    """Writes the three files of a checkpoint; each appears under its name only when all are whole and on the disk.
+
+    Older checkpoints are thinned out afterwards: all but the newest `keep_checkpoints` lose their state file, and of
+    those all but the newest `keep_weights` their weights. 0 keeps all. Nothing newer than `step` is touched.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, or the folder cannot be written; what was there before is as it was.
     """
-    for part, content in (("G", G), ("D", D), ("state", state)):
-        path = _path(folder, step, part)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    temporary = {part: _path(folder, step, part).with_suffix(".tmp") for part in PARTS}
+    try:
+        digests = {part: _write(temporary[part], content) for part, content in (("G", G), ("D", D))}
+        _write(temporary["state"], {**state, "sha256": digests})
+        for part in PARTS:
+            os.replace(temporary[part], _path(folder, step, part))
+        _flush_folder(folder)
+        _prune(folder, step, keep_checkpoints, keep_weights)
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {step} cannot be written to {folder}: {error.strerror or error}. The older ones are as they "
+            "were: put that right, then continue with --pretrained_model latest"
+        ) from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoint:
@@ -53,22 +75,50 @@ def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoi
 
     Args:
         folder: where the checkpoints are.
-        wanted: a step, or "latest": the newest with a state file, else the newest weights.
+        wanted: a step, or "latest": the newest with a state file, else the newest weights; damaged ones are passed
+            over with a warning.
         architecture: the imsize, z_dim, g_conv_dim and d_conv_dim of the networks that it is for.
 
     Raises:
         UserError: there is none, it cannot be read, or it belongs to other networks.
     """
-    step = _find(folder, wanted)
-    state_path = _path(folder, step, "state")
-    checkpoint = Checkpoint(
-        step,
-        _strip_parallel(_read(_path(folder, step, "G"))),
-        _strip_parallel(_read(_path(folder, step, "D"))),
-        _read(state_path) if state_path.exists() else None,
-    )
+    found = steps(folder)
+    if not found:
+        raise UserError(f"--pretrained_model {wanted}: there is no checkpoint in {folder}")
+    if wanted != "latest":
+        if int(wanted) not in found:
+            raise UserError(f"--pretrained_model {wanted}: not in {folder}, which has {_list(sorted(found))}")
+        found = [int(wanted)]
+    for step in found:
+        try:
+            checkpoint = _load(folder, step)
+            break
+        except UserError as error:
+            if step == found[-1]:
+                raise
+            warn(f"{error}; taking the one before it")
     _check_architecture(checkpoint, architecture)
     return checkpoint
+
+
+def steps(folder: Path) -> list[int]:
+    """The checkpoints in a folder, best to continue from first: the whole ones, then the weights alone, newest first.
+
+    Weights whose state file was about to follow when the process was killed are none.
+    """
+    whole, unfinished = _steps(folder, "state.pth"), _steps(folder, "state.tmp")
+    weights = _steps(folder, "G.pth") & _steps(folder, "D.pth")
+    return sorted(weights & whole, reverse=True) + sorted(weights - whole - unfinished, reverse=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clears away what a process left that was killed while it saved. No other may be writing to the folder."""
+    for step in _steps(folder, "state.tmp") - _steps(folder, "state.pth"):
+        for part in ("G", "D"):
+            _path(folder, step, part).unlink(missing_ok=True)
+    for part in PARTS:  # the state last: until it is gone, `steps` knows
+        for step in _steps(folder, f"{part}.tmp"):
+            _path(folder, step, part).with_suffix(".tmp").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,24 +153,10 @@ def _path(folder: Path, step: int, part: str) -> Path:
     return folder / f"{step}_{part}.pth"
 
 
-def _find(folder: Path, wanted: str) -> int:
-    """The step that is meant by a step or "latest"."""
-    found = {
-        part: {
-            int(path.name.split("_")[0])
-            for path in folder.glob(f"*_{part}.pth")
-            if re.fullmatch(rf"\d+_{part}\.pth", path.name)
-        }
-        for part in ("G", "D", "state")
-    }
-    steps = found["G"] & found["D"]
-    if not steps:
-        raise UserError(f"--pretrained_model {wanted}: there is no checkpoint in {folder}")
-    if wanted == "latest":
-        return max(steps & found["state"] or steps)
-    if int(wanted) not in steps:
-        raise UserError(f"--pretrained_model {wanted}: not in {folder}, which has {_list(sorted(steps))}")
-    return int(wanted)
+def _steps(folder: Path, ending: str) -> set[int]:
+    """The steps of the files `{step}_{ending}` in a folder."""
+    names = (path.name for path in folder.glob(f"*_{ending}"))
+    return {int(name.split("_")[0]) for name in names if re.fullmatch(rf"[0-9]+_{re.escape(ending)}", name)}
 
 
 def _list(steps: list[int]) -> str:
@@ -128,19 +164,69 @@ def _list(steps: list[int]) -> str:
     return ", ".join(shown if len(shown) <= 12 else [*shown[:3], "...", *shown[-8:]])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of that step; a `UserError` where one of its files is not what was written."""
+    state_path = _path(folder, step, "state")
+    state = _read(state_path) if state_path.exists() else None
+    digests = (state or {}).get("sha256")
+    digests = digests if isinstance(digests, dict) else {}  # an older version's state file has none
+    G, D = (_read(_path(folder, step, part), digests.get(part)) for part in ("G", "D"))
+    return Checkpoint(step, _strip_parallel(G), _strip_parallel(D), state)
+
+
+def _read(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The dict that a file holds, once its checksums agree: `sha256`, and those that a zip file has inside."""
     try:
+        content = path.read_bytes()
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError("it is not the file that was saved with its state file")
+        if content.startswith(b"PK"):  # torch does not look at the checksums in its own zip files
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"wrong checksum of {broken}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how the file was pickled: nothing the user can put right
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by what is wrong with the file
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # RuntimeError, UnpicklingError, BadZipFile, EOFError, ... by what is wrong with it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged or is none: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> str:
+    """Writes a file through to the disk; returns its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Writes a folder's entries through to the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prune(folder: Path, newest: int, keep_checkpoints: int, keep_weights: int) -> None:
+    """Thins out the checkpoints up to step `newest`, see `save`."""
+    found = sorted((step for step in steps(folder) if step <= newest), reverse=True)
+    whole = [step for step in found if _path(folder, step, "state").exists()]
+    kept = whole[: keep_checkpoints or None]
+    for step in set(whole) - set(kept):
+        _path(folder, step, "state").unlink()
+    if keep_weights:
+        for step in [step for step in found if step not in kept][keep_weights:]:
+            for part in ("G", "D"):
+                _path(folder, step, part).unlink()
 
 
 def _strip_parallel(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,9 +9,15 @@ python main.py --help                               # all options
 
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from errors import UserError
 from parameter import Config, get_parameters
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_loader import Loader
 
 
 def main() -> int:
@@ -37,22 +43,30 @@ def run(config: Config) -> int:
     """Trains or evaluates as `config` says; returns the exit code."""
     import torch  # here, and what needs it: --help and bad options do not wait for it
 
-    from data_loader import get_loader
-    from image_sources import find_source
     from tester import Tester
     from trainer import Trainer
-    from utils import pick_device, tune_malloc
+    from utils import is_out_of_memory, pick_device, tune_malloc
 
     device = pick_device(config.device)
     if config.tune_malloc and device.type == "cpu":
         tune_malloc()
     torch.manual_seed(config.seed)
-    if not config.train:
-        return Tester(config).test()
+    try:
+        return Trainer(_loader(config, device), config).train() if config.train else Tester(config).test()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory on {device}: a smaller --batch_size, --imsize or network needs less") from error
+
+
+def _loader(config: Config, device: "torch.device") -> "Loader":
+    from data_loader import get_loader
+    from image_sources import find_source
+
     source = find_source(
         config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed
     )
-    loader = get_loader(
+    return get_loader(
         source,
         config.imsize,
         config.batch_size,
@@ -62,7 +76,6 @@ def run(config: Config) -> int:
         hflip=config.hflip,
         device=device,
     )
-    return Trainer(loader, config).train()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ def at_least(limit: float) -> Rule:
     return Rule(lambda value: value >= limit, f"at least {limit}")
 
 
+def between(low: int, high: int) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"from {low} to {high}")
+
+
 def matches(pattern: str, words: str) -> Rule:
     return Rule(lambda value: re.fullmatch(pattern, value) is not None, words)
 
@@ -42,7 +46,7 @@ FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 DECAY = Rule(lambda value: 0 < value <= 1, "more than 0 and at most 1")
 EPOCHS = Rule(lambda value: 0 < value <= 1e6, "more than 0 and at most 1000000")
 SEED = Rule(lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
-WIDTH = Rule(lambda value: value > 0 and value % 8 == 0, "a positive multiple of 8")
+WIDTH = Rule(lambda value: 0 < value <= 1024 and value % 8 == 0, "a multiple of 8 from 8 to 1024")
 PATH = matches(r"[^\0]+", "a path")
 
 
@@ -57,7 +61,7 @@ class Config:
 
     model: str = option("sagan", "the network to train", one_of("sagan"), group="Network")
     imsize: int = option(64, "height and width of the images in pixels", one_of(32, 64, 128, 256))
-    z_dim: int = option(128, "length of the noise vector z", at_least(1))
+    z_dim: int = option(128, "length of the noise vector z", between(1, 8192))
     g_conv_dim: int = option(64, "width of the generator's last block", WIDTH)
     d_conv_dim: int = option(64, "width of the discriminator's first block", WIDTH)
 
@@ -66,7 +70,7 @@ class Config:
     lambda_gp: float = option(10.0, "weight of the gradient penalty of wgan-gp", at_least(0))
     total_step: int = option(1_000_000, "train until this many generator updates are done", at_least(1))
     batch_size: int = option(64, "images in a batch", at_least(1))
-    n_critic: int = option(1, "discriminator updates for each generator update", at_least(1))
+    n_critic: int = option(1, "discriminator updates for each generator update", between(1, 1000))
     d_iters: int = option(
         5, "does nothing, as in the reference; accepted for old command lines, see --n_critic", at_least(1)
     )
@@ -83,7 +87,9 @@ class Config:
     ema_decay: float = option(0.999, "decay of the averaged generator, ramped up over the first steps", FRACTION)
     seed: int = option(0, "seed of weights, noise, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(
-        None, "continue from this checkpoint", matches(r"\d+|latest", "a step, or 'latest'")
+        None,
+        "continue from this checkpoint; auto is the latest if there is one, else a new run",
+        matches(r"[0-9]+|latest|auto", "a step, 'latest' or 'auto'"),
     )
 
     dataset: str = option(
@@ -102,7 +108,7 @@ class Config:
     hflip: bool = option(False, "mirror half of the images at random")
     toy_num: int = option(10_000, "how many toy faces to draw", at_least(1))
     cache_path: str = option("./cache", "where decoded images are kept", PATH)
-    num_workers: int = option(2, "processes that decode images while the cache is built", at_least(0))
+    num_workers: int = option(2, "processes that decode images while the cache is built", between(0, 256))
 
     device: str = option(
         "auto",
@@ -119,6 +125,9 @@ class Config:
         "auto",
         "on CUDA, replay the step as one recorded graph; auto steps aside where that cannot be done",
         one_of("auto", "true", "false"),
+    )
+    deterministic: bool = option(
+        False, "on CUDA, only operations whose results can be repeated bit for bit, as they always can on a CPU"
     )
     parallel: bool = option(False, "split each batch over all visible GPUs")
     tune_malloc: bool = option(True, "on a CPU under Linux, keep freed memory for the next step: faster")
@@ -139,6 +148,12 @@ class Config:
     attn_step: int = option(1000, "steps between two sets of attention figures", at_least(1))
     g_num: int = option(5, "images in an attention figure, at most a batch", at_least(1))
     model_save_step: float = option(1.0, "epochs between two checkpoints", EPOCHS)
+    save_minutes: float = option(10.0, "minutes after which there is a checkpoint in any case; 0 is never", at_least(0))
+    keep_checkpoints: int = option(
+        3, "this many of the newest checkpoints stay whole, older ones keep their weights; 0 is all", at_least(0)
+    )
+    keep_weights: int = option(0, "this many of the newest of those older weights stay; 0 is all", at_least(0))
+    overwrite: bool = option(False, "start anew over the results of an earlier run of this version, which are removed")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -199,8 +214,11 @@ class Config:
         return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
     def command(self, **changes: Any) -> str:
-        """The command line that gives this configuration with `changes`; options at their defaults are left out."""
-        changed = dataclasses.replace(self, **changes)
+        """The command line that gives this configuration with `changes`; options at their defaults are left out.
+
+        So is --overwrite: a command that is given again must not remove what the run has done since.
+        """
+        changed = dataclasses.replace(self, overwrite=False, **changes)
         words = ["python", "main.py"]
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)

@@ -3,13 +3,10 @@
 The trainer hands over tensors and goes on; whatever takes time is done in the background.
 """
 
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +15,9 @@ from tqdm import tqdm
 
 import checkpoint
 from background import Background
-from errors import warn
 from parameter import Config
 from run_log import RunLog
-from utils import check_writable, clone_tensors, memory_mib
+from utils import clone_tensors, memory_mib
 from visualize import attention_figures, sample_grid
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -29,25 +25,6 @@ POSTFIX = (
     "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
     "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}"
 )
-
-
-def check_folders(config: Config) -> None:
-    """Looks whether the run's folders can be written, before any work; raises UserError for one that cannot."""
-    for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
-        check_writable(folder)
-
-
-def make_folders(config: Config, skipped: Sequence[str]) -> None:
-    """Makes the run's folders; writes down its configuration and, with a warning, the images that it leaves out."""
-    for folder in config.folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    resolved = json.dumps(dataclasses.asdict(config), indent=2)
-    (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
-    path = config.log_folder / "skipped_images.txt"
-    path.unlink(missing_ok=True)
-    if skipped:
-        path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        warn(f"{len(skipped)} images could not be read and are left out, see {path}")
 
 
 class Recorder:
@@ -103,7 +80,14 @@ class Recorder:
 
     def checkpoint(self, step: int, G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """A checkpoint of copies of these state dicts."""
-        self._background.submit(checkpoint.save, self.config.model_folder, step, *clone_tensors([G, D, state]))
+        self._background.submit(self._write_checkpoint, step, *clone_tensors([G, D, state]))
+
+    def _write_checkpoint(
+        self, step: int, G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> None:
+        self._log.flush()  # a run that continues from here has all lines up to here
+        keep = self.config.keep_checkpoints, self.config.keep_weights
+        checkpoint.save(self.config.model_folder, step, G, D, state, *keep)
 
     def _write_samples(self, step: int, name: str, images: Tensor) -> None:
         grid = sample_grid(images)

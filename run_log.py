@@ -46,6 +46,10 @@ class RunLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Writes the lines so far through to the disk."""
+        os.fsync(self._file.fileno())
+
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture for TensorBoard."""
         if self._writer:

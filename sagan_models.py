@@ -172,3 +172,17 @@ def _up_block(inputs: int, outputs: int, stride: int, padding: int) -> nn.Sequen
 
 def _down_block(inputs: int, outputs: int) -> nn.Sequential:
     return _Block(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
+
+
+def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
+    """What a log shows of a network: gamma of each attention layer, sigma of each spectral norm, 0-d and detached.
+
+    They are named as in "gamma/G_attn1" and "sigma/G_l1", with `prefix` in place of "G".
+    """
+    values = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, SelfAttention):
+            values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
+        elif isinstance(layer, SpectralNorm):
+            values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma().detach()
+    return values

@@ -26,7 +26,8 @@ class Tester:
     def __init__(self, config: Config):
         self.config = config
         self.device = pick_device(config.device)
-        saved = checkpoint.load(config.model_folder, config.pretrained_model or "latest", config.architecture)
+        wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
+        saved = checkpoint.load(config.model_folder, wanted, config.architecture)
         self.step = saved.step
         self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim).to(
             self.device, memory_format=torch.channels_last

@@ -9,25 +9,29 @@ position in the data: a run that was stopped and continued takes the same steps 
 
 import dataclasses
 import signal
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
 from data_loader import Loader
+from divergence import Diverged, Watch
 from errors import UserError, warn
 from losses import D_LOSSES, g_loss, gradient_penalty
 from parameter import Config
-from recorder import Recorder, check_folders, make_folders
-from sagan_models import Discriminator, Generator, SelfAttention
-from spectral import SpectralNorm
+from recorder import Recorder
+from run_folders import check_folders, claimed, prepare
+from sagan_models import Discriminator, Generator, gammas_and_sigmas
 from step_graph import StepGraph
 from utils import (
     EMA,
     StopSignals,
     derive_seed,
     evaluating,
+    make_deterministic,
     pick_device,
     pick_precision,
     seeded_noise,
@@ -50,6 +54,9 @@ class Trainer:
         self.device = pick_device(config.device)
         self.step = 0  # finished generator updates
 
+        if config.deterministic:
+            make_deterministic()
+
         # Networks
         self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
         self.D = Discriminator(config.imsize, config.d_conv_dim)
@@ -62,7 +69,8 @@ class Trainer:
 
         # Optimizers and loss
         on_cuda = self.device.type == "cuda"
-        torch.backends.cudnn.benchmark = on_cuda  # shapes never change: cuDNN may look for its fastest algorithms
+        # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
+        torch.backends.cudnn.benchmark = on_cuda and not config.deterministic
         self.g_optimizer, self.d_optimizer = (
             torch.optim.Adam(
                 network.parameters(),
@@ -82,8 +90,12 @@ class Trainer:
         self.fixed_z = seeded_noise(z_seed, config.batch_size, config.z_dim, self.device)
 
         self.run_updates = self._pick_updates()
-        if config.pretrained_model:
-            self._resume(config.pretrained_model)
+        self.watch = Watch()
+        wanted = config.pretrained_model
+        if wanted == "auto":
+            wanted = "latest" if checkpoint.steps(config.model_folder) else None
+        if wanted:
+            self._resume(wanted)
 
     def d_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
         """One update of the discriminator.
@@ -132,52 +144,62 @@ class Trainer:
         """Trains until `total_step`, or until SIGINT or SIGTERM; returns 0, or 128 + the signal's number.
 
         Raises:
-            UserError: a result folder cannot be written, or the data cannot be read.
+            UserError: a result folder cannot be written or is in use, the data cannot be read, or the run diverged.
         """
         config = self.config
-        check_folders(config)
+        check_folders(config, self.step)
         skipped = self.loader.skipped  # opens the data: what is wrong with it is said before a folder is made
-        if self.step == 0 and any(config.model_folder.glob("*.pth")):
-            warn(f"{config.model_folder} has checkpoints of an earlier run, which --pretrained_model would continue")
-        make_folders(config, skipped)
-        print(config.summary())
-        print(
-            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
-            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
-        )
-        self.real = self.loader.batch(0)  # what D's attention is shown on
-        real_path = config.sample_folder / "real.png"
-        if self.step == 0 or not real_path.exists():
-            sample_grid(self.real).save(real_path)
-        with StopSignals() as stop, Recorder(config, self.step, self.device) as self.recorder:
-            while self.step < config.total_step and stop.received is None:
-                stats = self._take_step()
-                self.step += 1
-                self.recorder.advance()
-                self.maintain(stats)
-            if stop.received is not None:
-                self._save()
-        if stop.received is not None:
-            name = signal.Signals(stop.received).name
+        with claimed(config):
+            prepare(config, self.step, skipped)
+            print(config.summary())
+            print(
+                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+                f"{len(self.loader)} batches of {config.batch_size} images an epoch"
+            )
+            self.real = self.loader.batch(0)  # what D's attention is shown on
+            real_path = config.sample_folder / "real.png"
+            if self.step == 0 or not real_path.exists():
+                sample_grid(self.real).save(real_path)
+            try:
+                received = self._loop()
+            except Diverged as error:
+                raise UserError(self._advice(error)) from error
+        if received is not None:
+            name = signal.Signals(received).name
             print(f"stopped by {name} after step {self.step}, which is saved; continue with")
             print(" ", config.command(pretrained_model=str(self.step)))
-            return 128 + stop.received
+            return 128 + received
         print(f"{self.step} steps done; what they left:")
         for name, folder in config.folders.items():
             print(f"  {name:<12}{folder}")
         return 0
 
+    def _loop(self) -> int | None:
+        """Takes steps until `total_step` or a signal, whose number it returns."""
+        with StopSignals() as stop, Recorder(self.config, self.step, self.device) as self.recorder:
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+            while self.step < self.config.total_step and stop.received is None:
+                stats = self._take_step()
+                self.step += 1
+                self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
+                self.recorder.advance()
+                self.maintain(stats)
+            if stop.received is not None and self.saved_step != self.step:
+                self._save()
+        return stop.received
+
     def maintain(self, stats: dict[str, Tensor]) -> None:
         """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
         config, last = self.config, self.step == self.config.total_step
         save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
+        minutes = (time.monotonic() - self.saved_at) / 60
         if last or self.step % config.log_step == 0:
             self._log(stats)
         if last or self.step % config.sample_step == 0:
             self._sample()
         if last or self.step % config.attn_step == 0:
             self._show_attention()
-        if last or self.step % save_step == 0:
+        if last or self.step % save_step == 0 or 0 < config.save_minutes <= minutes:
             self._save()
 
     def _take_step(self) -> dict[str, Tensor]:
@@ -249,22 +271,22 @@ class Trainer:
                 # Rates and betas are this run's options, not the saved ones.
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
-        changes = [
-            f"--{name} {value} (was {saved.state['config'][name]})"
-            for name, value in dataclasses.asdict(config).items()
-            if name != "pretrained_model" and saved.state["config"].get(name, value) != value
-        ]
+            changes = _changes(saved.state["config"], dataclasses.asdict(config))
         print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
+
+    def _advice(self, error: Diverged) -> str:
+        """What to do about a run that diverged."""
+        good = checkpoint.steps(self.config.model_folder)
+        if not good:
+            return f"the run diverged: {error}. Nothing was saved; begin anew with lower --g_lr and --d_lr"
+        command = self.config.command(pretrained_model=str(good[0]))
+        advice = "Continue from the last good checkpoint, with lower --g_lr and --d_lr"
+        return f"the run diverged: {error}. {advice}: {command}"
 
     def _log(self, stats: dict[str, Tensor]) -> None:
         """Records the losses, gamma of each attention layer, sigma of each spectral norm, and the learning rates."""
-        values = dict(stats)
-        for prefix, network in (("G", self.G), ("D", self.D)):
-            for name, layer in network.named_modules():
-                if isinstance(layer, SelfAttention):
-                    values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
-                elif isinstance(layer, SpectralNorm):
-                    values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma().detach()
+        self.watch.check_losses()
+        values = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
         rates = {
             "lr/g": float(self.g_optimizer.param_groups[0]["lr"]),
             "lr/d": float(self.d_optimizer.param_groups[0]["lr"]),
@@ -273,6 +295,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Records what G and its average make of the fixed z."""
+        self.watch.check_losses()
         with evaluating(self.G, self.ema.network):
             self.recorder.samples(self.step, "fake", self.G(self.fixed_z))
             self.recorder.samples(self.step, "ema", self.ema.network(self.fixed_z))
@@ -287,7 +310,10 @@ class Trainer:
         self.recorder.attention(self.step, "D", real, d_maps)
 
     def _save(self) -> None:
-        """Records a checkpoint. The random state is not in it: it is a function of the seed and the step."""
+        """Records a checkpoint, unless something in it is not finite.
+
+        The random state is not in it: it is a function of the seed and the step.
+        """
         state = {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
@@ -296,4 +322,21 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
         }
-        self.recorder.checkpoint(self.step, self.G.state_dict(), self.D.state_dict(), state)
+        G, D = self.G.state_dict(), self.D.state_dict()
+        self.watch.check(self.step, G, D, state)
+        self.recorder.checkpoint(self.step, G, D, state)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+
+def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """How the options of a checkpoint, maybe of another version of this program, differ from those of this run."""
+    expected = {"pretrained_model", "overwrite"}
+    return [
+        f"--{name} {current[name]} (was {saved[name]})"
+        if name in saved and name in current
+        else f"--{name} {current[name]} (new)"
+        if name in current
+        else f"{name} {saved[name]} (no longer an option)"
+        for name in (*current, *(name for name in saved if name not in current))
+        if name not in expected and (name not in saved or name not in current or saved[name] != current[name])
+    ]

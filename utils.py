@@ -106,6 +106,18 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def make_deterministic() -> None:
+    """Restricts torch to operations whose results can be repeated bit for bit. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS may otherwise share its sums out anew
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only for finding bugs, and slow
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory: on a GPU it says so by the error's type, on a CPU in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def clone_tensors(tree: Any) -> Any:
     """A copy of nested dicts and lists in which every tensor is a copy too: what a background job may keep."""
     if isinstance(tree, Tensor):
@@ -197,5 +209,5 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         self.received = number

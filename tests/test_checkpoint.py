@@ -26,7 +26,7 @@ def test_round_trip(tmp_path, networks):
     save(tmp_path, 7, networks)
     loaded = checkpoint.load(tmp_path, "7", SIZES)
     assert loaded.step == 7
-    assert loaded.state == {"step": 7}
+    assert loaded.state["step"] == 7
     for ours, theirs in zip(networks, (loaded.G, loaded.D), strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -133,6 +133,62 @@ def test_a_save_that_fails_leaves_the_older_one_and_no_temporary_file(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="No space left"):
         checkpoint.save(tmp_path, 2, *networks, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
+@pytest.mark.parametrize("part", ["G", "D", "state"])
+def test_a_full_disk_leaves_the_older_one_and_no_temporary_file(tmp_path, networks, part):
+    save(tmp_path, 1, networks)
+    (tmp_path / f"2_{part}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left.*--pretrained_model latest"):
+        checkpoint.save(tmp_path, 2, *networks, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]
+
+
+@pytest.mark.parametrize("part", ["G", "D", "state"])
+def test_latest_passes_over_a_damaged_one(tmp_path, networks, part, capsys):
+    """One bit among the weights: torch itself would read it."""
+    for step in (10, 20):
+        checkpoint.save(tmp_path, step, *networks, {"numbers": torch.ones(1000)})
+    path = tmp_path / f"20_{part}.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert checkpoint.load(tmp_path, "latest", SIZES).step == 10
+    assert f"20_{part}.pth is damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(tmp_path, "20", SIZES)
+
+
+def test_weights_of_another_step_do_not_pass(tmp_path, networks):
+    save(tmp_path, 1, networks)
+    checkpoint.save(tmp_path, 2, {**networks[0], "last.0.bias": torch.ones(3)}, networks[1], {})
+    os.replace(tmp_path / "2_G.pth", tmp_path / "1_G.pth")
+    with pytest.raises(UserError, match="not the file that was saved"):
+        checkpoint.load(tmp_path, "1", SIZES)
+
+
+def test_old_checkpoints_keep_their_weights_only(tmp_path, networks):
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, step, *networks, {}, keep_checkpoints=2, keep_weights=3)
+    left = {part: sorted(int(path.name.split("_")[0]) for path in tmp_path.glob(f"*_{part}.pth"))
+            for part in ("G", "D", "state")}  # fmt: skip
+    assert left == {"G": [3, 4, 5, 6, 7], "D": [3, 4, 5, 6, 7], "state": [6, 7]}
+
+
+def test_pruning_leaves_newer_ones_alone(tmp_path, networks):
+    for step in (1, 2, 50, 60, 3):
+        checkpoint.save(tmp_path, step, *networks, {}, keep_checkpoints=1)
+    assert sorted(path.name for path in tmp_path.glob("*_state.pth")) == ["3_state.pth", "60_state.pth"]
+
+
+def test_a_save_that_was_killed_between_its_files_is_no_checkpoint(tmp_path, networks):
+    save(tmp_path, 1, networks)
+    save(tmp_path, 2, networks)
+    (tmp_path / "2_state.pth").rename(tmp_path / "2_state.tmp")
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]

@@ -182,6 +182,7 @@ def test_an_incomplete_checkpoint(trained, fail):
     state = torch.load(trained / "2_state.pth", weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "ema"}, trained / "2_state.pth")
     assert "not complete" in fail(*TOY, "--pretrained_model", "2")
+    (trained / "2_state.pth").unlink()  # which knows the checksum of G
     weights = torch.load(trained / "2_G.pth", weights_only=True)
     torch.save({key: value for key, value in weights.items() if key != "attn1.gamma"}, trained / "2_G.pth")
     assert "attn1.gamma" in fail(*TOY, "--pretrained_model", "2")
@@ -204,3 +205,23 @@ def test_a_signal_while_decoding_ends_it_and_leaves_nothing(tmp_path, number, co
     assert process.returncode == code
     assert "Traceback" not in err
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_new_run_does_not_touch_an_older_one_unasked(trained, fail):
+    assert "--overwrite true" in fail(*TOY)
+
+
+def test_auto_begins_and_continues(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for steps in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", steps, "--pretrained_model", "auto"])
+        assert main.main() == 0
+        assert ("continuing after step 1" in capfd.readouterr().out) == (steps == "2")
+    assert (tmp_path / "models/sagan_celeb/2_state.pth").exists()
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(fail, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2", "--d_lr", "1e38"])
+    monkeypatch.chdir(tmp_path)
+    assert main.main() == 2
+    assert not list(tmp_path.rglob("*.pth"))

@@ -1,0 +1,56 @@
+"""Notices a run that has diverged, before anything of it is saved, and without a wait for the device at each step."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CAPACITY = 1000  # steps after which the losses are looked at in any case
+
+
+class Diverged(Exception):
+    """A loss or a weight is not finite; the message says which, and after how many steps."""
+
+
+class Watch:
+    """Keeps the losses of each step on the device, and looks at them when asked to."""
+
+    def __init__(self):
+        self._losses: list[tuple[int, Tensor]] = []
+
+    def note(self, step: int, d_loss: Tensor, g_loss: Tensor) -> None:
+        """The losses of step number `step`: 0-d tensors, which are copied."""
+        self._losses.append((step, torch.stack([d_loss, g_loss])))
+        if len(self._losses) >= CAPACITY:
+            self.check_losses()
+
+    def check_losses(self) -> None:
+        """Waits for the device; raises `Diverged` for the first step since the last look whose loss is not finite."""
+        if not self._losses:
+            return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses = []
+        for step, (d_loss, g_loss) in zip(steps, torch.stack(losses).tolist(), strict=True):
+            if not (math.isfinite(d_loss) and math.isfinite(g_loss)):
+                raise Diverged(f"in step {step} D's loss was {d_loss:g} and G's loss {g_loss:g}")
+
+    def check(self, step: int, *trees: Any) -> None:
+        """`check_losses`, and the same for every tensor in nested dicts and lists: what is about to be saved."""
+        self.check_losses()
+        finite = [torch.isfinite(tensor).all() for tensor in _tensors(trees)]
+        if finite and not torch.stack([flag.cpu() for flag in finite]).all():
+            raise Diverged(f"after step {step} a weight was not finite, although the losses still were")
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    """Every tensor in nested dicts and sequences."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)

@@ -39,18 +39,18 @@ class Watch:
     def check(self, step: int, *trees: Any) -> None:
         """`check_losses`, and the same for every tensor in nested dicts and lists: what is about to be saved."""
         self.check_losses()
-        finite = [torch.isfinite(tensor).all() for tensor in _tensors(trees)]
+        finite = [torch.isfinite(tensor).all() for tensor in tensors_in(trees)]
         if finite and not torch.stack([flag.cpu() for flag in finite]).all():
             raise Diverged(f"after step {step} a weight was not finite, although the losses still were")
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
+def tensors_in(tree: Any) -> Iterable[Tensor]:
     """Every tensor in nested dicts and sequences."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -143,7 +143,7 @@ def test_a_save_that_fails_leaves_the_older_one_and_no_temporary_file(tmp_path, 
 def test_a_full_disk_leaves_the_older_one_and_no_temporary_file(tmp_path, networks, part):
     save(tmp_path, 1, networks)
     (tmp_path / f"2_{part}.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left.*--pretrained_model latest"):
+    with pytest.raises(UserError, match=r"No space left.*--pretrained_model latest"):
         checkpoint.save(tmp_path, 2, *networks, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]
 

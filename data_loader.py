@@ -7,6 +7,7 @@ A cache is a folder, written under a temporary name and renamed when it is whole
 `images.bin` (uint8, N x S x S x 3) and `info.json` (what it holds, and which images could not be read).
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from errors import UserError
 from image_sources import Source, decode_chunk
 
+FORMAT = 1  # of a cache; others are rebuilt
 CHUNK = 256  # images that a worker decodes at a time
 STALE_SECONDS = 3600  # a build that has written nothing for so long is dead
 DEVICE_SHARE = 0.5  # of the GPU's free memory that the images may take
@@ -177,13 +180,19 @@ def _read_cache(folder: Path, size: int) -> tuple[np.ndarray, list[str]] | None:
     """A whole cache, or None."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        if info.pop("digest") != _digest(info) or info["format"] != FORMAT:
+            return None
         shape = (info["count"], size, size, 3)
         if (folder / "images.bin").stat().st_size != np.prod(shape, dtype=np.int64):
             return None
         images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="c", shape=shape)  # "c": torch wants it writable
         return images, info["skipped"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _digest(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info).encode()).hexdigest()
 
 
 def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> None:
@@ -204,10 +213,12 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
                 count += len(images)
                 skipped += failures
                 bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
         if not count:
             raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
-        info = json.dumps({"count": count, "skipped": skipped})
-        (building / "info.json").write_text(info, encoding="utf-8")
+        info = {"format": FORMAT, "count": count, "skipped": skipped}
+        (building / "info.json").write_text(json.dumps(info | {"digest": _digest(info)}), encoding="utf-8")
         if folder.exists():  # damaged, or another process was faster
             shutil.rmtree(folder)
         os.replace(building, folder)

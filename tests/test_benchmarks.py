@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from baseline import Baseline
 from floor import Rates, Work, floors_ms
+from kill import run_trials
 from step import Setting, add_ratios, build_step, contenders, measure, table
 
 
@@ -53,3 +54,8 @@ def test_steps_are_ours_and_on_the_same_inputs():
     first = build_step(contenders(Setting("cpu", 32, 2))[0], Setting("cpu", 32, 2))()
     second = build_step(contenders(Setting("cpu", 32, 2))[0], Setting("cpu", 32, 2))()
     assert first["d_loss"].item() == second["d_loss"].item()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_killed_runs_continue_bit_for_bit():
+    assert run_trials(5) == (5, 5)

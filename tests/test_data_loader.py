@@ -87,6 +87,11 @@ def test_cache_is_keyed_by_size_crop_and_files(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def replace(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize("damage", [
     lambda folder: os.truncate(folder / "images.bin", 100),
     lambda folder: (folder / "images.bin").unlink(),
@@ -95,11 +100,16 @@ def test_cache_is_keyed_by_size_crop_and_files(tmp_path):
     lambda folder: (folder / "info.json").write_text('{"count": "many"}'),
     lambda folder: (folder / "info.json").write_bytes(b"\xff\xfe\x00"),
     lambda folder: (folder / "info.json").write_text("[]"),
+    lambda folder: (folder / "info.json").write_text("3"),
+    lambda folder: replace(folder / "info.json", '"format": 1', '"format": 0'),
+    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [0]'),
 ])  # fmt: skip
 def test_a_damaged_cache_is_rebuilt(toy, tmp_path, damage):
     first = toy().batch(0)
+    whole = (cache_folder(tmp_path) / "info.json").read_bytes()
     damage(cache_folder(tmp_path))
     assert torch.equal(toy().batch(0), first)
+    assert (cache_folder(tmp_path) / "info.json").read_bytes() == whole
 
 
 def test_a_killed_build_leaves_no_cache(toy, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
+from errors import UserError
 from sagan_models import SelfAttention
 
 LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake"}
@@ -205,3 +207,52 @@ def test_continuing_with_other_options_says_so_and_uses_them(make_trainer, capsy
 def test_a_finished_run_has_nothing_to_do(make_trainer):
     make_trainer().train()
     assert make_trainer(pretrained_model="latest").train() == 0
+
+
+def test_a_checkpoint_by_the_clock(make_trainer):
+    trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2, keep_weights=1)
+    trainer.train()
+    left = {path.name for path in trainer.config.model_folder.glob("*.pth")}
+    assert left == {f"{step}_{part}.pth" for step in (4, 5) for part in ("G", "D", "state")} | {"3_G.pth", "3_D.pth"}
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_trainer):
+    first = make_trainer(model_save_step=0.2)
+    first.train()
+    trainer = make_trainer(model_save_step=0.2, pretrained_model="latest", total_step=9)
+    take_step = trainer._take_step
+
+    def spoil():
+        stats = take_step()
+        if trainer.step == 4:
+            trainer.ema.network.last[0].bias.data[0] = float("nan")
+        return stats
+
+    trainer._take_step = spoil
+    with pytest.raises(UserError, match=r"after step 5 a weight was not finite.*--pretrained_model 4"):
+        trainer.train()
+    assert checkpoint.steps(first.config.model_folder)[0] == 4
+
+
+def test_a_checkpoint_of_another_version_of_the_program_shows_the_differences(make_trainer, capsys):
+    first = make_trainer()
+    first.train()
+    path = first.config.model_folder / "3_state.pth"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["save_minutes"]
+    state["config"]["colour"] = "blue"
+    torch.save(state, path)
+    make_trainer(pretrained_model="latest", total_step=4)
+    out = capsys.readouterr().out
+    assert "colour blue (no longer an option)" in out and "--save_minutes 10.0 (new)" in out
+
+
+def test_deterministic_takes_the_same_steps_on_a_cpu(make_trainer):
+    plain, strict = make_trainer(version="plain"), make_trainer(version="strict", deterministic=True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        strict.train()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain.train()
+    assert_same_weights(plain, strict)

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -201,22 +201,24 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     building.mkdir()
     try:
+        path = building / "images.bin"
+        path.touch()
+        starts = range(0, len(source.items), CHUNK)
+        counts: list[int] = []
         skipped: list[str] = []
-        count = 0
-        chunks = [source.items[start : start + CHUNK] for start in range(0, len(source.items), CHUNK)]
-        with (
-            open(building / "images.bin", "wb") as file,
-            tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar,
-        ):
-            for chunk, (images, failures) in zip(chunks, _decode_all(source, size, chunks, num_workers), strict=True):
-                file.write(images)
-                count += len(images)
+        with tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar:
+            for start, (count, failures) in zip(
+                starts, _decode_all(source, size, path, starts, num_workers), strict=True
+            ):
+                counts.append(count)
                 skipped += failures
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
+                bar.update(len(source.items[start : start + CHUNK]))
+        count = sum(counts)
         if not count:
             raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
+        with open(path, "r+b") as file:
+            _close_gaps(file, starts, counts, size * size * 3)
+            os.fsync(file.fileno())
         info = {"format": FORMAT, "count": count, "skipped": skipped}
         (building / "info.json").write_text(json.dumps(info | {"digest": _digest(info)}), encoding="utf-8")
         if folder.exists():  # damaged, or another process was faster
@@ -235,11 +237,13 @@ def _remove_stale_builds(folder: Path) -> None:
 
 
 def _decode_all(
-    source: Source, size: int, chunks: Sequence[Sequence], num_workers: int
-) -> Iterator[tuple[np.ndarray, list[str]]]:
-    decode = partial(decode_chunk, source.decode, size)
+    source: Source, size: int, path: Path, starts: Sequence[int], num_workers: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Runs `decode_chunk` on the chunks of `source` that begin at these items, each to where it begins in the file."""
+    decode = partial(decode_chunk, source.decode, size, path)
+    chunks = [source.items[start : start + CHUNK] for start in starts]
     if num_workers == 0 or len(chunks) == 1:
-        yield from map(decode, chunks)
+        yield from map(decode, starts, chunks)
         return
     # Spawned everywhere: forking a process that already runs torch's threads may deadlock. Deaf to Ctrl-C, which
     # reaches the workers too: one that is cut off in the middle of an answer hangs this process.
@@ -249,7 +253,23 @@ def _decode_all(
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
-        yield from pool.map(decode, chunks)
+        yield from pool.map(decode, starts, chunks)
+
+
+def _close_gaps(file: BinaryIO, starts: Sequence[int], counts: Sequence[int], image_bytes: int) -> None:
+    """Moves each chunk of a file of images up to the end of the one before it, and cuts off what is left.
+
+    Chunk i has `counts[i]` images from number `starts[i]` on; the rest of it could not be read.
+    """
+    end = 0
+    for start, count in zip(starts, counts, strict=True):
+        if start > end:
+            file.seek(start * image_bytes)
+            chunk = file.read(count * image_bytes)
+            file.seek(end * image_bytes)
+            file.write(chunk)
+        end += count
+    file.truncate(end * image_bytes)
 
 
 def _check_size(images: int, batch_size: int) -> None:

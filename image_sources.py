@@ -88,7 +88,8 @@ class FileDecoder:
 
     def __call__(self, name: str, size: int) -> Image.Image:
         with Image.open(os.path.join(self.root, name)) as image:
-            return resize(crop_centre(to_rgb(ImageOps.exif_transpose(image)), self.crop), size)
+            ImageOps.exif_transpose(image, in_place=True)  # copies only what it turns
+            return resize(crop_centre(to_rgb(image), self.crop), size)
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,16 @@ class Cifar10Decoder:
         return resize(_open_cifar10(self.root)[index][0], size)
 
 
-def decode_chunk(decode: Callable[[Any, int], Image.Image], size: int, items: Sequence) -> tuple[np.ndarray, list[str]]:
-    """Decodes some items to (K, size, size, 3) uint8; what cannot be read becomes a line of name and reason.
+def decode_chunk(
+    decode: Callable[[Any, int], Image.Image], size: int, path: Path, first: int, items: Sequence
+) -> tuple[int, list[str]]:
+    """Decodes some items into a file of uint8 images (size, size, 3), from image number `first` of the file on.
 
-    What a worker process runs: it is here so that the process need not import torch.
+    What a worker process runs: it is here so that the process need not import torch, and it writes to the file itself
+    so that the pixels need not pass through another process.
+
+    Returns:
+        How many images it wrote, and a line of name and reason for each item that cannot be read.
     """
     images, failures = [], []
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; twice that size Pillow refuses
@@ -130,7 +137,10 @@ def decode_chunk(decode: Callable[[Any, int], Image.Image], size: int, items: Se
             images.append(np.asarray(decode(item, size)))
         except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
             failures.append(f"{item}: {type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode())
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), failures
+    with open(path, "r+b") as file:
+        file.seek(first * size * size * 3)
+        file.writelines(images)
+    return len(images), failures
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -144,7 +154,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_centre(image: Image.Image, side: int | None) -> Image.Image:

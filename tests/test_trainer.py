@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +258,22 @@ def test_deterministic_takes_the_same_steps_on_a_cpu(make_trainer):
         torch.use_deterministic_algorithms(False)
     plain.train()
     assert_same_weights(plain, strict)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+def test_memory_and_open_files_stay_flat(make_trainer):
+    trainer = make_trainer(total_step=2000, sample_step=20, attn_step=50, model_save_step=5, log_step=5)
+    seen = []
+    maintain = trainer.maintain
+
+    def watched(stats):
+        maintain(stats)
+        if trainer.step % 500 == 0:
+            memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            seen.append((memory, len(os.listdir("/proc/self/fd"))))
+
+    trainer.maintain = watched
+    trainer.train()
+    memory, files = zip(*seen, strict=True)
+    assert max(memory) - memory[0] < 20, memory  # MiB
+    assert max(files) - files[0] <= 2, files  # a picture that is being written

@@ -87,7 +87,10 @@ class FileDecoder:
     crop: int | None
 
     def __call__(self, name: str, size: int) -> Image.Image:
-        with Image.open(os.path.join(self.root, name)) as image:
+        path = os.path.join(self.root, name)
+        if not os.path.isfile(path):  # a pipe would keep its reader waiting
+            raise OSError("not a file")
+        with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)  # copies only what it turns
             return resize(crop_centre(to_rgb(image), self.crop), size)
 
@@ -131,12 +134,14 @@ def decode_chunk(
         How many images it wrote, and a line of name and reason for each item that cannot be read.
     """
     images, failures = [], []
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; twice that size Pillow refuses
-    for item in items:
-        try:
-            images.append(np.asarray(decode(item, size)))
-        except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
-            failures.append(f"{item}: {type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of very large images and of damaged EXIF data, which do not matter here
+        for item in items:
+            try:
+                images.append(np.asarray(decode(item, size)))
+            except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
+                line = f"{item}: {type(error).__name__}: {error}".replace("\n", "\\n")
+                failures.append(line.encode("utf-8", "backslashreplace").decode())
     with open(path, "r+b") as file:
         file.seek(first * size * size * 3)
         file.writelines(images)

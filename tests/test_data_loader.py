@@ -1,7 +1,11 @@
+import dataclasses
 import json
 import os
 import shutil
+import struct
+import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -154,6 +158,69 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
     assert len(loader.images) == 3
     again = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"))
     assert again.skipped == loader.skipped
+
+
+def noise(*shape):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+def bomb(path):
+    """A PNG whose header says 20000 x 20000 and whose pixels would unpack to a gigabyte."""
+    noise(8, 8).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 20000, 20000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def broken_exif(path):
+    noise(40, 40, 3).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12" + b"\xff" * 20)
+
+
+GOOD = {
+    "a_png.jpg": lambda path: noise(40, 40, 3).save(path, "PNG"),
+    "one_pixel.png": lambda path: noise(1, 1, 3).save(path),
+    "long.png": lambda path: noise(2, 900, 3).save(path),
+    "animated.gif": lambda path: noise(40, 40).save(path, save_all=True, append_images=[noise(40, 40)] * 3),
+    "animated.webp": lambda path: noise(40, 40, 3).save(path, save_all=True, append_images=[noise(40, 40, 3)] * 3),
+    "deep.png": lambda path: Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(path),
+    "cmyk.jpg": lambda path: Image.merge("CMYK", [noise(40, 40)] * 4).save(path),
+    "broken_exif.jpg": broken_exif,
+    "palette.png": lambda path: noise(40, 40).convert("P").save(path, transparency=3),
+    "name with \n and \udce9.png": lambda path: noise(40, 40, 3).save(path),
+}
+BAD = {
+    "bomb.png": bomb,
+    "text.jpg": lambda path: path.write_text("not an image"),
+    "zero_bytes.png": lambda path: path.touch(),
+    "cut.jpg": lambda path: (noise(40, 40, 3).save(path), os.truncate(path, 400)),
+    "dangling.jpg": lambda path: path.symlink_to("nowhere"),
+    "text named \udcff\n.png": lambda path: path.write_text("not an image"),
+    "pipe.png": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hostile_images_are_converted_or_skipped(tmp_path, workers):
+    for name, make in (GOOD | BAD).items():
+        (tmp_path / "images").mkdir(exist_ok=True)
+        make(tmp_path / "images" / name)
+    noise(40, 40, 3).save(tmp_path / "images" / "secret.png")
+    (tmp_path / "images" / "secret.png").chmod(0)
+    unreadable = {"secret.png"} if not os.access(tmp_path / "images" / "secret.png", os.R_OK) else set()  # root may
+    source = find_source("folder", str(tmp_path / "images"))
+    source = dataclasses.replace(source, items=source.items * 15)  # more than a worker's chunk
+    images, skipped = open_cache(source, 32, tmp_path / "cache", workers)
+    expected = {
+        name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for name in BAD.keys() | unreadable
+    }
+    assert {line.split(":")[0] for line in skipped} == expected
+    assert len(skipped) == 15 * len(expected)
+    assert len(images) == 15 * (len(GOOD) + 1 - len(unreadable))
+    good = [name for name in source.items if name not in BAD.keys() | unreadable]
+    for index, name in enumerate(good):  # in order, without a gap
+        assert np.array_equal(images[index], np.asarray(source.decode(name, 32))), name
 
 
 def test_fewer_images_than_a_batch_is_refused_at_once(tmp_path):

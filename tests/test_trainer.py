@@ -262,7 +262,7 @@ def test_deterministic_takes_the_same_steps_on_a_cpu(make_trainer):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
 def test_memory_and_open_files_stay_flat(make_trainer):
-    trainer = make_trainer(total_step=2000, sample_step=20, attn_step=50, model_save_step=5, log_step=5)
+    trainer = make_trainer(total_step=2000, sample_step=50, attn_step=200, model_save_step=20, log_step=5)
     seen = []
     maintain = trainer.maintain
 

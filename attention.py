@@ -7,6 +7,10 @@ is written out: autograd's own asks the CPU's matrix product for shapes that it 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# The kernel that takes queries and values of different widths, and a way out; torch's own choice changes with versions.
+FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -21,8 +25,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if value.device.type == "cpu":
         return _AttendOnCpu.apply(query, key, value)
-    heads = (tensor.unsqueeze(1) for tensor in (query, key, value))  # one head
-    return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)
+    padding = (0, -query.shape[2] % 8)  # the fused kernel wants multiples of 8; zeros change no logit
+    heads = [tensor.unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value)]  # one head
+    with sdpa_kernel(FUSED):
+        return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:

@@ -39,8 +39,10 @@ class Watch:
     def check(self, step: int, *trees: Any) -> None:
         """`check_losses`, and the same for every tensor in nested dicts and lists: what is about to be saved."""
         self.check_losses()
-        finite = [torch.isfinite(tensor).all() for tensor in tensors_in(trees)]
-        if finite and not torch.stack([flag.cpu() for flag in finite]).all():
+        finite: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors_in(trees):
+            finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+        if not all(torch.stack(flags).all() for flags in finite.values()):
             raise Diverged(f"after step {step} a weight was not finite, although the losses still were")
 
 

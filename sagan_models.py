@@ -174,6 +174,7 @@ def _down_block(inputs: int, outputs: int) -> nn.Sequential:
     return _Block(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
 
 
+@torch.no_grad()
 def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
     """What a log shows of a network: gamma of each attention layer, sigma of each spectral norm, 0-d and detached.
 
@@ -182,7 +183,7 @@ def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
     values = {}
     for name, layer in network.named_modules():
         if isinstance(layer, SelfAttention):
-            values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
+            values[f"gamma/{prefix}_{name}"] = layer.gamma[0]
         elif isinstance(layer, SpectralNorm):
-            values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma().detach()
+            values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma()
     return values

@@ -59,8 +59,8 @@ class SpectralNorm(nn.Module):
         return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))
 
     @torch.no_grad()
-    def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Advances u and v by power iteration; returns this forward's own copies of them.
+    def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Advances u and v by power iteration; returns this forward's own copies of them, and ``W v``.
 
         Copies, because a second forward before the backward moves the buffers on, and autograd needs the vectors
         that this forward used.
@@ -69,10 +69,10 @@ class SpectralNorm(nn.Module):
         u = u_buffer
         for _ in range(self.power_iterations):
             v = _normalize(torch.mv(matrix.t(), u))
-            u = _normalize(torch.mv(matrix, v))
-        u_buffer.copy_(u)
-        v_buffer.copy_(v)
-        return u, v
+            product = torch.mv(matrix, v)
+            u = _normalize(product)
+        torch._foreach_copy_([u_buffer, v_buffer], [u, v])
+        return u, v, product
 
     def sigma(self) -> Tensor:
         """The current estimate of the largest singular value, a 0-d tensor; u and v stay as they are."""
@@ -99,5 +99,18 @@ class SpectralNorm(nn.Module):
         if not self.training:
             return self.sigma()
         matrix = self._state()[0].flatten(1)  # (rows, columns)
-        u, v = self._iterate(matrix)
-        return torch.dot(u, torch.mv(matrix, v))
+        return _Sigma.apply(matrix, *self._iterate(matrix))
+
+
+class _Sigma(torch.autograd.Function):
+    """``u . (W v)``, differentiable in W, from a ``W v`` that is there already: W is read once less."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, u: Tensor, v: Tensor, product: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v)
+        return torch.dot(u, product)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        u, v = ctx.saved_tensors
+        return torch.outer(grad * u, v), None, None, None

@@ -1,5 +1,6 @@
 """The step as a CUDA graph: recorded once, then replayed with one launch in place of some eight hundred."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,7 +46,8 @@ class StepGraph:
     def _warm_up(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
         """An eager step on a stream of its own, as recording wants it."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # of an optimizer that is not recorded yet
             results = self.step(reals, noises)
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
@@ -55,10 +57,13 @@ class StepGraph:
         self.reals = [torch.empty_like(tensor) for tensor in reals]  # in the layout of the inputs
         self.noises = [torch.empty_like(tensor) for tensor in noises]
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            # "thread_local": other threads may use CUDA meanwhile, the one that writes pictures among them.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.results = self.step(self.reals, self.noises)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves the recording one current
             if not self.may_step_aside:
                 raise
             print(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}")

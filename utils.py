@@ -16,7 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, warn
+
+# Streams of random numbers from one seed: those of each step, the z that samples show, what --metrics are of, and what
+# --train false shows.
+STEPS, FIXED_Z, METRICS, SAMPLES, WAYS = range(5)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -102,8 +106,16 @@ def pick_precision(name: str, device: torch.device) -> str:
         name = "bf16" if has_tensor_cores else "fp32"
     if name == "tf32" and not has_tensor_cores:
         raise UserError(f"--precision tf32 needs an NVIDIA GPU of the Ampere generation or later, not {device}")
+    if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        warn("this processor has no bf16 arithmetic: --precision fp32 is faster here")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices itself; True where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()  # avx512_bf16, amx_bf16, or ARM's bf16
 
 
 def make_deterministic() -> None:
@@ -132,11 +144,6 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seeded_noise(seed: int, count: int, z_dim: int, device: torch.device) -> Tensor:
-    """Noise (count, z_dim) drawn on the CPU: the same on every device."""
-    return torch.randn(count, z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the rate of all groups; where it is a tensor, in place, because a recorded step reads that tensor."""
     for group in optimizer.param_groups:
@@ -159,6 +166,16 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             network.train()
 
 
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """A network whose parameters need no gradients inside, and need them again after."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
 class EMA:
     """An exponential moving average of a generator, `network`, which makes better images than the newest weights.
 
@@ -171,17 +188,20 @@ class EMA:
         self.decay = decay
         self.network = copy.deepcopy(source).requires_grad_(False)
         mine, theirs = self.network.state_dict(), source.state_dict()  # they share memory with the networks
-        copied = [key for key in mine if key.endswith(("_u", "_v", "num_batches_tracked"))]
-        averaged = [key for key in mine if key not in copied]
-        self._averaged = [mine[key] for key in averaged], [theirs[key] for key in averaged]
-        self._copied = [mine[key] for key in copied], [theirs[key] for key in copied]
+        vectors = [key for key in mine if key.endswith(("_u", "_v"))]
+        counters = [key for key in mine if key.endswith("num_batches_tracked")]
+        averaged = [key for key in mine if key not in (*vectors, *counters)]
+        self._averaged, self._vectors, self._counters = (
+            ([mine[key] for key in keys], [theirs[key] for key in keys]) for keys in (averaged, vectors, counters)
+        )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the source's weights after update number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._averaged, 1 - decay)
-        torch._foreach_copy_(*self._copied)
+        torch._foreach_copy_(*self._vectors)
+        torch._foreach_copy_(*self._counters)  # alone: CUDA copies lists of one type at once, mixed ones one by one
 
 
 class StopSignals:

@@ -27,13 +27,14 @@ def fake_cuda(monkeypatch):
             pass
 
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, capture_error_mode):
         FakeGraph.recording = graph
         yield
         FakeGraph.recording = None
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
@@ -69,7 +70,7 @@ def test_every_call_is_one_step_on_its_own_inputs(fake_cuda):
 @pytest.mark.parametrize("may_step_aside", [True, False])
 def test_a_recording_that_fails(fake_cuda, monkeypatch, capsys, may_step_aside):
     @contextlib.contextmanager
-    def fail(graph):
+    def fail(graph, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 

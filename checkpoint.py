@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from errors import UserError, warn
+from numbered import numbered_files
 
 PARTS = ("G", "D", "state")  # in the order in which the files appear
 
@@ -37,7 +38,7 @@ class Checkpoint:
 
 def save(
     folder: Path,
-    step: int,
+    step: int | Literal["best"],
     G: Mapping[str, Tensor],
     D: Mapping[str, Tensor],
     state: Mapping[str, Any],
@@ -46,6 +47,7 @@ def save(
 ) -> None:
     """Writes the three files of a checkpoint; each appears under its name only when all are whole and on the disk.
 
+    "best" in place of the step writes `best_G.pth` ..., beside the numbered ones and in place of the best before.
     Older checkpoints are thinned out afterwards: all but the newest `keep_checkpoints` lose their state file, and of
     those all but the newest `keep_weights` their weights. 0 keeps all. Nothing newer than `step` is touched.
 
@@ -59,7 +61,8 @@ def save(
         for part in PARTS:
             os.replace(temporary[part], _path(folder, step, part))
         _flush_folder(folder)
-        _prune(folder, step, keep_checkpoints, keep_weights)
+        if step != "best":
+            _prune(folder, step, keep_checkpoints, keep_weights)
     except OSError as error:
         raise UserError(
             f"checkpoint {step} cannot be written to {folder}: {error.strerror or error}. The older ones are as they "
@@ -75,20 +78,14 @@ def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoi
 
     Args:
         folder: where the checkpoints are.
-        wanted: a step, or "latest": the newest with a state file, else the newest weights; damaged ones are passed
-            over with a warning.
+        wanted: a step, "best", or "latest": the newest with a state file, else the newest weights; damaged ones are
+            passed over with a warning.
         architecture: the imsize, z_dim, g_conv_dim and d_conv_dim of the networks that it is for.
 
     Raises:
         UserError: there is none, it cannot be read, or it belongs to other networks.
     """
-    found = steps(folder)
-    if not found:
-        raise UserError(f"--pretrained_model {wanted}: there is no checkpoint in {folder}")
-    if wanted != "latest":
-        if int(wanted) not in found:
-            raise UserError(f"--pretrained_model {wanted}: not in {folder}, which has {_list(sorted(found))}")
-        found = [int(wanted)]
+    found = _candidates(folder, wanted)
     for step in found:
         try:
             checkpoint = _load(folder, step)
@@ -101,28 +98,46 @@ def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoi
     return checkpoint
 
 
+def _candidates(folder: Path, wanted: str) -> list[int | Literal["best"]]:
+    """The checkpoints that `wanted` may mean, the one to take first; a `UserError` where there is none."""
+    if wanted == "best":
+        if not _path(folder, "best", "state").exists():
+            raise UserError(f"--pretrained_model best: none in {folder}; a run with --metrics fid keeps one")
+        return ["best"]
+    found = steps(folder)
+    if not found:
+        raise UserError(f"--pretrained_model {wanted}: there is no checkpoint in {folder}")
+    if wanted == "latest":
+        return found
+    if int(wanted) not in found:
+        raise UserError(f"--pretrained_model {wanted}: not in {folder}, which has {_list(sorted(found))}")
+    return [int(wanted)]
+
+
 def steps(folder: Path) -> list[int]:
     """The checkpoints in a folder, best to continue from first: the whole ones, then the weights alone, newest first.
 
     Weights whose state file was about to follow when the process was killed are none.
     """
-    whole, unfinished = _steps(folder, "state.pth"), _steps(folder, "state.tmp")
-    weights = _steps(folder, "G.pth") & _steps(folder, "D.pth")
+    whole, unfinished, G, D = (
+        numbered_files(folder, ending).keys() for ending in ("state.pth", "state.tmp", "G.pth", "D.pth")
+    )
+    weights = G & D
     return sorted(weights & whole, reverse=True) + sorted(weights - whole - unfinished, reverse=True)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Clears away what a process left that was killed while it saved. No other may be writing to the folder."""
-    for step in _steps(folder, "state.tmp") - _steps(folder, "state.pth"):
+    for step in numbered_files(folder, "state.tmp").keys() - numbered_files(folder, "state.pth").keys():
         for part in ("G", "D"):
             _path(folder, step, part).unlink(missing_ok=True)
     for part in PARTS:  # the state last: until it is gone, `steps` knows
-        for step in _steps(folder, f"{part}.tmp"):
-            _path(folder, step, part).with_suffix(".tmp").unlink(missing_ok=True)
+        for path in folder.glob(f"*_{part}.tmp"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def complete(step: int) -> Iterator[None]:
+def complete(step: int | Literal["best"]) -> Iterator[None]:
     """Around the use of what was loaded: turns the errors of missing or misshapen parts into a `UserError`."""
     try:
         yield
@@ -149,14 +164,8 @@ def _check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> 
         raise UserError(f"checkpoint {checkpoint.step} was trained with another network: {', '.join(different)}")
 
 
-def _path(folder: Path, step: int, part: str) -> Path:
+def _path(folder: Path, step: int | Literal["best"], part: str) -> Path:
     return folder / f"{step}_{part}.pth"
-
-
-def _steps(folder: Path, ending: str) -> set[int]:
-    """The steps of the files `{step}_{ending}` in a folder."""
-    names = (path.name for path in folder.glob(f"*_{ending}"))
-    return {int(name.split("_")[0]) for name in names if re.fullmatch(rf"[0-9]+_{re.escape(ending)}", name)}
 
 
 def _list(steps: list[int]) -> str:
@@ -164,14 +173,15 @@ def _list(steps: list[int]) -> str:
     return ", ".join(shown if len(shown) <= 12 else [*shown[:3], "...", *shown[-8:]])
 
 
-def _load(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of that step; a `UserError` where one of its files is not what was written."""
+def _load(folder: Path, step: int | Literal["best"]) -> Checkpoint:
+    """The checkpoint of that step, or the best one; a `UserError` where one of its files is not what was written."""
     state_path = _path(folder, step, "state")
     state = _read(state_path) if state_path.exists() else None
     digests = (state or {}).get("sha256")
     digests = digests if isinstance(digests, dict) else {}  # an older version's state file has none
     G, D = (_read(_path(folder, step, part), digests.get(part)) for part in ("G", "D"))
-    return Checkpoint(step, _strip_parallel(G), _strip_parallel(D), state)
+    with complete(step):
+        return Checkpoint(state["step"] if step == "best" else step, _strip_parallel(G), _strip_parallel(D), state)
 
 
 def _read(path: Path, sha256: str | None = None) -> dict[str, Any]:

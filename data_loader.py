@@ -115,8 +115,7 @@ class Loader:
         if epoch != self._epoch:
             self._shuffle(epoch)
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        batch = self._gather(self._order[rows]).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
-        batch = batch.float().div_(127.5).sub_(1)
+        batch = to_floats(self._gather(self._order[rows]))
         if self.hflip:
             batch = torch.where(self._flip[rows], batch.flip(3), batch)
         return batch
@@ -146,6 +145,11 @@ class Loader:
         self._order = torch.from_numpy(random.permutation(count)).to(self.images.device)
         self._flip = torch.from_numpy(random.random(count) < 0.5).view(-1, 1, 1, 1).to(self.device)
         self._epoch = epoch
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, list[str]]:

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from errors import UserError
+from errors import UserError, warn
 from parameter import Config, get_parameters
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def run(config: Config) -> int:
         tune_malloc()
     torch.manual_seed(config.seed)
     try:
-        return Trainer(_loader(config, device), config).train() if config.train else Tester(config).test()
+        if config.train:
+            return Trainer(_loader(config, device), config).train()
+        return Tester(config, _loader_if_any(config, device)).test()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -76,6 +78,17 @@ def _loader(config: Config, device: "torch.device") -> "Loader":
         hflip=config.hflip,
         device=device,
     )
+
+
+def _loader_if_any(config: Config, device: "torch.device") -> "Loader | None":
+    """A checkpoint can be looked at without the images that it was trained on."""
+    try:
+        return _loader(config, device)
+    except UserError as error:
+        if config.metrics:
+            raise
+        warn(f"{error}. Without training images, what compares with them is left out")
+        return None
 
 
 if __name__ == "__main__":

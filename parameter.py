@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from errors import UserError, warn
 
+METRICS = ("fid", "kid", "isc", "prc", "faces")
+
 
 class Rule(NamedTuple):
     """What a value must be: the test, and the words for it that errors and --help use."""
@@ -39,6 +41,12 @@ def between(low: int, high: int) -> Rule:
 
 def matches(pattern: str, words: str) -> Rule:
     return Rule(lambda value: re.fullmatch(pattern, value) is not None, words)
+
+
+def some_of(*choices: str) -> Rule:
+    return Rule(
+        lambda value: set(value.split(",")) <= {*choices}, "one or more of " + ", ".join(choices) + ", with commas"
+    )
 
 
 POSITIVE = Rule(lambda value: value > 0, "more than 0")
@@ -88,8 +96,8 @@ class Config:
     seed: int = option(0, "seed of weights, noise, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(
         None,
-        "continue from this checkpoint; auto is the latest if there is one, else a new run",
-        matches(r"[0-9]+|latest|auto", "a step, 'latest' or 'auto'"),
+        "continue from this checkpoint; auto is the latest if there is one, else a new run; best has the lowest FID",
+        matches(r"[0-9]+|latest|auto|best", "a step, 'latest', 'auto' or 'best'"),
     )
 
     dataset: str = option(
@@ -131,6 +139,23 @@ class Config:
     )
     parallel: bool = option(False, "split each batch over all visible GPUs")
     tune_malloc: bool = option(True, "on a CPU under Linux, keep freed memory for the next step: faster")
+
+    use_ema: bool = option(True, "evaluate the averaged generator; false takes the raw one", group="Evaluation")
+    num_samples: int = option(64, "single images that --train false writes", between(1, 1_000_000))
+    truncation: float | None = option(
+        None, "--train false draws noise anew beyond this: images nearer to the average one, less varied", POSITIVE
+    )
+    metrics: str | None = option(
+        None,
+        "what to compute in --train false and while training: FID, KID, Inception score, precision and recall, share "
+        "of images with a face",
+        some_of(*METRICS),
+    )
+    metric_step: int = option(10_000, "steps between two evaluations while training", at_least(1))
+    metric_num: int = option(10_000, "generated images that are evaluated", between(2, 1_000_000))
+    feature_extractor: str | None = option(
+        None, "a TorchScript file in Inception's place: uint8 images (B, 3, S, S) to features (B, F)", PATH
+    )
 
     version: str = option(
         "sagan_celeb",

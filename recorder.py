@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from attention_views import Shown
 from background import Background
+from explorer import explorer_page
 from parameter import Config
 from run_log import RunLog
 from utils import clone_tensors, memory_mib
@@ -60,9 +62,9 @@ class Recorder:
         """Moves the progress bar on by a step."""
         self._bar.update()
 
-    def log(self, step: int, values: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-        """A line of metrics from 0-d tensors, which leave the device here in one transfer, and learning rates."""
-        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | rates
+    def log(self, step: int, values: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
+        """A line of numbers: of 0-d tensors, which leave the device here in one transfer, and others."""
+        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | others
         now, (then, step_then) = time.perf_counter(), self._logged_at
         numbers["images_per_s"] = (step - step_then) * self.config.batch_size / (now - then)
         numbers["memory_mib"] = memory_mib(self.device)
@@ -74,27 +76,37 @@ class Recorder:
         """A grid of images (B, 3, S, S), `{step}_{name}.png`."""
         self._background.submit(self._write_samples, step, name, images)
 
-    def attention(self, step: int, network: str, images: Tensor, maps: Sequence[Tensor]) -> None:
-        """A figure for each attention layer of "G" or "D": images (B, 3, S, S), maps (B, N, N)."""
-        self._background.submit(self._write_attention, step, network, images, maps)
+    def attention(self, step: int, shown: Sequence[Shown]) -> None:
+        """A figure for each attention layer."""
+        self._background.submit(self._write_attention, step, shown)
 
-    def checkpoint(self, step: int, G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """A checkpoint of copies of these state dicts."""
-        self._background.submit(self._write_checkpoint, step, *clone_tensors([G, D, state]))
+    def explorer(self, step: int, shown: Sequence[Shown]) -> None:
+        """A page on which every layer can be explored, `{step}_explorer.html`."""
+        self._background.submit(self._write_explorer, step, shown)
+
+    def checkpoint(
+        self, name: int | Literal["best"], G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> None:
+        """A checkpoint of copies of these state dicts, under the number of its step or as the best one."""
+        self._background.submit(self._write_checkpoint, name, *clone_tensors([G, D, state]))
 
     def _write_checkpoint(
-        self, step: int, G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
+        self, name: int | Literal["best"], G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
     ) -> None:
         self._log.flush()  # a run that continues from here has all lines up to here
         keep = self.config.keep_checkpoints, self.config.keep_weights
-        checkpoint.save(self.config.model_folder, step, G, D, state, *keep)
+        checkpoint.save(self.config.model_folder, name, G, D, state, *keep)
 
     def _write_samples(self, step: int, name: str, images: Tensor) -> None:
         grid = sample_grid(images)
         grid.save(self.config.sample_folder / f"{step}_{name}.png")
         self._log.image(step, f"samples/{name}", grid)
 
-    def _write_attention(self, step: int, network: str, images: Tensor, maps: Sequence[Tensor]) -> None:
-        for name, figure in attention_figures(network, images, maps, step).items():
+    def _write_attention(self, step: int, shown: Sequence[Shown]) -> None:
+        for name, figure in attention_figures(shown, step).items():
             figure.save(self.config.attn_folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
+
+    def _write_explorer(self, step: int, shown: Sequence[Shown]) -> None:
+        page = explorer_page(shown, f"{self.config.version}, step {step}")
+        (self.config.attn_folder / f"{step}_explorer.html").write_text(page, encoding="utf-8")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -67,13 +68,7 @@ def prepare(config: Config, step: int, skipped: Sequence[str]) -> None:
     """
     checkpoint.remove_unfinished(config.model_folder)
     if config.overwrite:
-        for folder in (config.model_folder, config.sample_folder, config.attn_folder):
-            for path in folder.iterdir():
-                numbered = re.fullmatch(r"([0-9]+)_\w+\.(pth|png)", path.name)
-                if numbered and int(numbered[1]) > step:
-                    path.unlink()
-        for path in config.log_folder.glob("events.out.tfevents.*") if step == 0 else ():
-            path.unlink()
+        _remove_later(config, step)
     resolved = json.dumps(dataclasses.asdict(config), indent=2)
     (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
     path = config.log_folder / "skipped_images.txt"
@@ -81,6 +76,21 @@ def prepare(config: Config, step: int, skipped: Sequence[str]) -> None:
     if skipped:
         path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
         warn(f"{len(skipped)} images could not be read and are left out, see {path}")
+
+
+def _remove_later(config: Config, step: int) -> None:
+    """Removes what earlier runs left of steps after `step`, where their names tell; of a new run's version all."""
+    for folder in (config.model_folder, config.sample_folder, config.attn_folder):
+        for path in folder.iterdir():
+            numbered = re.fullmatch(r"([0-9]+)_\w+\.(pth|png|html)", path.name)
+            tested = re.fullmatch(r"test_([0-9]+)", path.name)
+            if numbered and int(numbered[1]) > step:
+                path.unlink()
+            elif tested and int(tested[1]) > step:
+                shutil.rmtree(path)
+    if step == 0:
+        for path in (*config.log_folder.glob("events.out.tfevents.*"), *config.model_folder.glob("best_*.pth")):
+            path.unlink()
 
 
 def _is_filled(path: Path) -> bool:

@@ -8,38 +8,44 @@ position in the data: a run that was stopped and continued takes the same steps 
 """
 
 import dataclasses
+import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
+from attention_views import look
 from data_loader import Loader
 from divergence import Diverged, Watch
 from errors import UserError, warn
+from evaluation import check_metrics, measure
 from losses import D_LOSSES, g_loss, gradient_penalty
+from noise import seeded_noise
 from parameter import Config
 from recorder import Recorder
 from run_folders import check_folders, claimed, prepare
+from run_log import read_curves
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
 from step_graph import StepGraph
 from utils import (
     EMA,
+    FIXED_Z,
+    METRICS,
+    STEPS,
     StopSignals,
     derive_seed,
     evaluating,
+    frozen,
     make_deterministic,
     pick_device,
     pick_precision,
-    seeded_noise,
     set_learning_rate,
 )
 from visualize import sample_grid
-
-STEPS, FIXED_Z = 0, 1  # streams of random numbers: one seed for each step, and that of the z that samples show
 
 
 class Trainer:
@@ -68,7 +74,7 @@ class Trainer:
             self.run_G, self.run_D = nn.DataParallel(self.G), nn.DataParallel(self.D)
 
         # Optimizers and loss
-        on_cuda = self.device.type == "cuda"
+        on_cuda, records = self.device.type == "cuda", self._may_record()
         # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
         torch.backends.cudnn.benchmark = on_cuda and not config.deterministic
         self.g_optimizer, self.d_optimizer = (
@@ -77,7 +83,7 @@ class Trainer:
                 torch.tensor(rate, device=self.device) if on_cuda else rate,  # a recorded step reads it from a tensor
                 (config.beta1, config.beta2),
                 fused=True,
-                capturable=on_cuda,
+                capturable=records,
             )
             for network, rate in ((self.G, config.g_lr), (self.D, config.d_lr))
         )
@@ -89,7 +95,9 @@ class Trainer:
         z_seed = derive_seed(config.seed, FIXED_Z)
         self.fixed_z = seeded_noise(z_seed, config.batch_size, config.z_dim, self.device)
 
-        self.run_updates = self._pick_updates()
+        self.run_updates = self._updates
+        if records:
+            self.run_updates = StepGraph(self._updates, self.device, may_step_aside=config.cuda_graph == "auto")
         self.watch = Watch()
         wanted = config.pretrained_model
         if wanted == "auto":
@@ -131,13 +139,12 @@ class Trainer:
 
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
         """One update of the generator on noise z (B, z_dim). Returns g_loss, detached and 0-d."""
-        self.D.requires_grad_(False)  # D's own gradients would be thrown away
-        with self._autocast():
-            loss = g_loss(self.run_D(self.run_G(z)).float())
-        self.g_optimizer.zero_grad()
-        loss.backward()
+        with frozen(self.D):  # its own gradients would be thrown away
+            with self._autocast():
+                loss = g_loss(self.run_D(self.run_G(z)).float())
+            self.g_optimizer.zero_grad()
+            loss.backward()
         self.g_optimizer.step()
-        self.D.requires_grad_(True)
         return {"g_loss": loss.detach()}
 
     def train(self) -> int:
@@ -148,6 +155,7 @@ class Trainer:
         """
         config = self.config
         check_folders(config, self.step)
+        check_metrics(config, self.device)
         skipped = self.loader.skipped  # opens the data: what is wrong with it is said before a folder is made
         with claimed(config):
             prepare(config, self.step, skipped)
@@ -178,6 +186,8 @@ class Trainer:
         """Takes steps until `total_step` or a signal, whose number it returns."""
         with StopSignals() as stop, Recorder(self.config, self.step, self.device) as self.recorder:
             self.saved_step, self.saved_at = self.step, time.monotonic()
+            past = read_curves(self.config.log_folder, self.step)
+            self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
             while self.step < self.config.total_step and stop.received is None:
                 stats = self._take_step()
                 self.step += 1
@@ -185,7 +195,7 @@ class Trainer:
                 self.recorder.advance()
                 self.maintain(stats)
             if stop.received is not None and self.saved_step != self.step:
-                self._save()
+                self._save(self.step)
         return stop.received
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
@@ -193,20 +203,22 @@ class Trainer:
         config, last = self.config, self.step == self.config.total_step
         save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
         minutes = (time.monotonic() - self.saved_at) / 60
-        if last or self.step % config.log_step == 0:
-            self._log(stats)
+        metrics = self._evaluate() if config.metrics and (last or self.step % config.metric_step == 0) else {}
+        if last or metrics or self.step % config.log_step == 0:
+            self._log(stats, metrics)
         if last or self.step % config.sample_step == 0:
             self._sample()
         if last or self.step % config.attn_step == 0:
             self._show_attention()
         if last or self.step % save_step == 0 or 0 < config.save_minutes <= minutes:
-            self._save()
+            self._save(self.step)
+            self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _take_step(self) -> dict[str, Tensor]:
         """One step: draws its inputs, sets its learning rates, runs its updates. Returns the last updates' stats."""
         config = self.config
         self.random.manual_seed(derive_seed(config.seed, STEPS, self.step))
-        factor = self._learning_rate_factor()
+        factor = self._learning_rate_factor(self.step)
         for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
             set_learning_rate(optimizer, rate * factor)
         first = self.step * config.n_critic
@@ -222,18 +234,21 @@ class Trainer:
             stats = self.d_step(real, z)
         return stats | self.g_step(noises[-1])
 
-    def _pick_updates(self) -> Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Tensor]]:
-        """`_updates` itself, or its recording as a CUDA graph where that can be."""
+    def _may_record(self) -> bool:
+        """Whether to record the step as a CUDA graph; says why not where that was to be expected.
+
+        Raises:
+            UserError: --cuda_graph true asks for what cannot be.
+        """
         if self.device.type != "cuda" or self.config.cuda_graph == "false":
-            return self._updates
+            return False
         obstacle = "wgan-gp draws random numbers in it" if self.config.adv_loss == "wgan-gp" else ""
         obstacle = obstacle or ("--parallel spreads it over GPUs" if self.config.parallel else "")
-        if not obstacle:
-            return StepGraph(self._updates, self.device, may_step_aside=self.config.cuda_graph == "auto")
-        if self.config.cuda_graph == "true":
+        if obstacle and self.config.cuda_graph == "true":
             raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
-        print(f"the step runs without a CUDA graph: {obstacle}")
-        return self._updates
+        if obstacle:
+            print(f"the step runs without a CUDA graph: {obstacle}")
+        return not obstacle
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -245,12 +260,13 @@ class Trainer:
         """D by the path that computes the attention maps: the fused one has no double backward."""
         return self.D(images, return_attention=True)[0]
 
-    def _learning_rate_factor(self) -> float:
+    def _learning_rate_factor(self, step: int) -> float:
+        """What the learning rates are multiplied by in the step after `step` finished ones."""
         match self.config.lr_schedule:
             case "exponential":
-                return self.config.lr_decay ** (self.step * self.config.n_critic // len(self.loader))
+                return self.config.lr_decay ** (step * self.config.n_critic // len(self.loader))
             case "linear":
-                return 1 - self.step / self.config.total_step
+                return 1 - step / self.config.total_step
         return 1.0
 
     def _resume(self, wanted: str) -> None:
@@ -283,15 +299,13 @@ class Trainer:
         advice = "Continue from the last good checkpoint, with lower --g_lr and --d_lr"
         return f"the run diverged: {error}. {advice}: {command}"
 
-    def _log(self, stats: dict[str, Tensor]) -> None:
-        """Records the losses, gamma of each attention layer, sigma of each spectral norm, and the learning rates."""
-        self.watch.check_losses()
+    def _log(self, stats: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        """Records losses, gamma of each attention layer, sigma of each spectral norm, learning rates, and metrics."""
         values = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
-        rates = {
-            "lr/g": float(self.g_optimizer.param_groups[0]["lr"]),
-            "lr/d": float(self.d_optimizer.param_groups[0]["lr"]),
-        }
-        self.recorder.log(self.step, values, rates)
+        self.watch.check_losses()  # waits for the device: what it has to do was handed in before
+        factor = self._learning_rate_factor(self.step - 1)
+        rates = {"lr/g": self.config.g_lr * factor, "lr/d": self.config.d_lr * factor}
+        self.recorder.log(self.step, values, rates | metrics)
 
     def _sample(self) -> None:
         """Records what G and its average make of the fixed z."""
@@ -301,15 +315,27 @@ class Trainer:
             self.recorder.samples(self.step, "ema", self.ema.network(self.fixed_z))
 
     def _show_attention(self) -> None:
-        """Records every attention layer: of the averaged G on the fixed z, of D on real images."""
-        real = self.real[: self.config.g_num]
+        """Records every attention layer: of the averaged G on the fixed z, of D on its images and on real ones."""
         with evaluating(self.ema.network, self.D):
-            fake, *g_maps = self.ema.network(self.fixed_z[: self.config.g_num], return_attention=True)
-            _, *d_maps = self.D(real, return_attention=True)
-        self.recorder.attention(self.step, "G", fake, g_maps)
-        self.recorder.attention(self.step, "D", real, d_maps)
+            count = self.config.g_num
+            shown = look(self.ema.network, self.D, self.fixed_z[:count], self.real[:count])
+        self.recorder.attention(self.step, shown)
+        if self.step == self.config.total_step:
+            self.recorder.explorer(self.step, shown)
 
-    def _save(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the averaged G, or of G itself under --use_ema false; keeps the checkpoint with the lowest FID."""
+        network = self.ema.network if self.config.use_ema else self.G
+        seed = derive_seed(self.config.seed, METRICS)
+        z = seeded_noise(seed, self.config.metric_num, self.config.z_dim, self.device)
+        with evaluating(network):
+            metrics = measure(self.config, network, z, self.loader)
+        if metrics.get("fid", math.inf) < self.best_fid:
+            self.best_fid = metrics["fid"]
+            self._save("best")
+        return metrics
+
+    def _save(self, name: int | Literal["best"]) -> None:
         """Records a checkpoint, unless something in it is not finite.
 
         The random state is not in it: it is a function of the seed and the step.
@@ -324,8 +350,7 @@ class Trainer:
         }
         G, D = self.G.state_dict(), self.D.state_dict()
         self.watch.check(self.step, G, D, state)
-        self.recorder.checkpoint(self.step, G, D, state)
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.recorder.checkpoint(name, G, D, state)
 
 
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

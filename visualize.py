@@ -5,10 +5,14 @@ Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are tensors (B, N, N)
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from attention_views import Shown
 
 MARKS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one colour for each query point
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
@@ -21,11 +25,11 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
-def sample_grid(images: Tensor, gap: int = 2) -> Image.Image:
-    """Images (B, 3, S, S) side by side, as near to a square as B allows."""
+def sample_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Images (B, 3, S, S) side by side in so many columns, by default as near to a square as B allows."""
     pixels = to_pixels(images)
     count, size = pixels.shape[:2]
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     grid = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap))
     for index, tile in enumerate(pixels):
@@ -34,19 +38,76 @@ def sample_grid(images: Tensor, gap: int = 2) -> Image.Image:
     return grid
 
 
-def attention_figures(network: str, images: Tensor, attention: Sequence[Tensor], step: int) -> dict[str, Image.Image]:
-    """A figure for each attention layer of a network, "G" or "D", under names such as "G_attn1".
+def animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
+    """Writes RGB pictures of one size as a GIF without end that shows each so long, and the last one a while longer."""
+    palette = [frame.quantize(dither=Image.Dither.NONE) for frame in frames]  # dithered, it would be twice as large
+    durations = [round(seconds * 1000)] * (len(frames) - 1) + [max(1500, round(seconds * 1000))]
+    palette[0].save(path, format="GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0)
+
+
+def progress_frames(grids: dict[int, Path], width: int = 400) -> list[Image.Image]:
+    """Sample grids by step, as pictures of one size with the step written below; damaged files are left out."""
+    frames = []
+    for step, path in grids.items():
+        try:
+            grid = Image.open(path).convert("RGB")
+        except OSError:  # being written, or cut off
+            continue
+        height = round(grid.height * width / grid.width)
+        frame = Image.new("RGB", (width, height + 24), PAPER)
+        frame.paste(grid.resize((width, height), Image.Resampling.LANCZOS))
+        ImageDraw.Draw(frame).text((GAP, height + 3), f"step {step:,}", INK, _font(15))
+        frames.append(frame)
+    return [frame for frame in frames if frame.size == frames[-1].size]  # --batch_size may have changed
+
+
+def nearest_figure(samples: Tensor, neighbours: Tensor, distances: Tensor, footer: str) -> Image.Image:
+    """A row for each sample: the sample, then its nearest training images with their distances.
 
     Args:
-        images: (B, 3, S, S), what the network made or was shown.
-        attention: the layers' maps, (B, N, N) each.
-        step: for the title.
+        samples: (K, 3, S, S) in [-1, 1].
+        neighbours: (K, M, 3, S, S) in [-1, 1], nearest first.
+        distances: (K, M).
+        footer: what the distances mean, in lines.
     """
-    full_name = {"G": "Generator", "D": "Discriminator"}[network]
+    side, count = 96, neighbours.shape[1]
+    header, width = 34, (96 + GAP) * (1 + count) + 2 * GAP
+    lines = footer.count("\n") + 1
+    figure = Image.new("RGB", (width, header + len(samples) * (side + CAPTION + GAP) + 18 * lines + GAP), PAPER)
+    draw = ImageDraw.Draw(figure)
+    draw.text((GAP, 8), "a sample", INK, _font(14))
+    draw.text((side + 3 * GAP, 8), "its nearest training images", INK, _font(14))
+    for row, (sample, near, far) in enumerate(zip(samples, neighbours, distances.tolist(), strict=True)):
+        top = header + row * (side + CAPTION + GAP)
+        for column, pixels in enumerate(to_pixels(torch.cat([sample[None], near]))):
+            left = GAP + column * (side + GAP) + GAP * (column > 0)
+            tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+            figure.paste(tile, (left, top))
+            if column:
+                draw.text((left, top + side + 1), f"{far[column - 1]:.3f}", FAINT, _font(12))
+    draw.text((GAP, figure.height - 18 * lines - 4), footer, FAINT, _font(13), spacing=4)
+    return figure
+
+
+def attention_figures(shown: Sequence[Shown], step: int) -> dict[str, Image.Image]:
+    """A figure for each attention layer, under names such as "G_attn1": of D on real images where there are any.
+
+    Args:
+        shown: what `look` found.
+        step: for the titles.
+    """
+    layers = {layer: (group, maps) for group in shown for layer, maps in group.maps.items()}  # the last group's
     return {
-        f"{network}_attn{index}": attention_figure(images, maps, f"{full_name} attn{index} after step {step}")
-        for index, maps in enumerate(attention, start=1)
+        layer.replace(" ", "_"): attention_figure(
+            group.images, maps, f"{layer_name(layer)} on {group.name} images after step {step}"
+        )
+        for layer, (group, maps) in layers.items()
     }
+
+
+def layer_name(layer: str) -> str:
+    """ "G attn1" in full."""
+    return layer.replace("G ", "Generator ").replace("D ", "Discriminator ")
 
 
 def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Image:

@@ -3,13 +3,18 @@ import pytest
 import torch
 from PIL import Image
 
+from attention_views import Shown
 from visualize import (
+    CAPTION,
     GAP,
     MARKS,
     TILE,
+    animation,
     attention_figure,
     attention_figures,
+    nearest_figure,
     overlay,
+    progress_frames,
     query_points,
     sample_grid,
     to_pixels,
@@ -75,6 +80,46 @@ def test_figure_marks_each_point_on_the_image_and_on_its_map(side):
         assert [has(column, colour) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
 
 
-def test_figures_are_named_by_network_and_layer():
-    maps = [torch.full((1, 16, 16), 1 / 16), torch.full((1, 64, 64), 1 / 64)]
-    assert list(attention_figures("D", torch.zeros(1, 3, 32, 32), maps, 5)) == ["D_attn1", "D_attn2"]
+def test_figures_show_g_on_generated_and_d_on_real_images():
+    maps = torch.full((1, 16, 16), 1 / 16)
+    black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
+    generated = Shown("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
+    figures = attention_figures([generated, Shown("real", white, {"D attn1": maps, "D attn2": maps})], 5)
+    assert list(figures) == ["G_attn1", "D_attn1", "D_attn2"]
+    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in figures.items()}
+    assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
+    assert list(attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
+
+
+def test_columns_of_a_grid():
+    assert sample_grid(torch.zeros(10, 3, 32, 32), columns=5).size == (5 * 34 + 2, 2 * 34 + 2)
+
+
+def test_an_animation_shows_every_frame_in_turn(tmp_path):
+    colours = [(200, 30, 40), (30, 200, 40), (30, 40, 200)]
+    animation(tmp_path / "a.gif", [Image.new("RGB", (20, 10), colour) for colour in colours], seconds=0.2)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (3, 0)
+        for index, colour in enumerate(colours):
+            gif.seek(index)
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - colour).max() <= 8
+            assert gif.info["duration"] == (1500 if index == 2 else 200)
+
+
+def test_progress_leaves_out_damaged_grids_and_other_sizes(tmp_path):
+    for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32))):
+        Image.new("RGB", size, (step, step, step)).save(tmp_path / f"{step}.png")
+    (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    frames = progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30)}, width=100)
+    assert [frame.getpixel((50, 50)) for frame in frames] == [(2, 2, 2), (30, 30, 30)]
+    assert all(frame.size == (100, 124) for frame in frames)
+    assert progress_frames({}) == []
+
+
+def test_nearest_figure_has_a_row_for_each_sample():
+    samples, near = torch.full((2, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
+    figure = np.asarray(nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
+    for row in range(2):
+        middle = 34 + row * (96 + CAPTION + GAP) + 48
+        assert (figure[middle, GAP + 48] == 0).all()
+        assert (figure[middle, GAP + (96 + GAP) * 4 + GAP + 48] == 255).all()

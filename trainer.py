@@ -184,7 +184,8 @@ class Trainer:
 
     def _loop(self) -> int | None:
         """Takes steps until `total_step` or a signal, whose number it returns."""
-        with StopSignals() as stop, Recorder(self.config, self.step, self.device) as self.recorder:
+        recorder = Recorder(self.config, self.step, self.device, self.precision)
+        with StopSignals() as stop, recorder as self.recorder:
             self.saved_step, self.saved_at = self.step, time.monotonic()
             past = read_curves(self.config.log_folder, self.step)
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf

@@ -26,6 +26,7 @@ torch-fidelity and opencv-python-headless are imported where they are needed: on
 import glob
 import hashlib
 import http.client
+import importlib
 import json
 import os
 import random
@@ -165,10 +166,9 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     Inside, arithmetic is plain float32 and cuDNN does not look for faster algorithms: values can be compared between
     runs of any --precision, and with those that others publish.
     """
-    cudnn = torch.backends.cudnn
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     python, numpy_state = random.getstate(), np.random.get_state()
-    matmul = torch.get_float32_matmul_precision()
-    switches = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    switches = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     on_cuda = device.type == "cuda"
     try:
         with ExitStack() as stack:
@@ -178,14 +178,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             if on_cuda:
                 stack.enter_context(torch.cuda.device(device))  # torch-fidelity goes to the current one
             warnings.simplefilter("ignore")
-            torch.set_float32_matmul_precision("highest")
-            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, False
+            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-        torch.set_float32_matmul_precision(matmul)
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = switches
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = switches
 
 
 @contextmanager
@@ -195,9 +193,8 @@ def _writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(
-            error
-        ):  # torch.save's word for a full disk
+        # What torch.save says of a full disk is a RuntimeError that names its own source file.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UserError(f"cannot write to {folder}: {reason}; --cache_path puts the cache elsewhere") from error
@@ -295,7 +292,7 @@ def _extractors(
     wanted = [name for name in names if name != "faces"]
     if not wanted:
         return []
-    _require("torch_fidelity", "torch-fidelity", wanted)
+    _require("torch_fidelity", "KEY_METRIC_PRECISION", "torch-fidelity>=0.4", wanted)
     if feature_extractor is not None:
         return [_own_extractor(feature_extractor, wanted, image_size, device)]
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -311,12 +308,14 @@ def _extractors(
     return extractors
 
 
-def _require(module: str, package: str, names: Sequence[str]) -> ModuleType:
-    """Imports a library that not every user has."""
+def _require(module: str, attribute: str, package: str, names: Sequence[str]) -> ModuleType:
+    """Imports a library that not every user has; only versions that will do have this attribute."""
     try:
-        return __import__(module)
-    except ImportError as error:
+        library = importlib.import_module(module)
+        getattr(library, attribute)
+    except (ImportError, AttributeError) as error:
         raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
+    return library
 
 
 def _weights(url: str, names: Sequence[str], cache_path: Path) -> Path:
@@ -451,9 +450,7 @@ def _registered(extractor: Extractor) -> Iterator[None]:
 
 def _open_cascade() -> tuple[ModuleType, Any]:
     """OpenCV and its frontal-face cascade, which comes with it."""
-    cv2 = _require("cv2", "opencv-python-headless<5", ["faces"])
-    if not hasattr(cv2, "CascadeClassifier"):  # gone from OpenCV 5
-        raise UserError('--metrics faces needs an OpenCV below 5: pip install "opencv-python-headless<5"')
+    cv2 = _require("cv2", "CascadeClassifier", "opencv-python-headless<5", ["faces"])  # gone from OpenCV 5
     return cv2, cv2.CascadeClassifier(cv2.data.haarcascades + FACE_CASCADE)
 
 

@@ -26,12 +26,13 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from charts import clean, format_number, line_chart, thin, xml_text
+from charts import clean, format_number, is_rough, line_chart, running_average, thin, xml_text
 from numbered import numbered_files, spread
 
 FRAMES = 40  # steps whose samples the slider shows
 SAMPLE_WIDTH, FIGURE_WIDTH = 560, 768  # pixels, at most
 SAMPLE_BYTES, FIGURE_BYTES = 4_200_000, 140_000  # of all samples together, of each figure; a third more as base64
+TALLEST = 20_000  # pixels: a figure of a whole large batch; JPEG ends at 65,535
 QUALITIES = (90, 80, 70, 60, 45)  # of JPEG, tried in turn
 CHUNK = 1 << 16  # bytes of the log that are parsed at once, which holds up other threads for about half a millisecond
 
@@ -138,7 +139,7 @@ def read_log(path: Path, step: int) -> dict[str, np.ndarray]:
     tables: dict[tuple[str, ...], list[np.ndarray]] = {}  # by the names in a line: an evaluation adds some to its line
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         while lines := file.readlines(CHUNK):
-            rows = [row for row in _parse(lines) if _is_number(row.get("step")) and row["step"] <= step]
+            rows = [row for row in _parse(lines) if type(row.get("step")) is int and row["step"] <= step]
             for names, alike in groupby(rows, key=tuple):
                 tables.setdefault(names, []).append(_table(list(alike)))
     curves: dict[str, list[np.ndarray]] = {}
@@ -209,12 +210,14 @@ def _charts(log: Mapping[str, np.ndarray]) -> Iterable[tuple[str, list]]:
             continue
         note = f"<figcaption>{xml_text(curve.note)}</figcaption>" if curve.note else ""
         svg = line_chart(curve.title, series, y_label=curve.unit)
-        hover = [[name, *map(_short, thin(points).T)] for name, points in series.items()]
+        hover = [_hover(name, points) for name, points in series.items()]
         yield f'<figure class="card chart"><div class="plot">{svg}<div class="cover"></div></div>{note}</figure>', hover
 
 
-def _short(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.7g}") for value in values]
+def _hover(name: str, points: np.ndarray) -> list:
+    """What a pointer reads: [name, steps, values] of the line to be followed, which in noise is the average."""
+    name, points = (f"{name}, average", running_average(points)) if is_rough(points) else (name, thin(points))
+    return [name, *([float(f"{value:.7g}") for value in values] for values in points.T)]
 
 
 def _frames(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -239,7 +242,7 @@ def picture(path: Path | None, widest: int, most_bytes: int) -> str:
             image = file.convert("RGB")
     except Exception:  # a damaged file can make Pillow's readers raise nearly anything
         return ""
-    width = min(image.width, widest)
+    width = max(1, min(image.width, widest, image.width * TALLEST // image.height))
     while True:
         if width < image.width:
             image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)

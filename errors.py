@@ -1,6 +1,9 @@
 """How the program speaks to its user about what went wrong: one line on stderr."""
 
+import importlib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -13,3 +16,17 @@ class UserError(Exception):
 def warn(message: str) -> None:
     """Something the user should know and need not act on at once."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def require(module: str, attribute: str, package: str, names: Sequence[str]) -> ModuleType:
+    """Imports a library that --metrics of these names need, and not every user has.
+
+    Raises:
+        UserError: it is not there, or a version without the attribute by which those that will do are known.
+    """
+    try:
+        library = importlib.import_module(module)
+        getattr(library, attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
+    return library

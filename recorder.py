@@ -32,7 +32,7 @@ POSTFIX = (
     "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
     "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}"
 )
-REPORT_SECONDS = 60  # between two reports at least: they take a second each, and checkpoints may come fast
+REPORT_SECONDS = 60  # between two reports at least, more where they take long: checkpoints may come every few seconds
 
 
 class Recorder:
@@ -46,7 +46,7 @@ class Recorder:
         self.config, self.device = config, device
         self._run = _run(config, f"{device} in {precision}")
         self._saved: int | None = None  # the newest checkpoint of this process
-        self._reported_at = -math.inf
+        self._report_due = -math.inf
         self._logged_at = (time.perf_counter(), step)
         self._stack = ExitStack()
         self._log = self._stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
@@ -111,17 +111,19 @@ class Recorder:
 
         if name != "best":
             self._saved = name
-            if time.monotonic() - self._reported_at >= REPORT_SECONDS:
+            if time.monotonic() >= self._report_due:
                 self._write_report("running")
 
     def _write_report(self, state: str) -> None:
         """The report of the run up to its newest checkpoint."""
+        began = time.monotonic()
         command = self.config.command(pretrained_model=str(self._saved))
         page = report_page(self._run, self._saved, command, datetime.now(), state)
         path = self.config.log_folder / "report.html"
         path.with_suffix(".tmp").write_text(page, encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)  # whoever has it open may reload it at any time
-        self._reported_at = time.monotonic()
+        ended = time.monotonic()
+        self._report_due = ended + max(REPORT_SECONDS, 50 * (ended - began))
 
     def _write_samples(self, step: int, name: str, images: Tensor) -> None:
         grid = sample_grid(images)

@@ -13,11 +13,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, groupby
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -26,15 +24,15 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from charts import clean, format_number, is_rough, line_chart, running_average, thin, xml_text
+from charts import format_number, is_rough, line_chart, running_average, thin, xml_text
 from numbered import numbered_files, spread
+from run_log import read_curves
 
 FRAMES = 40  # steps whose samples the slider shows
 SAMPLE_WIDTH, FIGURE_WIDTH = 560, 768  # pixels, at most
 SAMPLE_BYTES, FIGURE_BYTES = 4_200_000, 140_000  # of all samples together, of each figure; a third more as base64
 TALLEST = 20_000  # pixels: a figure of a whole large batch; JPEG ends at 65,535
 QUALITIES = (90, 80, 70, 60, 45)  # of JPEG, tried in turn
-CHUNK = 1 << 16  # bytes of the log that are parsed at once, which holds up other threads for about half a millisecond
 
 
 class Curve(NamedTuple):
@@ -104,7 +102,7 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
     Returns:
         HTML of less than 8 MB, which any encoding of Unicode can hold.
     """
-    log = read_log(run.log_folder / "metrics.jsonl", step)
+    log = read_curves(run.log_folder, step)
     charts = list(_charts(log))
     frames = _frames(run.sample_folder, step)
     data = {
@@ -128,51 +126,6 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
         command=xml_text(command),
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script
     )
-
-
-def read_log(path: Path, step: int) -> dict[str, np.ndarray]:
-    """The curves in metrics.jsonl up to `step`: under each name its points, (n, 2) as (step, value).
-
-    Lines that are no JSON objects with a step, such as a last one that was cut off, are left out. All other lines are
-    parsed, though far fewer points are drawn: which of them are spikes shows only then.
-    """
-    tables: dict[tuple[str, ...], list[np.ndarray]] = {}  # by the names in a line: an evaluation adds some to its line
-    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-        while lines := file.readlines(CHUNK):
-            rows = [row for row in _parse(lines) if type(row.get("step")) is int and row["step"] <= step]
-            for names, alike in groupby(rows, key=tuple):
-                tables.setdefault(names, []).append(_table(list(alike)))
-    curves: dict[str, list[np.ndarray]] = {}
-    for names, blocks in tables.items():
-        columns = dict(zip(names, np.concatenate(blocks).T, strict=True))
-        steps = columns.pop("step")
-        for name, values in columns.items():
-            curves.setdefault(name, []).append(np.stack([steps, values], axis=1))
-    return {name: clean(np.concatenate(parts)) for name, parts in curves.items()}
-
-
-def _parse(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON objects in lines; all at once, which is quicker, unless one of them is damaged."""
-    try:
-        rows = json.loads("[" + ",".join(lines) + "]")
-    except ValueError:
-        rows = []
-        for line in lines:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The values of dicts with the same keys, (rows, keys); what is not a number becomes NaN."""
-    try:
-        return np.fromiter(chain.from_iterable(map(dict.values, rows)), float).reshape(len(rows), -1)
-    except (TypeError, ValueError, OverflowError):
-        return np.array([[value if _is_number(value) else math.nan for value in row.values()] for row in rows], float)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], updated: datetime) -> list[str]:

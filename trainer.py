@@ -329,8 +329,12 @@ class Trainer:
         network = self.ema.network if self.config.use_ema else self.G
         seed = derive_seed(self.config.seed, METRICS)
         z = seeded_noise(seed, self.config.metric_num, self.config.z_dim, self.device)
-        with evaluating(network):
-            metrics = measure(self.config, network, z, self.loader)
+        try:
+            with evaluating(network):
+                metrics = measure(self.config, network, z, self.loader)
+        except UserError as error:  # a full disk, say: no reason to stop training
+            warn(f"no metrics of step {self.step}: {error}")
+            return {}
         if metrics.get("fid", math.inf) < self.best_fid:
             self.best_fid = metrics["fid"]
             self._save("best")

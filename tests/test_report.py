@@ -1,7 +1,4 @@
-"""The report of a run: made from a real one, from hostile ones, and looked at in a real browser.
-
-Needs Chromium or Chrome and its driver (Debian: `apt install chromium chromium-driver`); without one those tests skip.
-"""
+"""The report of a run: made from a real one, from hostile ones, and looked at in a real browser."""
 
 import dataclasses
 import html
@@ -16,39 +13,19 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 import main
 import report
 from parameter import Config, option_groups
-from report import Run, picture, read_log, report_page
+from report import Run, picture, report_page
+from run_log import read_curves
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1000"
-)
 NOW = datetime(2026, 11, 24, 14, 40)
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 HOSTILE = "</script><b>\"'&\udcff\x1b $data ${x}"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    binary, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not (binary or driver):
-        pytest.skip("no browser: neither chromium nor google-chrome nor chromedriver is on the PATH")
-    options = ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    if binary:
-        options.binary_location = binary
-    with Chrome(options, Service(driver)) as chrome:
-        yield chrome
 
 
 def run_of(config) -> Run:
@@ -160,23 +137,11 @@ def test_damaged_and_unfinished_pictures_are_left_out(toy_run):
     assert "/3_G_attn1.png" in page and "/6_G_attn2.png" in page  # the newest of each that can be read
 
 
-def test_the_log_is_read_up_to_what_is_damaged_and_beyond(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 10, "a": 1.5, "gamma/G": 2}\n{"step": 20, "a": NaN, "gamma/G": 3}\nno json\n[1]\n{"a": 1}\n'
-        '{"step": 25, "a": "text", "gamma/G": null}\n{"step": 30, "a": 2.5, "fid": 99.5, "gamma/G": 4}\n'
-        '{"step": 50, "a": 7}\n{"step": 40, "a": 3'
-    )
-    curves = {name: points.tolist() for name, points in read_log(path, 40).items()}
-    assert curves == {"a": [[10, 1.5], [30, 2.5]], "gamma/G": [[10, 2], [20, 3], [30, 4]], "fid": [[30, 99.5]]}
-    assert read_log(tmp_path / "missing", 40) == {}
-
-
 def test_a_long_log_is_read_whole_and_drawn_small(empty_run):
     rows = [{"step": step, "d_loss": math.sin(step), "g_loss": 1.0} for step in range(1, 20_001)]
     rows[12_345]["g_loss"] = 77.0
     write_log(empty_run, rows)
-    assert len(read_log(empty_run.log_folder / "metrics.jsonl", 20_000)["d_loss"]) == 20_000
+    assert len(read_curves(empty_run.log_folder, 20_000)["d_loss"]) == 20_000
     page = report_page(empty_run, 20_000, "command", NOW)
     assert len(page) < 100_000
     noise, spike = data_of(page)["charts"][0]

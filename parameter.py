@@ -231,8 +231,8 @@ class Config:
             lines += textwrap.wrap(
                 text,
                 width=100,
-                initial_indent=f"{title:<10}",
-                subsequent_indent=" " * 10,
+                initial_indent=f"{title:<12}",
+                subsequent_indent=" " * 12,
                 break_long_words=False,
                 break_on_hyphens=False,
             )

@@ -5,6 +5,7 @@ Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are tensors (B, N, N)
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -216,5 +217,7 @@ def _draw_scale(figure: Image.Image, corner: tuple[int, int]) -> None:
         draw.text((corner[0] + TILE + GAP, corner[1] - 3 + 16 * line), text, FAINT, _font(13))
 
 
+@lru_cache
 def _font(size: int) -> ImageFont.ImageFont:
+    """Pillow's own, which takes a while to unpack."""
     return ImageFont.load_default(size)

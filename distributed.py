@@ -8,6 +8,9 @@ A process alone is a `World()`, in which everything here is the identity and cos
 
 import os
 import sys
+import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from errors import Elsewhere, UserError
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a process that died is noticed at once on gloo
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
-LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "nccl", "gloo")
+LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
 
 
 class LostPeer(Exception):
@@ -86,7 +89,11 @@ class World:
 
         Buffers are not sent around: all processes compute the same ones.
         """
-        return network if self.size == 1 else DistributedDataParallel(network, broadcast_buffers=False)
+        if self.size == 1:
+            return network
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new
+            return DistributedDataParallel(network, broadcast_buffers=False)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each of these 0-d tensors, averaged over the processes."""
@@ -164,10 +171,14 @@ def connected(device: str) -> Iterator[World]:
         return
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=STEP_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+        store = dist.PrefixStore(_meet(store, rank, size), store)
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
+        )
         waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), waiting)
-    except (RuntimeError, ConnectionError) as error:
+        yield World(rank, size, int(os.environ["LOCAL_RANK"]), waiting)
+    except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -177,11 +188,33 @@ def connected(device: str) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name for this attempt of the run, the same in all its processes and never given before.
+
+    torchrun keeps its store when it starts processes anew, so that they would find the addresses of those that died
+    (pytorch issue 135712). Rank 0 therefore answers every call that it finds there, the old ones too, until all who
+    got an answer are together; nobody reads the answers to the old ones.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"call/{rank}", mine)
+        name = store.get(f"answer/{mine}").decode()  # waits for it
+        store.add(f"here/{name}", 1)
+        return name
+    deadline = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    while store.add(f"here/{mine}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"call/{other}"]):
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise dist.DistNetworkError("not all processes of the run came")
+        time.sleep(0.02)
+    return mine
+
+
 def _is_lost_peer(error: Exception) -> bool:
     """Whether an error comes from the talk between processes, which says so in words only."""
-    if isinstance(error, (dist.DistError, ConnectionError)):
-        return True
-    return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error).lower() for word in LOST)
+    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in LOST)
 
 
 def processes_to_start(device: str) -> int:

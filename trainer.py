@@ -155,9 +155,8 @@ class Trainer:
         """
         config, world = self.config, self.world
         world.first(self._check)
-        world.in_turn(
-            lambda: self.loader.skipped
-        )  # opens the data: what is wrong with it is said before a folder is made
+        # Opens the data: what is wrong with it is said before a folder is made.
+        world.in_turn(lambda: self.loader.skipped)
         with ExitStack() as claims:
             world.first(self._open, claims)
             try:

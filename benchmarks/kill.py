@@ -1,10 +1,14 @@
 """Kills real runs with SIGKILL at random times, continues them, and compares the end with a run that was left alone.
 
     python benchmarks/kill.py --trials 100
+    python benchmarks/kill.py --trials 20 --processes 2
 
 Each trial begins in an empty folder (its cache build can be killed too), is killed once or twice, and is given the
 same command, with `--pretrained_model auto`, until it ends. It survived if it ended; it is identical if the final
 weights, average, optimizers, samples and lines of metrics.jsonl are, bit for bit. Needs fork: Linux or macOS.
+
+With `--processes`, a run is that many under `torchrun --max_restarts=1`, one of which is killed once; nothing is given
+again. It has fewer steps, because each process takes seconds to start. Needs Linux.
 """
 
 import argparse
@@ -14,18 +18,22 @@ import multiprocessing
 import os
 import random
 import shlex
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 OPTIONS = shlex.split(
     "--dataset toy --toy_num 300 --num_workers 0 --device cpu --imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 "
-    "--batch_size 4 --total_step 60 --log_step 1 --sample_step 5 --model_save_step 0.04 --pretrained_model auto"
+    "--batch_size 4 --log_step 1 --sample_step 5 --model_save_step 0.04 --pretrained_model auto"
 )
+STEPS, PROCESSES_STEPS = 60, 24
 # Not a function of the seed: the clock and the machine.
 UNSTEADY = ("images_per_s", "memory_mib")
 
@@ -33,7 +41,7 @@ UNSTEADY = ("images_per_s", "memory_mib")
 def train(folder: Path) -> None:
     """The body of a run's process."""
     os.chdir(folder)
-    sys.argv = ["main.py", *OPTIONS]
+    sys.argv = ["main.py", *OPTIONS, "--total_step", str(STEPS)]
     import torch
 
     from main import main
@@ -50,13 +58,14 @@ def start(context: Any, folder: Path) -> Any:
     return process
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """What a finished run left, without what is not a function of the seed."""
     import torch
 
     from divergence import tensors_in
 
-    state = torch.load(next(folder.glob("models/*/60_state.pth")), weights_only=True)
+    path = next(path for path in folder.glob("models/*/*_state.pth") if path.name.startswith(f"{steps}_"))
+    state = torch.load(path, weights_only=True)
     lines = next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines()
     metrics = [{key: value for key, value in json.loads(line).items() if key not in UNSTEADY} for line in lines]
     pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("samples/*/*.png"))}
@@ -102,12 +111,65 @@ def run_trials(trials: int, seed: int = 0) -> tuple[int, int]:
     return survived, identical
 
 
+def start_processes(folder: Path, processes: int) -> subprocess.Popen:
+    """A run of several processes, which torchrun starts anew once."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max_restarts=1",
+               str(ROOT / "main.py"), *OPTIONS, "--total_step", str(PROCESSES_STEPS)]  # fmt: skip
+    with open(folder / "output.txt", "w", encoding="utf-8") as out:
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_one(launcher: subprocess.Popen) -> int | None:
+    """Kills a process that the launcher started, as soon as there is one; its rank, None where the run is over."""
+    while launcher.poll() is None:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        if children:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                pid = random.choice(children)
+                words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                os.kill(int(pid), signal.SIGKILL)
+                return next((int(word[5:]) for word in words if word.startswith("RANK=")), -1)
+        time.sleep(0.05)
+    return None
+
+
+def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int, int]:
+    """The same for runs of several processes."""
+    random.seed(seed)
+    survived = identical = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(tempfile.mkdtemp(dir=scratch))
+        began = time.perf_counter()
+        start_processes(whole, processes).wait()
+        seconds = time.perf_counter() - began
+        expected = result(whole, PROCESSES_STEPS)
+        for number in range(trials):
+            folder = Path(tempfile.mkdtemp(dir=scratch))
+            began = time.perf_counter()
+            launcher = start_processes(folder, processes)
+            time.sleep(random.uniform(0, seconds))
+            killed, at = kill_one(launcher), time.perf_counter() - began
+            done = [len(path.read_text().splitlines()) for path in folder.glob("logs/*/metrics.jsonl")]
+            code = launcher.wait()
+            same = code == 0 and result(folder, PROCESSES_STEPS) == expected
+            survived, identical = survived + (code == 0), identical + same
+            print(f"{number}: rank {killed} killed after {at:.0f} s and {sum(done)} steps; exit code {code}, "
+                  f"{'identical' if same else 'different'}, {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            if code:
+                print((folder / "output.txt").read_text()[-3000:])
+    return survived, identical
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     began = time.perf_counter()
-    survived, identical = run_trials(arguments.trials)
+    if arguments.processes > 1:
+        survived, identical = run_process_trials(arguments.trials, arguments.processes)
+    else:
+        survived, identical = run_trials(arguments.trials)
     print(f"survived {survived}/{arguments.trials}, identical {identical}/{arguments.trials}, "
           f"{time.perf_counter() - began:.0f} s")  # fmt: skip
 

@@ -180,8 +180,8 @@ def test_two_processes_see_together_what_one_sees(pair, tmp_path):
                 torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
     logs = [[json.loads(line) for line in (path / "log_path/run/metrics.jsonl").read_text().splitlines()]
             for path in (folder / "two", tmp_path)]  # fmt: skip
-    for name in ("d_loss", "g_loss", "d_penalty", "d_real"):
-        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-4, abs=1e-5)
+    for name in ("d_loss", "d_penalty", "d_real"):
+        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-5)
 
 
 def test_all_processes_hold_the_same_networks(pair):

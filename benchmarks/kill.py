@@ -7,8 +7,8 @@ Each trial begins in an empty folder (its cache build can be killed too), is kil
 same command, with `--pretrained_model auto`, until it ends. It survived if it ended; it is identical if the final
 weights, average, optimizers, samples and lines of metrics.jsonl are, bit for bit. Needs fork: Linux or macOS.
 
-With `--processes`, a run is that many under `torchrun --max_restarts=1`, one of which is killed once; nothing is given
-again. It has fewer steps, because each process takes seconds to start. Needs Linux.
+With `--processes`, a run is that many under torchrun's launcher with `--max_restarts=1`; one of them is killed once,
+and nothing is given again. It has fewer steps.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import os
 import random
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,10 @@ STEPS, PROCESSES_STEPS = 60, 24
 UNSTEADY = ("images_per_s", "memory_mib")
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, steps: int = STEPS) -> None:
     """The body of a run's process."""
     os.chdir(folder)
-    sys.argv = ["main.py", *OPTIONS, "--total_step", str(STEPS)]
+    sys.argv = ["main.py", *OPTIONS, "--total_step", str(steps)]
     import torch
 
     from main import main
@@ -111,51 +111,73 @@ def run_trials(trials: int, seed: int = 0) -> tuple[int, int]:
     return survived, identical
 
 
-def start_processes(folder: Path, processes: int) -> subprocess.Popen:
-    """A run of several processes, which torchrun starts anew once."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max_restarts=1",
-               str(ROOT / "main.py"), *OPTIONS, "--total_step", str(PROCESSES_STEPS)]  # fmt: skip
-    with open(folder / "output.txt", "w", encoding="utf-8") as out:
-        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def train_as_one_of_several(folder: Path) -> None:
+    """The body of a process that the launcher started."""
+    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    train(folder, PROCESSES_STEPS)
 
 
-def kill_one(launcher: subprocess.Popen) -> int | None:
-    """Kills a process that the launcher started, as soon as there is one; its rank, None where the run is over."""
-    while launcher.poll() is None:
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        if children:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                pid = random.choice(children)
-                words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-                os.kill(int(pid), signal.SIGKILL)
-                return next((int(word[5:]) for word in words if word.startswith("RANK=")), -1)
-        time.sleep(0.05)
-    return None
+def run_processes(folder: Path, processes: int) -> bool:
+    """A run of several processes, which torch's launcher starts anew once; whether it ended as it should."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        start_method="forkserver",
+    )
+    try:
+        elastic_launch(launch, train_as_one_of_several)(folder)
+    except ChildFailedError:
+        return False
+    return True
+
+
+def kill_one(folder: Path, processes: int, seconds: float) -> None:
+    """Kills a process at some time within `seconds`, or as soon after as there is one, and notes it in a file."""
+    time.sleep(random.uniform(0, seconds))
+    rank = random.randrange(processes)
+    path = folder / f"{rank}.pid"
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):  # the run is over
+        os.kill(int(path.read_text()), signal.SIGKILL)
+        done = [len(log.read_text().splitlines()) for log in folder.glob("logs/*/metrics.jsonl")]
+        (folder / "killed").write_text(f"rank {rank} after {sum(done)} steps")
 
 
 def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int, int]:
     """The same for runs of several processes."""
     random.seed(seed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer", "tester", "data_loader", "distributed"])
     survived = identical = 0
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(tempfile.mkdtemp(dir=scratch))
-        began = time.perf_counter()
-        start_processes(whole, processes).wait()
-        seconds = time.perf_counter() - began
+        for _ in range(2):  # the first one also starts the server
+            whole = Path(tempfile.mkdtemp(dir=scratch))
+            began = time.perf_counter()
+            run_processes(whole, processes)
+            seconds = time.perf_counter() - began
         expected = result(whole, PROCESSES_STEPS)
         for number in range(trials):
             folder = Path(tempfile.mkdtemp(dir=scratch))
             began = time.perf_counter()
-            launcher = start_processes(folder, processes)
-            time.sleep(random.uniform(0, seconds))
-            killed, at = kill_one(launcher), time.perf_counter() - began
-            done = [len(path.read_text().splitlines()) for path in folder.glob("logs/*/metrics.jsonl")]
-            code = launcher.wait()
-            same = code == 0 and result(folder, PROCESSES_STEPS) == expected
-            survived, identical = survived + (code == 0), identical + same
-            print(f"{number}: rank {killed} killed after {at:.0f} s and {sum(done)} steps; exit code {code}, "
-                  f"{'identical' if same else 'different'}, {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-            if code:
+            killer = threading.Thread(target=kill_one, args=(folder, processes, seconds))
+            killer.start()
+            ended = run_processes(folder, processes)
+            killer.join()
+            same = ended and result(folder, PROCESSES_STEPS) == expected
+            survived, identical = survived + ended, identical + same
+            killed = (folder / "killed").read_text() if (folder / "killed").exists() else "too late"
+            print(f"{number}: {killed}, {'ended' if ended else 'failed'}, {'identical' if same else 'different'}, "
+                  f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            if not ended:
                 print((folder / "output.txt").read_text()[-3000:])
     return survived, identical
 

@@ -124,6 +124,10 @@ def process(rank, port, folder):
         continued = make(folder / "one", world, version="run", pretrained_model="3", **RUN)
         continued.train()
         found["seen after 3"] = continued.seen
+        try:
+            make(folder / "two", world, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
+        except (UserError, Elsewhere) as error:
+            found["diverged"] = f"{type(error).__name__}: {error}"
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -223,6 +227,12 @@ def test_batch_norm_is_that_of_one_process(pair):
         torch.testing.assert_close(parts[0][index] + parts[1][index], expected, **close)
     for index, expected in ((4, whole.running_mean), (5, whole.running_var)):
         torch.testing.assert_close(parts[1][index], expected, **close)
+
+
+def test_divergence_ends_both(pair):
+    _, (first, second) = pair
+    assert first["diverged"].startswith("UserError: the run diverged")
+    assert second["diverged"].startswith("Elsewhere")
 
 
 def test_what_they_tell_each_other(pair):

@@ -111,10 +111,11 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str = "step
 def clean(points: Points) -> np.ndarray:
     """Points as an array (n, 2), by growing x, without those that are not finite or beyond 1e100."""
     array = np.asarray(points, float).reshape(-1, 2)
-    with np.errstate(invalid="ignore"):
-        array = array[(np.abs(array) <= 1e100).all(axis=1)]
-    array = np.where(np.abs(array) < 1e-100, 0, array)  # so that no span is too small to be divided by
-    return array if (np.diff(array[:, 0]) >= 0).all() else array[np.argsort(array[:, 0], kind="stable")]
+    sizes = np.abs(array)
+    kept = (sizes <= 1e100).all(axis=1)
+    array = np.where(sizes < 1e-100, 0, array)  # so that no span is too small to be divided by
+    array = array if kept.all() else array[kept]
+    return array if (array[1:, 0] >= array[:-1, 0]).all() else array[np.argsort(array[:, 0], kind="stable")]
 
 
 def thin(points: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
@@ -127,6 +128,12 @@ def thin(points: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
         stretch = points[start:end, 1]
         kept |= {start + int(stretch.argmin()), start + int(stretch.argmax())}
     return points[sorted(kept)]
+
+
+def is_rough(points: np.ndarray) -> bool:
+    """Whether a line through the points (n, 2), as it would be drawn, is too rough to be followed."""
+    shown = thin(points)[:, 1]
+    return len(points) > DOTS_UP_TO and bool(np.abs(np.diff(shown)).sum() > ROUGH * np.ptp(shown))
 
 
 def running_average(points: np.ndarray, most: int = 160) -> np.ndarray:
@@ -260,7 +267,7 @@ def _grid(x_axis: Axis, y_axis: Axis, area: tuple[float, float, float, float]) -
 def _draw(
     points: np.ndarray, index: int, x_axis: Axis, y_axis: Axis, area: tuple[float, float, float, float]
 ) -> tuple[str, str]:
-    """The paths of a series (n, 2): of its points, and of its running average where it is too rough to be followed."""
+    """The paths of a series (n, 2): of its points, and of its running average where it is rough."""
     left, top, right, bottom = area
 
     def path(points: np.ndarray, kind: str, dots: bool = False) -> str:
@@ -271,10 +278,8 @@ def _draw(
 
     if not len(points):
         return "", ""
-    shown = thin(points)
-    travelled = np.abs(np.diff(shown[:, 1])).sum()
-    rough = len(points) > DOTS_UP_TO and travelled > ROUGH * np.ptp(shown[:, 1])
-    line = path(shown, "rough" if rough else "")
+    rough = is_rough(points)
+    line = path(thin(points), "rough" if rough else "")
     if len(points) <= DOTS_UP_TO:
         line += path(points, "dots", dots=True)
     return line, path(running_average(points), "average") if rough else ""

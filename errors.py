@@ -1,9 +1,11 @@
 """How the program speaks to its user about what went wrong: one line on stderr."""
 
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -31,3 +33,17 @@ def one_voice() -> Iterator[None]:
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield
+
+
+def require(module: str, attribute: str, package: str, names: Sequence[str]) -> ModuleType:
+    """Imports a library that --metrics of these names need, and not every user has.
+
+    Raises:
+        UserError: it is not there, or a version without the attribute by which those that will do are known.
+    """
+    try:
+        library = importlib.import_module(module)
+        getattr(library, attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
+    return library

@@ -3,8 +3,9 @@
     scores = evaluate(generate, loader.images, ["fid", "faces"], num_images=10_000, batch_size=64, ...)
 
 Protocol. The first `num_images` images of the averaged generator in evaluation mode, of noise that the seed decides,
-rounded to uint8, are compared with the first `num_images` real images (all, if there are fewer) as training sees them:
-the same crop and resize, no flips. Arithmetic is float32 whatever training uses. torch-fidelity computes:
+rounded to uint8, are compared with `num_images` real images (all, if there are fewer) from all over the training data,
+as training sees them: the same crop and resize, no flips. Arithmetic is float32 whatever training uses.
+torch-fidelity computes:
 
 - fid, kid (100 subsets of up to 1,000 images; kid_std is the spread over them) and isc (10 splits; isc_std) on the
   Inception network of the original FID, with its own resize to 299x299;
@@ -24,22 +25,16 @@ torch-fidelity and opencv-python-headless are imported where they are needed: on
 """
 
 import glob
-import hashlib
-import http.client
 import json
 import os
 import random
-import re
-import socket
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +42,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import UserError
-from utils import is_out_of_memory
+from extractors import Extractor, find_extractors, registered
+from faces import face_rate, open_cascade
+from progress import progress
 
 Batches = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
@@ -65,23 +62,6 @@ ISC_SPLITS = 10
 MIN_IMAGES = ISC_SPLITS  # an image for each split; the others need fewer
 KID_SUBSET = 1000
 PRC_BATCH = 1000  # rows of the matrix of distances that are in memory at a time
-DOWNLOAD_TIMEOUT = 10  # seconds without a byte
-
-# OpenCV's usual settings, on pictures of one size. At their own 64x64 the cascade misses 10% of CelebA; finer scales
-# (1.05) find 1% more there, cost three times as much, and find four times as many faces in faces cut to pieces.
-FACE_CASCADE = "haarcascade_frontalface_default.xml"
-FACE_SIDE = 128  # pixels to which a picture is resized
-FACE_MIN_SIZE = 38  # pixels of these: 0.3 of the side
-FACE_SCALE_FACTOR, FACE_MIN_NEIGHBORS = 1.1, 3
-
-
-class Extractor(NamedTuple):
-    """A network that turns images into features, and the metrics to compute from them."""
-
-    name: str  # torch-fidelity's, also part of the names of cached files
-    metrics: list[str]
-    weights: Path
-    kind: type | None  # None: one of torch-fidelity's own
 
 
 def evaluate(
@@ -123,14 +103,15 @@ def evaluate(
     cache = cache_path / "metrics"
     scores: dict[str, float] = {}
     with _undisturbed(device), _writing(cache):
-        real = torch.as_tensor(real)[:num_images]  # a view
+        real = torch.as_tensor(real)
+        real = real[:: max(1, len(real) // num_images)][:num_images]  # a view, of images from all over the data
         key = f"{real_name}_{real.shape[1]}px_{len(real)}"
         fakes, reals = partial(_generated, generate), partial(_real, real)
-        extractors = _extractors(names, real.shape[1], device, cache_path, feature_extractor)
+        extractors = find_extractors(names, real.shape[1], device, cache_path, feature_extractor)
         if "faces" in names:
-            scores["faces"] = _face_rate(fakes, num_images, batch_size, "faces")
+            scores["faces"] = face_rate(fakes, num_images, batch_size, "faces")
             scores["faces_real"] = _cached_rate(
-                cache / f"{key}-faces.json", partial(_face_rate, reals, len(real), batch_size, "faces of real images")
+                cache / f"{key}-faces.json", partial(face_rate, reals, len(real), batch_size, "faces of real images")
             )
         for extractor in extractors:
             scores |= _feature_scores(
@@ -153,9 +134,9 @@ def prepare(
         UserError: a library, weights or the extractor cannot be had or used.
     """
     with _undisturbed(device):
-        _extractors(names, image_size, device, cache_path, feature_extractor)
+        find_extractors(names, image_size, device, cache_path, feature_extractor)
         if "faces" in names:
-            _open_cascade()
+            open_cascade()
 
 
 @contextmanager
@@ -165,10 +146,9 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     Inside, arithmetic is plain float32 and cuDNN does not look for faster algorithms: values can be compared between
     runs of any --precision, and with those that others publish.
     """
-    cudnn = torch.backends.cudnn
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     python, numpy_state = random.getstate(), np.random.get_state()
-    matmul = torch.get_float32_matmul_precision()
-    switches = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    switches = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     on_cuda = device.type == "cuda"
     try:
         with ExitStack() as stack:
@@ -178,14 +158,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             if on_cuda:
                 stack.enter_context(torch.cuda.device(device))  # torch-fidelity goes to the current one
             warnings.simplefilter("ignore")
-            torch.set_float32_matmul_precision("highest")
-            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, False
+            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-        torch.set_float32_matmul_precision(matmul)
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = switches
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = switches
 
 
 @contextmanager
@@ -195,9 +173,8 @@ def _writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(
-            error
-        ):  # torch.save's word for a full disk
+        # What torch.save says of a full disk is a RuntimeError that names its own source file.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UserError(f"cannot write to {folder}: {reason}; --cache_path puts the cache elsewhere") from error
@@ -216,12 +193,6 @@ def _real(real: Tensor, start: int, count: int) -> Tensor:
     return real[start : start + count].permute(0, 3, 1, 2).contiguous()
 
 
-def _progress(title: str) -> tqdm:
-    """A bar that shows after a second, and is gone at the end. Its total is 0."""
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log file is not a terminal
-    return tqdm(total=0, desc=title, unit="img", delay=1, leave=False, dynamic_ncols=True, mininterval=interval)
-
-
 def _feature_scores(
     extractor: Extractor,
     fakes: tuple[Batches, int],
@@ -238,7 +209,7 @@ def _feature_scores(
         if not zipfile.is_zipfile(path):  # cut off, as by a loss of power: the library would stumble over it
             path.unlink()
     wanted = extractor.metrics
-    with _registered(extractor), _progress(", ".join(wanted)) as bar:
+    with registered(extractor), progress(None, ", ".join(wanted), "img", total=0) as bar:
         results = torch_fidelity.calculate_metrics(
             input1=_source(*fakes, bar),
             input1_model_num_samples=fakes[1],
@@ -286,194 +257,6 @@ def _source(images: Batches, count: int, bar: tqdm) -> Any:
             return batch
 
     return Source()
-
-
-def _extractors(
-    names: Sequence[str], image_size: int, device: torch.device, cache_path: Path, feature_extractor: Path | None
-) -> list[Extractor]:
-    """The extractors that these metrics need, ready to run."""
-    wanted = [name for name in names if name != "faces"]
-    if not wanted:
-        return []
-    _require("torch_fidelity", "torch-fidelity", wanted)
-    if feature_extractor is not None:
-        return [_own_extractor(feature_extractor, wanted, image_size, device)]
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-    from torchvision.models import VGG16_Weights
-
-    extractors = []
-    for name, url, metrics in (
-        ("inception-v3-compat", URL_INCEPTION_V3, [metric for metric in wanted if metric != "prc"]),
-        ("vgg16", VGG16_Weights.IMAGENET1K_V1.url, [metric for metric in wanted if metric == "prc"]),
-    ):
-        if metrics:
-            extractors.append(Extractor(name, metrics, _weights(url, metrics, cache_path), None))
-    return extractors
-
-
-def _require(module: str, package: str, names: Sequence[str]) -> ModuleType:
-    """Imports a library that not every user has."""
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
-
-
-def _weights(url: str, names: Sequence[str], cache_path: Path) -> Path:
-    """The file of that address: from the cache, else from torch hub's folder, else downloaded into the cache."""
-    file = url.rsplit("/", 1)[1]
-    digits = re.search(r"-([0-9a-f]{8})\.", file)[1]  # torch hub's custom: how its SHA-256 begins
-    for path in (cache_path / file, Path(torch.hub.get_dir()) / "checkpoints" / file):
-        if path.exists():
-            if not _sha256(path).startswith(digits):  # torch-fidelity runs code that is in it
-                raise UserError(f"{path} is damaged: its SHA-256 should begin with {digits}; fetch {url} anew")
-            return path
-    path = cache_path / file
-    timeout = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch hub has none of its own
-        cache_path.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digits)  # under a temporary name until it is whole
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(
-            f"--metrics {','.join(names)} needs {file}, which cannot be downloaded ({reason}): "
-            f"fetch {url} yourself and put it into {cache_path}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _own_extractor(path: Path, metrics: list[str], image_size: int, device: torch.device) -> Extractor:
-    """Loads a TorchScript file, which runs what is in it, and tries it on two pictures.
-
-    Raises:
-        UserError: it is none, or does not give features for images.
-    """
-    name = f"torchscript-{_sha256(path)[:16]}"
-    where = device if device.type == "cuda" else torch.device("cpu")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        if damaged:
-            raise UserError(f"--feature_extractor {path} is damaged: the checksum of {damaged} in it is wrong")
-        script = torch.jit.load(str(path), map_location=where).eval()
-    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        reason = _last_line(error).split(". ")[0]
-        raise UserError(f"--feature_extractor {path} is no TorchScript file, or a damaged one: {reason}") from error
-    shape = (2, 3, image_size, image_size)
-    pictures = torch.arange(int(np.prod(shape)), device=where).remainder(256).byte().view(shape)
-    _features(script, path, pictures)
-    return Extractor(name, metrics, path, _extractor_type(script, path))
-
-
-def _features(script: Callable[[Tensor], Any], path: Path, images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) uint8 -> features (B, F) float32.
-
-    Raises:
-        UserError: the file at `path`, which `script` is from, fails or gives something else.
-    """
-    try:
-        features = script(images)
-    except (RuntimeError, torch.jit.Error) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--feature_extractor {path} fails on uint8 images {tuple(images.shape)}: {_last_line(error)}"
-        ) from error
-    is_tensor = isinstance(features, Tensor)
-    if not is_tensor or features.dim() != 2 or len(features) != len(images) or features.shape[1] < 2:
-        found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__
-        raise UserError(
-            f"--feature_extractor {path} must give features ({len(images)}, F) with F >= 2 for {len(images)} images, "
-            f"not {found}"
-        )
-    features = features.float()
-    if not features.isfinite().all():
-        raise UserError(f"--feature_extractor {path} gives features that are not finite")
-    return features
-
-
-def _last_line(error: Exception) -> str:
-    """What matters in a message of TorchScript's, which is a page long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _extractor_type(script: Callable[[Tensor], Any], path: Path) -> type:
-    """torch-fidelity makes extractors itself, so it needs a class: one that holds this script."""
-    from torch_fidelity import FeatureExtractorBase
-
-    class ScriptExtractor(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **options: Any):  # all options of calculate_metrics
-            super().__init__(name, features_list)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "features"
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (_features(script, path, images),)
-
-    return ScriptExtractor
-
-
-@contextmanager
-def _registered(extractor: Extractor) -> Iterator[None]:
-    """torch-fidelity finds extractors by name: makes one of the user's known to it for this once."""
-    from torch_fidelity import registry
-
-    if extractor.kind is None:
-        yield
-        return
-    registry.register_feature_extractor(extractor.name, extractor.kind)
-    try:
-        yield
-    finally:
-        del registry.FEATURE_EXTRACTORS_REGISTRY[extractor.name]
-
-
-def _open_cascade() -> tuple[ModuleType, Any]:
-    """OpenCV and its frontal-face cascade, which comes with it."""
-    cv2 = _require("cv2", "opencv-python-headless<5", ["faces"])
-    if not hasattr(cv2, "CascadeClassifier"):  # gone from OpenCV 5
-        raise UserError('--metrics faces needs an OpenCV below 5: pip install "opencv-python-headless<5"')
-    return cv2, cv2.CascadeClassifier(cv2.data.haarcascades + FACE_CASCADE)
-
-
-def _face_rate(images: Batches, count: int, batch_size: int, title: str) -> float:
-    """The share of `count` images in which at least one face is found."""
-    cv2, cascade = _open_cascade()
-    found = 0
-    with _progress(title) as bar:
-        bar.total = count
-        for start in range(0, count, batch_size):
-            for picture in images(start, min(batch_size, count - start)).permute(0, 2, 3, 1).cpu().numpy():
-                grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
-                method = cv2.INTER_AREA if len(grey) > FACE_SIDE else cv2.INTER_CUBIC
-                grey = cv2.resize(grey, (FACE_SIDE, FACE_SIDE), interpolation=method)
-                faces = cascade.detectMultiScale(
-                    grey, FACE_SCALE_FACTOR, FACE_MIN_NEIGHBORS, minSize=(FACE_MIN_SIZE, FACE_MIN_SIZE)
-                )
-                found += len(faces) > 0
-                bar.update()
-    return found / count
 
 
 def _cached_rate(path: Path, compute: Callable[[], float]) -> float:

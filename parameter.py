@@ -147,14 +147,16 @@ class Config:
     )
     metrics: str | None = option(
         None,
-        "what to compute in --train false and while training: FID, KID, Inception score, precision and recall, share "
-        "of images with a face",
+        "measures of generated images, in --train false and while training: FID, KID, Inception score, precision and "
+        "recall, share with a face",
         some_of(*METRICS),
     )
     metric_step: int = option(10_000, "steps between two evaluations while training", at_least(1))
-    metric_num: int = option(10_000, "generated images that are evaluated", between(2, 1_000_000))
+    metric_num: int = option(10_000, "generated images that are measured", between(10, 1_000_000))
     feature_extractor: str | None = option(
-        None, "a TorchScript file in Inception's place: uint8 images (B, 3, S, S) to features (B, F)", PATH
+        None,
+        "a TorchScript file that you trust, in Inception's place: uint8 images (B, 3, S, S) to features (B, F)",
+        PATH,
     )
 
     version: str = option(
@@ -231,8 +233,8 @@ class Config:
             lines += textwrap.wrap(
                 text,
                 width=100,
-                initial_indent=f"{title:<10}",
-                subsequent_indent=" " * 10,
+                initial_indent=f"{title:<12}",
+                subsequent_indent=" " * 12,
                 break_long_words=False,
                 break_on_hyphens=False,
             )

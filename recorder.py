@@ -3,10 +3,14 @@
 The trainer hands over tensors and goes on; whatever takes time is done in the background.
 """
 
+import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from typing import Any, Literal
 
 import torch
@@ -17,7 +21,8 @@ import checkpoint
 from attention_views import Shown
 from background import Background
 from explorer import explorer_page
-from parameter import Config
+from parameter import Config, option_groups
+from report import Run, report_page
 from run_log import RunLog
 from utils import clone_tensors, memory_mib
 from visualize import attention_figures, sample_grid
@@ -27,6 +32,7 @@ POSTFIX = (
     "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
     "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}"
 )
+REPORT_SECONDS = 60  # between two reports at least, more where they take long: checkpoints may come every few seconds
 
 
 class Recorder:
@@ -36,8 +42,11 @@ class Recorder:
     where the method says that it copies them.
     """
 
-    def __init__(self, config: Config, step: int, device: torch.device):
+    def __init__(self, config: Config, step: int, device: torch.device, precision: str):
         self.config, self.device = config, device
+        self._run = _run(config, f"{device} in {precision}")
+        self._saved: int | None = None  # the newest checkpoint of this process
+        self._report_due = -math.inf
         self._logged_at = (time.perf_counter(), step)
         self._stack = ExitStack()
         self._log = self._stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
@@ -55,8 +64,11 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._stack.__exit__(kind, *error)
+        at_once = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
+        if self._saved and not at_once:
+            self._write_report("stopped")
 
     def advance(self) -> None:
         """Moves the progress bar on by a step."""
@@ -97,6 +109,22 @@ class Recorder:
         keep = self.config.keep_checkpoints, self.config.keep_weights
         checkpoint.save(self.config.model_folder, name, G, D, state, *keep)
 
+        if name != "best":
+            self._saved = name
+            if time.monotonic() >= self._report_due:
+                self._write_report("running")
+
+    def _write_report(self, state: str) -> None:
+        """The report of the run up to its newest checkpoint."""
+        began = time.monotonic()
+        command = self.config.command(pretrained_model=str(self._saved))
+        page = report_page(self._run, self._saved, command, datetime.now(), state)
+        path = self.config.log_folder / "report.html"
+        path.with_suffix(".tmp").write_text(page, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)  # whoever has it open may reload it at any time
+        ended = time.monotonic()
+        self._report_due = ended + max(REPORT_SECONDS, 50 * (ended - began))
+
     def _write_samples(self, step: int, name: str, images: Tensor) -> None:
         grid = sample_grid(images)
         grid.save(self.config.sample_folder / f"{step}_{name}.png")
@@ -110,3 +138,23 @@ class Recorder:
     def _write_explorer(self, step: int, shown: Sequence[Shown]) -> None:
         page = explorer_page(shown, f"{self.config.version}, step {step}")
         (self.config.attn_folder / f"{step}_explorer.html").write_text(page, encoding="utf-8")
+
+
+def _run(config: Config, machine: str) -> Run:
+    """What the report says of a run at any step."""
+    options = {
+        title: {field.name: getattr(config, field.name) for field in fields}
+        for title, fields in option_groups().items()
+    }
+    return Run(
+        title=config.version,
+        total_step=config.total_step,
+        image_size=config.imsize,
+        batch_size=config.batch_size,
+        machine=machine,
+        log_folder=config.log_folder,
+        sample_folder=config.sample_folder,
+        attn_folder=config.attn_folder,
+        options=options,
+        defaults={field.name: field.default for field in dataclasses.fields(config)},
+    )

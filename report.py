@@ -13,11 +13,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, groupby
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -26,14 +24,15 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from charts import clean, format_number, line_chart, thin, xml_text
+from charts import format_number, is_rough, line_chart, running_average, thin, xml_text
 from numbered import numbered_files, spread
+from run_log import read_curves
 
 FRAMES = 40  # steps whose samples the slider shows
 SAMPLE_WIDTH, FIGURE_WIDTH = 560, 768  # pixels, at most
 SAMPLE_BYTES, FIGURE_BYTES = 4_200_000, 140_000  # of all samples together, of each figure; a third more as base64
+TALLEST = 20_000  # pixels: a figure of a whole large batch; JPEG ends at 65,535
 QUALITIES = (90, 80, 70, 60, 45)  # of JPEG, tried in turn
-CHUNK = 1 << 16  # bytes of the log that are parsed at once, which holds up other threads for about half a millisecond
 
 
 class Curve(NamedTuple):
@@ -103,7 +102,7 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
     Returns:
         HTML of less than 8 MB, which any encoding of Unicode can hold.
     """
-    log = read_log(run.log_folder / "metrics.jsonl", step)
+    log = read_curves(run.log_folder, step)
     charts = list(_charts(log))
     frames = _frames(run.sample_folder, step)
     data = {
@@ -127,51 +126,6 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
         command=xml_text(command),
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script
     )
-
-
-def read_log(path: Path, step: int) -> dict[str, np.ndarray]:
-    """The curves in metrics.jsonl up to `step`: under each name its points, (n, 2) as (step, value).
-
-    Lines that are no JSON objects with a step, such as a last one that was cut off, are left out. All other lines are
-    parsed, though far fewer points are drawn: which of them are spikes shows only then.
-    """
-    tables: dict[tuple[str, ...], list[np.ndarray]] = {}  # by the names in a line: an evaluation adds some to its line
-    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-        while lines := file.readlines(CHUNK):
-            rows = [row for row in _parse(lines) if _is_number(row.get("step")) and row["step"] <= step]
-            for names, alike in groupby(rows, key=tuple):
-                tables.setdefault(names, []).append(_table(list(alike)))
-    curves: dict[str, list[np.ndarray]] = {}
-    for names, blocks in tables.items():
-        columns = dict(zip(names, np.concatenate(blocks).T, strict=True))
-        steps = columns.pop("step")
-        for name, values in columns.items():
-            curves.setdefault(name, []).append(np.stack([steps, values], axis=1))
-    return {name: clean(np.concatenate(parts)) for name, parts in curves.items()}
-
-
-def _parse(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON objects in lines; all at once, which is quicker, unless one of them is damaged."""
-    try:
-        rows = json.loads("[" + ",".join(lines) + "]")
-    except ValueError:
-        rows = []
-        for line in lines:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The values of dicts with the same keys, (rows, keys); what is not a number becomes NaN."""
-    try:
-        return np.fromiter(chain.from_iterable(map(dict.values, rows)), float).reshape(len(rows), -1)
-    except (TypeError, ValueError, OverflowError):
-        return np.array([[value if _is_number(value) else math.nan for value in row.values()] for row in rows], float)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], updated: datetime) -> list[str]:
@@ -209,12 +163,14 @@ def _charts(log: Mapping[str, np.ndarray]) -> Iterable[tuple[str, list]]:
             continue
         note = f"<figcaption>{xml_text(curve.note)}</figcaption>" if curve.note else ""
         svg = line_chart(curve.title, series, y_label=curve.unit)
-        hover = [[name, *map(_short, thin(points).T)] for name, points in series.items()]
+        hover = [_hover(name, points) for name, points in series.items()]
         yield f'<figure class="card chart"><div class="plot">{svg}<div class="cover"></div></div>{note}</figure>', hover
 
 
-def _short(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.7g}") for value in values]
+def _hover(name: str, points: np.ndarray) -> list:
+    """What a pointer reads: [name, steps, values] of the line to be followed, which in noise is the average."""
+    name, points = (f"{name}, average", running_average(points)) if is_rough(points) else (name, thin(points))
+    return [name, *([float(f"{value:.7g}") for value in values] for values in points.T)]
 
 
 def _frames(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -239,7 +195,7 @@ def picture(path: Path | None, widest: int, most_bytes: int) -> str:
             image = file.convert("RGB")
     except Exception:  # a damaged file can make Pillow's readers raise nearly anything
         return ""
-    width = min(image.width, widest)
+    width = max(1, min(image.width, widest, image.width * TALLEST // image.height))
     while True:
         if width < image.width:
             image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)

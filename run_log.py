@@ -47,7 +47,8 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; a name's part before "/" groups its curves in TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        rounded = {name: float(f"{value:.9g}") for name, value in values.items()}  # a float32 has no more digits
+        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -65,23 +66,28 @@ class RunLog:
 def read_curves(folder: Path, step: int) -> dict[str, np.ndarray]:
     """The curves in a log folder's `metrics.jsonl` up to `step`: under each name its points, (n, 2) as (step, value).
 
-    Lines that are no JSON objects with a step, such as a last one that was cut off, are left out; so are values that
-    are no numbers.
+    In order, and without what is not a finite number. Lines that are no JSON objects with a step, such as a last one
+    that was cut off, are left out.
     """
-    parts: dict[str, list[np.ndarray]] = {}
-    try:
-        file = open(folder / "metrics.jsonl", encoding="utf-8", errors="replace")  # noqa: SIM115  closed below
-    except OSError:
-        return {}
-    with file:
+    tables: dict[tuple[str, ...], list[np.ndarray]] = {}  # by the names in a line: an evaluation adds some to its line
+    with suppress(FileNotFoundError), open(folder / "metrics.jsonl", encoding="utf-8", errors="replace") as file:
         while lines := file.readlines(CHUNK):
-            rows = [row for row in _parse(lines) if _is_number(row.get("step")) and row["step"] <= step]
+            rows = [row for row in _parse(lines) if type(row.get("step")) is int and row["step"] <= step]
             for names, alike in groupby(rows, key=tuple):
-                table = dict(zip(names, _table(list(alike)).T, strict=True))
-                steps = table.pop("step")
-                for name, values in table.items():
-                    parts.setdefault(name, []).append(np.stack([steps, values], axis=1)[np.isfinite(values)])
-    return {name: np.concatenate(blocks) for name, blocks in parts.items()}
+                tables.setdefault(names, []).append(_table(list(alike)))
+    curves: dict[str, list[np.ndarray]] = {}
+    for names, blocks in tables.items():
+        columns = dict(zip(names, np.concatenate(blocks).T, strict=True))
+        steps = columns.pop("step")
+        for name, values in columns.items():
+            curves.setdefault(name, []).append(np.stack([steps, values], axis=1))
+    return {name: _in_order(np.concatenate(parts)) for name, parts in curves.items()}
+
+
+def _in_order(points: np.ndarray) -> np.ndarray:
+    """The finite ones of points (n, 2), by step."""
+    points = points[np.isfinite(points).all(axis=1)]
+    return points[np.argsort(points[:, 0], kind="stable")]
 
 
 def _parse(lines: Sequence[str]) -> list[dict[str, Any]]:

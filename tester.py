@@ -94,26 +94,23 @@ class Tester:
         seed = derive_seed(self.config.seed, stream)
         return seeded_noise(seed, count, self.config.z_dim, self.device, self.config.truncation)
 
-    def _generate(self, z: Tensor, what: str) -> Tensor:
-        """Images (B, 3, S, S) on the CPU from noise (B, z_dim), a batch at a time, with a bar where that takes long."""
-        batches = progress(z.split(self.config.batch_size), what, "batch")
-        return torch.cat([self.G(batch).cpu() for batch in batches])
-
     def _samples(self) -> None:
-        """Single images, and the first of them as a grid."""
+        """Single images, and the first batch of them as a grid."""
         (self.folder / "samples").mkdir()
-        images = self._generate(self._noise(self.config.num_samples), "samples")
-        for index, pixels in enumerate(progress(to_pixels(images), "writing samples", "img")):
-            Image.fromarray(pixels).save(self.folder / "samples" / f"{index:05}.png")
-        sample_grid(images[: self.config.batch_size]).save(self.folder / "grid.png")
+        z = self._noise(self.config.num_samples).split(self.config.batch_size)
+        for index, batch in enumerate(progress(z, "samples", "batch")):
+            images = self.G(batch)
+            for number, pixels in enumerate(to_pixels(images), start=index * self.config.batch_size):
+                Image.fromarray(pixels).save(self.folder / "samples" / f"{number:05}.png")
+            if index == 0:
+                sample_grid(images).save(self.folder / "grid.png")
 
     def _interpolations(self) -> None:
         """From one z to another, `g_num` times: as rows of a picture, and moving there and back."""
         start, end = self._noise(2 * self.config.g_num, stream=WAYS).chunk(2)
-        z = slerp(start, end, BETWEEN)  # (g_num, BETWEEN, z_dim)
-        images = self._generate(z.flatten(0, 1), "interpolations")
-        sample_grid(images, columns=BETWEEN).save(self.folder / "interpolation.png")
-        frames = [sample_grid(column, columns=len(z)) for column in images.unflatten(0, z.shape[:2]).unbind(1)]
+        columns = [self.G(z) for z in slerp(start, end, BETWEEN).unbind(1)]  # BETWEEN of (g_num, 3, S, S)
+        sample_grid(torch.stack(columns, 1).flatten(0, 1), columns=BETWEEN).save(self.folder / "interpolation.png")
+        frames = [sample_grid(column, columns=len(start)) for column in columns]
         animation(self.folder / "interpolation.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
 
     def _progress(self) -> None:

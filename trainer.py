@@ -194,12 +194,14 @@ class Trainer:
         if self.step == 0 or not real_path.exists():
             sample_grid(self.real).save(real_path)
 
+    def _begin_recording(self, stack: ExitStack) -> None:
+        self.recorder = stack.enter_context(Recorder(self.config, self.step, self.device, self.precision))
+
     def _loop(self) -> int:
         """Takes steps until `total_step`, and returns 0, or until a signal to any process, and returns its number."""
         received = 0
         with StopSignals() as stop, ExitStack() as stack:
-            if self.world.is_first:
-                self.recorder = stack.enter_context(Recorder(self.config, self.step, self.device))
+            self.world.first(self._begin_recording, stack)
             self.saved_step, self.saved_at = self.step, time.monotonic()
             past = read_curves(self.config.log_folder, self.step)
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
@@ -208,7 +210,9 @@ class Trainer:
                 self.step += 1
                 if self._is_logged():
                     stats = self.world.mean(stats)
-                self.world.first(self.maintain, stats)
+                with self.world.united():
+                    if self.world.is_first:
+                        self.maintain(stats)
                 received = self.world.largest(stop.received or 0)
             if received:
                 self.world.first(self._save_last)
@@ -374,8 +378,12 @@ class Trainer:
         network = self.ema.network if self.config.use_ema else self.G
         seed = derive_seed(self.config.seed, METRICS)
         z = seeded_noise(seed, self.config.metric_num, self.config.z_dim, self.device)
-        with evaluating(network):
-            metrics = measure(self.config, network, z, self.loader)
+        try:
+            with evaluating(network):
+                metrics = measure(self.config, network, z, self.loader)
+        except UserError as error:  # a full disk, say: no reason to stop training
+            warn(f"no metrics of step {self.step}: {error}")
+            return {}
         if metrics.get("fid", math.inf) < self.best_fid:
             self.best_fid = metrics["fid"]
             self._save("best")

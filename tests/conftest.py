@@ -1,11 +1,14 @@
 """What the tests share: small networks, a toy run in a temporary folder, the oracle's weights."""
 
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
 
 from data_loader import get_loader
 from image_sources import find_source
@@ -14,6 +17,10 @@ from trainer import Trainer
 
 torch.set_num_threads(1)  # small networks: a second thread costs more than it brings
 SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0)
+BROWSER_FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,1050"
+)
 
 
 @pytest.fixture
@@ -51,6 +58,23 @@ def make_trainer(make_config):
         return Trainer(loader, config)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless browser, whose log can be read: Chromium or Chrome with its driver (Debian: chromium-driver)."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    binary, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
+    if not (binary or driver):
+        pytest.skip("no browser: neither chromium nor google-chrome nor chromedriver is on the PATH")
+    options = ChromeOptions()
+    for flag in [*BROWSER_FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    if binary:
+        options.binary_location = binary
+    with Chrome(options, Service(driver)) as chrome:
+        yield chrome
 
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:

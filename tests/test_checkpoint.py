@@ -192,3 +192,21 @@ def test_a_save_that_was_killed_between_its_files_is_no_checkpoint(tmp_path, net
     assert checkpoint.steps(tmp_path) == [1]
     checkpoint.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1_D.pth", "1_G.pth", "1_state.pth"]
+
+
+def test_the_best_one_stands_beside_the_others(tmp_path, networks):
+    with pytest.raises(UserError, match="--metrics fid keeps one"):
+        checkpoint.load(tmp_path, "best", SIZES)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, *networks, {"step": step}, keep_checkpoints=1, keep_weights=1)
+    checkpoint.save(tmp_path, "best", *networks, {"step": 2}, keep_checkpoints=1, keep_weights=1)
+    assert checkpoint.load(tmp_path, "best", SIZES).step == 2
+    assert checkpoint.steps(tmp_path) == [3, 2]
+    checkpoint.save(tmp_path, "best", *networks, {"step": 3})
+    assert checkpoint.load(tmp_path, "best", SIZES).step == 3
+    (tmp_path / "best_G.tmp").touch()
+    checkpoint.remove_unfinished(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    os.truncate(tmp_path / "best_D.pth", 1000)
+    with pytest.raises(UserError, match=r"best_D\.pth is damaged"):
+        checkpoint.load(tmp_path, "best", SIZES)

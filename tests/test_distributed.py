@@ -143,7 +143,7 @@ def pair(tmp_path_factory):
     for each in processes:
         each.start()
     for each in processes:
-        each.join(120)
+        each.join(250)
         assert each.exitcode == 0
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -277,7 +277,7 @@ def log_of(folder):
 
 
 def wait_for_steps(folder, steps):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while len(log_of(folder)) < steps and time.monotonic() < deadline:
         time.sleep(0.05)
 

@@ -1,19 +1,14 @@
-"""The explorer page, in a real browser: what it draws is compared with the maps it was made of.
-
-Needs Chromium or Chrome and its driver (Debian: `apt install chromium chromium-driver`); without one those tests skip.
-"""
+"""The explorer page, in a real browser: what it draws is compared with the maps it was made of."""
 
 import base64
 import io
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -21,29 +16,9 @@ from attention_views import Shown
 from explorer import LEVELS, explorer_page, quantise
 from visualize import overlay, query_points, to_pixels
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1100"
-)
 SIDES = {"G attn1": 8, "G attn2": 16, "D attn1": 4}
 RANDOM, PEAKED, UNIFORM, REAL = range(4)  # the samples of the page, in their order
 FINEST = 16
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    binary, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not (binary or driver):
-        pytest.skip("no browser: neither chromium nor google-chrome nor chromedriver is on the PATH")
-    options = ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    if binary:
-        options.binary_location = binary
-    with Chrome(options, Service(driver)) as chrome:
-        yield chrome
 
 
 @pytest.fixture(scope="module")

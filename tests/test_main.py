@@ -225,3 +225,26 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(fail, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main.main() == 2
     assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_looking_at_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
+    """What needs no training images is made without; metrics of faces need neither a network nor weights."""
+    monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
+    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false"])
+    assert main.main() == 0
+    out, err = capfd.readouterr()
+    assert "no CelebA in data" in err and "left out" in err
+    assert "test_2" in out
+    folder = tmp_path / "samples/sagan_celeb/test_2"
+    assert not (folder / "nearest.png").exists()
+    words = ["--train", "false", "--metrics", "faces", "--metric_num", "12", "--pretrained_model", "2"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, *words])
+    assert main.main() == 0
+    assert "metrics of 12 images: faces" in capfd.readouterr().out
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 12
+    assert (folder / "nearest.png").exists()
+
+
+def test_metrics_without_images_or_with_a_wrong_name(trained, fail):
+    assert "no CelebA" in fail(*SMALL, "--train", "false", "--metrics", "faces")
+    assert "--pretrained_model best" in fail(*TOY, "--train", "false", "--pretrained_model", "best")

@@ -2,7 +2,7 @@ import json
 
 from PIL import Image
 
-from run_log import RunLog
+from run_log import RunLog, read_curves
 
 
 def steps(folder):
@@ -38,3 +38,15 @@ def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     assert b"d_loss" in content
     assert b"samples/fake" in content
     assert b"PNG" in content
+
+
+def test_the_log_is_read_up_to_what_is_damaged_and_beyond(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 10, "a": 1.5, "gamma/G": 2}\n{"step": 20, "a": NaN, "gamma/G": 3}\nno json\n[1]\n{"a": 1}\n'
+        '{"step": 25, "a": "text", "gamma/G": null}\n{"step": 30, "a": 2.5, "fid": 99.5, "gamma/G": 4}\n'
+        '{"step": 50, "a": 7}\n{"step": 40, "a": 3'
+    )
+    curves = {name: points.tolist() for name, points in read_curves(tmp_path, 40).items()}
+    assert curves == {"a": [[10, 1.5], [30, 2.5]], "gamma/G": [[10, 2], [20, 3], [30, 4]], "fid": [[30, 99.5]]}
+    assert read_curves(tmp_path / "missing", 40) == {}

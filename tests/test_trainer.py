@@ -277,3 +277,48 @@ def test_memory_and_open_files_stay_flat(make_trainer):
     memory, files = zip(*seen, strict=True)
     assert max(memory) - memory[0] < 20, memory  # MiB
     assert max(files) - files[0] <= 2, files  # a picture that is being written
+
+
+def test_the_best_by_fid_is_kept_and_the_run_goes_on_as_without_it(make_trainer, monkeypatch, capsys):
+    """Scores that fall, rise and fail: the second evaluation is the best, and step 2 is what `best` loads."""
+    scores = iter([9.0, 3.0, 5.0, UserError("the disk is full")])
+
+    def measure(config, G, z, loader):
+        assert not G.training and z.shape == (config.metric_num, config.z_dim)
+        G(z[:4])
+        score = next(scores)
+        if isinstance(score, UserError):
+            raise score
+        return {"fid": score}
+
+    monkeypatch.setattr("trainer.measure", measure)
+    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
+    measured = make_trainer(metrics="fid", metric_step=1, metric_num=12, total_step=4, version="measured")
+    plain = make_trainer(total_step=4, version="plain")
+    for trainer in (measured, plain):
+        trainer.train()
+    assert_same_weights(measured, plain)
+    lines = (measured.config.log_folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("fid") for line in lines] == [9.0, 3.0, 5.0, None]
+    assert "no metrics of step 4: the disk is full" in capsys.readouterr().err
+    best = checkpoint.load(measured.config.model_folder, "best", measured.config.architecture)
+    assert best.step == 2
+    assert checkpoint.steps(measured.config.model_folder) == [4]  # `latest` is not the best one
+
+    scores = iter([4.0])  # better than the last, not than the best before the stop
+    continued = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
+                             pretrained_model="latest")  # fmt: skip
+    continued.train()
+    assert checkpoint.load(measured.config.model_folder, "best", measured.config.architecture).step == 2
+    make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
+
+
+def test_a_run_leaves_a_report_and_an_explorer(make_trainer):
+    config = make_trainer().config
+    trainer = make_trainer()
+    trainer.train()
+    report = (config.log_folder / "report.html").read_text(encoding="utf-8")
+    assert "step 3 of 3" in report and "finished" in report
+    assert f"../../attn_path/{config.version}/3_explorer.html" in report
+    assert (config.attn_folder / "3_explorer.html").exists()
+    assert not list(config.log_folder.glob("*.tmp"))

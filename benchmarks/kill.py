@@ -139,17 +139,17 @@ def run_processes(folder: Path, processes: int) -> bool:
     return True
 
 
-def kill_one(folder: Path, processes: int, seconds: float) -> None:
-    """Kills a process at some time within `seconds`, or as soon after as there is one, and notes it in a file."""
-    time.sleep(random.uniform(0, seconds))
+def kill_one(folder: Path, processes: int, step: int, over: threading.Event) -> None:
+    """Kills a process once `step` steps are logged, 0 as soon as it is there, and notes it in a file."""
     rank = random.randrange(processes)
-    path = folder / f"{rank}.pid"
-    while not (path.exists() and path.read_text()):
+    path, done = folder / f"{rank}.pid", 0
+    while not over.is_set() and (done < step or not (path.exists() and path.read_text())):
         time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):  # the run is over
+        done = sum(len(log.read_text().splitlines()) for log in folder.glob("logs/*/metrics.jsonl"))
+    time.sleep(random.uniform(0, 0.3))
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.kill(int(path.read_text()), signal.SIGKILL)
-        done = [len(log.read_text().splitlines()) for log in folder.glob("logs/*/metrics.jsonl")]
-        (folder / "killed").write_text(f"rank {rank} after {sum(done)} steps")
+        (folder / "killed").write_text(f"rank {rank} after {done} steps")
 
 
 def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int, int]:
@@ -159,18 +159,19 @@ def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int,
     context.set_forkserver_preload(["trainer", "tester", "data_loader", "distributed"])
     survived = identical = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for _ in range(2):  # the first one also starts the server
-            whole = Path(tempfile.mkdtemp(dir=scratch))
-            began = time.perf_counter()
-            run_processes(whole, processes)
-            seconds = time.perf_counter() - began
+        whole = Path(tempfile.mkdtemp(dir=scratch))
+        run_processes(whole, processes)
         expected = result(whole, PROCESSES_STEPS)
         for number in range(trials):
             folder = Path(tempfile.mkdtemp(dir=scratch))
             began = time.perf_counter()
-            killer = threading.Thread(target=kill_one, args=(folder, processes, seconds))
+            over = threading.Event()
+            killer = threading.Thread(
+                target=kill_one, args=(folder, processes, random.randrange(PROCESSES_STEPS), over)
+            )
             killer.start()
             ended = run_processes(folder, processes)
+            over.set()
             killer.join()
             same = ended and result(folder, PROCESSES_STEPS) == expected
             survived, identical = survived + ended, identical + same

@@ -109,15 +109,18 @@ class Loader:
         """All batches from position 0 on, without end."""
         return map(self.batch, itertools.count())
 
-    def batch(self, position: int) -> Tensor:
-        """Batch number `position` since the start of training: (B, 3, S, S) float32 in [-1, 1], channels last."""
+    def batch(self, position: int, part: slice = slice(None)) -> Tensor:
+        """Batch number `position` since the start of training: (B, 3, S, S) float32 in [-1, 1], channels last.
+
+        `part` of it, if that is all this process needs.
+        """
         epoch, index = divmod(position, len(self))
         if epoch != self._epoch:
             self._shuffle(epoch)
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        batch = to_floats(self._gather(self._order[rows]))
+        batch = to_floats(self._gather(self._order[rows][part]))
         if self.hflip:
-            batch = torch.where(self._flip[rows], batch.flip(3), batch)
+            batch = torch.where(self._flip[rows][part], batch.flip(3), batch)
         return batch
 
     def _gather(self, rows: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ class Loader:
         self._staged += 1
         buffer, copied = self._staging[self._staged % 2]
         copied.synchronize()
+        buffer = buffer[: len(rows)]
         torch.index_select(self.images, 0, rows, out=buffer)
         batch = buffer.to(self.device, non_blocking=True)
         copied.record()
@@ -225,7 +229,9 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
             os.fsync(file.fileno())
         info = {"format": FORMAT, "count": count, "skipped": skipped}
         (building / "info.json").write_text(json.dumps(info | {"digest": _digest(info)}), encoding="utf-8")
-        if folder.exists():  # damaged, or another process was faster
+        if _read_cache(folder, size) is not None:  # another process was faster, and may be reading its own already
+            return
+        if folder.exists():  # damaged
             shutil.rmtree(folder)
         os.replace(building, folder)
     finally:

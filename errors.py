@@ -1,8 +1,10 @@
 """How the program speaks to its user about what went wrong: one line on stderr."""
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from types import ModuleType
 
 
@@ -13,9 +15,24 @@ class UserError(Exception):
     """
 
 
+class Elsewhere(Exception):
+    """Another process of the run failed and says why: this one ends without a word."""
+
+
 def warn(message: str) -> None:
     """Something the user should know and need not act on at once."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """What is printed inside is dropped where torchrun started this process as another than the first."""
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 def require(module: str, attribute: str, package: str, names: Sequence[str]) -> ModuleType:

@@ -4,30 +4,38 @@ python main.py --dataset celeb --imsize 64          # train; results in ./sample
 python main.py --pretrained_model latest            # continue
 python main.py --train false                        # samples and attention figures from the latest checkpoint
 python main.py --dataset toy --batch_size 16        # try it without any data
+torchrun --nproc_per_node=8 main.py ...             # on eight GPUs; --parallel true does the same on all there are
 python main.py --help                               # all options
 """
 
+import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
-from errors import UserError, warn
+from errors import Elsewhere, UserError, one_voice, warn
 from parameter import Config, get_parameters
 
 if TYPE_CHECKING:
     import torch
 
     from data_loader import Loader
+    from distributed import World
 
 
 def main() -> int:
     """Runs the command line of this process; returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
-    config = get_parameters()
     try:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while the data is decoded: clear up, then end
-        return run(config)
+        with one_voice():
+            config = get_parameters()
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while the data is decoded: clear up, then end
+            return run(config)
+    except Elsewhere:
+        time.sleep(2)  # a launcher ends all processes when one ends: let the one speak that knows why
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,21 +48,38 @@ def main() -> int:
 
 
 def run(config: Config) -> int:
-    """Trains or evaluates as `config` says; returns the exit code."""
-    import torch  # here, and what needs it: --help and bad options do not wait for it
+    """Runs `config` in this process, or in several that it starts, or as one of several; returns the exit code."""
+    from distributed import LostPeer, connected, launch, processes_to_start  # here, as all that imports torch:
+    # --help and bad options do not wait for it
+
+    if config.parallel and config.train and (processes := processes_to_start(config.device)) > 1:
+        return launch(processes)
+    try:
+        with connected(config.device) as world:
+            return work(config, world)
+    except LostPeer as error:
+        print(f"error: {error}", file=sys.__stderr__, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # an orderly end would wait for the others
+
+
+def work(config: Config, world: "World") -> int:
+    """Trains or evaluates as `config` says, as one of the processes of `world`; returns the exit code."""
+    import torch
 
     from tester import Tester
     from trainer import Trainer
     from utils import is_out_of_memory, pick_device, tune_malloc
 
-    device = pick_device(config.device)
+    with world.united():
+        device = pick_device(config.device, world.local_rank if world.size > 1 else None)
     if config.tune_malloc and device.type == "cpu":
         tune_malloc()
     torch.manual_seed(config.seed)
     try:
         if config.train:
-            return Trainer(_loader(config, device), config).train()
-        return Tester(config, _loader_if_any(config, device)).test()
+            return Trainer(world.in_turn(lambda: _loader(config, device)), config, world).train()
+        return world.first(lambda: Tester(config, _loader_if_any(config, device)).test())
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise

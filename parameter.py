@@ -137,7 +137,7 @@ class Config:
     deterministic: bool = option(
         False, "on CUDA, only operations whose results can be repeated bit for bit, as they always can on a CPU"
     )
-    parallel: bool = option(False, "split each batch over all visible GPUs")
+    parallel: bool = option(False, "start a process for each visible GPU, which share each batch; see also torchrun")
     tune_malloc: bool = option(True, "on a CPU under Linux, keep freed memory for the next step: faster")
 
     use_ema: bool = option(True, "evaluate the averaged generator; false takes the raw one", group="Evaluation")

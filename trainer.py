@@ -12,14 +12,16 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 from attention_views import look
 from data_loader import Loader
+from distributed import World
 from divergence import Diverged, Watch
 from errors import UserError, warn
 from evaluation import check_metrics, measure
@@ -49,32 +51,34 @@ from visualize import sample_grid
 
 
 class Trainer:
-    """Trains `G` and `D` on a loader's batches as `config` says.
+    """Trains `G` and `D` on a loader's batches as `config` says, together with the other processes of `world`.
 
     Raises:
         UserError: the device or the checkpoint asked for is not there, or does not fit.
     """
 
-    def __init__(self, loader: Loader, config: Config):
-        self.loader, self.config = loader, config
-        self.device = pick_device(config.device)
+    def __init__(self, loader: Loader, config: Config, world: World = World()):  # noqa: B008  it cannot change
+        self.loader, self.config, self.world = loader, config, world
+        with world.united():
+            self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+            self.precision = pick_precision(config.precision, self.device)
+            self.part = world.part(config.batch_size)  # this process's images of a batch
+            records = self._may_record()
         self.step = 0  # finished generator updates
 
         if config.deterministic:
             make_deterministic()
 
         # Networks
-        self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
+        self.G = world.normalize(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
         self.D = Discriminator(config.imsize, config.d_conv_dim)
         for network in (self.G, self.D):
             network.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.G, config.ema_decay)
-        self.run_G, self.run_D = self.G, self.D  # what the steps call; .G and .D are what is saved
-        if config.parallel and self.device.type == "cuda":
-            self.run_G, self.run_D = nn.DataParallel(self.G), nn.DataParallel(self.D)
+        self.run_G, self.run_D = world.wrap(self.G), world.wrap(self.D)  # .G and .D are what is saved
 
         # Optimizers and loss
-        on_cuda, records = self.device.type == "cuda", self._may_record()
+        on_cuda = self.device.type == "cuda"
         # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
         torch.backends.cudnn.benchmark = on_cuda and not config.deterministic
         self.g_optimizer, self.d_optimizer = (
@@ -88,7 +92,6 @@ class Trainer:
             for network, rate in ((self.G, config.g_lr), (self.D, config.d_lr))
         )
         self.d_loss = D_LOSSES[config.adv_loss]
-        self.precision = pick_precision(config.precision, self.device)
 
         # Noise
         self.random = torch.Generator(self.device)
@@ -99,11 +102,9 @@ class Trainer:
         if records:
             self.run_updates = StepGraph(self._updates, self.device, may_step_aside=config.cuda_graph == "auto")
         self.watch = Watch()
-        wanted = config.pretrained_model
-        if wanted == "auto":
-            wanted = "latest" if checkpoint.steps(config.model_folder) else None
-        if wanted:
-            self._resume(wanted)
+        if saved := world.first(self._find_checkpoint):
+            with world.united():
+                self._resume(saved)
 
     def d_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
         """One update of the discriminator.
@@ -129,8 +130,7 @@ class Trainer:
             "d_fake": fake_logits.mean(),
         }
         if self.config.adv_loss == "wgan-gp":
-            mix = torch.rand(len(real), 1, 1, 1, device=self.device, generator=self.random)
-            stats["d_penalty"] = gradient_penalty(self._plain_critic, real, fake, mix)
+            stats["d_penalty"] = gradient_penalty(self._plain_critic, real, fake, self._mix())
             stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
         self.d_optimizer.zero_grad()
         stats["d_loss"].backward()
@@ -141,7 +141,7 @@ class Trainer:
         """One update of the generator on noise z (B, z_dim). Returns g_loss, detached and 0-d."""
         with frozen(self.D):  # its own gradients would be thrown away
             with self._autocast():
-                loss = g_loss(self.run_D(self.run_G(z)).float())
+                loss = g_loss(self.D(self.run_G(z)).float())
             self.g_optimizer.zero_grad()
             loss.backward()
         self.g_optimizer.step()
@@ -153,26 +153,17 @@ class Trainer:
         Raises:
             UserError: a result folder cannot be written or is in use, the data cannot be read, or the run diverged.
         """
-        config = self.config
-        check_folders(config, self.step)
-        check_metrics(config, self.device)
-        skipped = self.loader.skipped  # opens the data: what is wrong with it is said before a folder is made
-        with claimed(config):
-            prepare(config, self.step, skipped)
-            print(config.summary())
-            print(
-                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
-                f"{len(self.loader)} batches of {config.batch_size} images an epoch"
-            )
-            self.real = self.loader.batch(0)  # what D's attention is shown on
-            real_path = config.sample_folder / "real.png"
-            if self.step == 0 or not real_path.exists():
-                sample_grid(self.real).save(real_path)
+        config, world = self.config, self.world
+        world.first(self._check)
+        # Opens the data: what is wrong with it is said before a folder is made.
+        world.in_turn(lambda: self.loader.skipped)
+        with ExitStack() as claims:
+            world.first(self._open, claims)
             try:
                 received = self._loop()
             except Diverged as error:
                 raise UserError(self._advice(error)) from error
-        if received is not None:
+        if received:
             name = signal.Signals(received).name
             print(f"stopped by {name} after step {self.step}, which is saved; continue with")
             print(" ", config.command(pretrained_model=str(self.step)))
@@ -182,30 +173,60 @@ class Trainer:
             print(f"  {name:<12}{folder}")
         return 0
 
-    def _loop(self) -> int | None:
-        """Takes steps until `total_step` or a signal, whose number it returns."""
-        recorder = Recorder(self.config, self.step, self.device, self.precision)
-        with StopSignals() as stop, recorder as self.recorder:
+    def _check(self) -> None:
+        """Makes sure, before any work, that the run may write its results and can compute its metrics."""
+        check_folders(self.config, self.step)
+        check_metrics(self.config, self.device)
+
+    def _open(self, claims: ExitStack) -> None:
+        """Claims the folders until `claims` ends, clears them, and begins the run's results."""
+        config = self.config
+        claims.enter_context(claimed(config))
+        prepare(config, self.step, self.loader.skipped)
+        print(config.summary())
+        shared = f" in each of {self.world.size} processes" if self.world.size > 1 else ""
+        print(
+            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}{shared}, "
+            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
+        )
+        self.real = self.loader.batch(0)  # what D's attention is shown on
+        real_path = config.sample_folder / "real.png"
+        if self.step == 0 or not real_path.exists():
+            sample_grid(self.real).save(real_path)
+
+    def _begin_recording(self, stack: ExitStack) -> None:
+        self.recorder = stack.enter_context(Recorder(self.config, self.step, self.device, self.precision))
+
+    def _loop(self) -> int:
+        """Takes steps until `total_step`, and returns 0, or until a signal to any process, and returns its number."""
+        received = 0
+        with StopSignals() as stop, ExitStack() as stack:
+            self.world.first(self._begin_recording, stack)
             self.saved_step, self.saved_at = self.step, time.monotonic()
             past = read_curves(self.config.log_folder, self.step)
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
-            while self.step < self.config.total_step and stop.received is None:
+            while self.step < self.config.total_step and not received:
                 stats = self._take_step()
                 self.step += 1
-                self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
-                self.recorder.advance()
-                self.maintain(stats)
-            if stop.received is not None and self.saved_step != self.step:
-                self._save(self.step)
-        return stop.received
+                if self._is_logged():
+                    stats = self.world.mean(stats)
+                with self.world.united():
+                    if self.world.is_first:
+                        self.maintain(stats)
+                received = self.world.largest(stop.received or 0)
+            if received:
+                self.world.first(self._save_last)
+        return received
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
         """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
         config, last = self.config, self.step == self.config.total_step
+        self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
+        self.recorder.advance()
         save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
         minutes = (time.monotonic() - self.saved_at) / 60
-        metrics = self._evaluate() if config.metrics and (last or self.step % config.metric_step == 0) else {}
-        if last or metrics or self.step % config.log_step == 0:
+        metrics = self._evaluate() if self._is_measured() else {}
+        if self._is_logged():
             self._log(stats, metrics)
         if last or self.step % config.sample_step == 0:
             self._sample()
@@ -215,6 +236,21 @@ class Trainer:
             self._save(self.step)
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
+    def _is_measured(self) -> bool:
+        """Whether metrics are due after this step."""
+        last = self.step == self.config.total_step
+        return bool(self.config.metrics) and (last or self.step % self.config.metric_step == 0)
+
+    def _is_logged(self) -> bool:
+        """Whether a line of the log is due after this step."""
+        last = self.step == self.config.total_step
+        return last or self._is_measured() or self.step % self.config.log_step == 0
+
+    def _save_last(self) -> None:
+        """Saves what is not saved yet, before an early end."""
+        if self.saved_step != self.step:
+            self._save(self.step)
+
     def _take_step(self) -> dict[str, Tensor]:
         """One step: draws its inputs, sets its learning rates, runs its updates. Returns the last updates' stats."""
         config = self.config
@@ -223,7 +259,7 @@ class Trainer:
         for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
             set_learning_rate(optimizer, rate * factor)
         first = self.step * config.n_critic
-        reals = [self.loader.batch(position) for position in range(first, first + config.n_critic)]
+        reals = [self.loader.batch(position, self.part) for position in range(first, first + config.n_critic)]
         noises = [self._noise() for _ in range(config.n_critic + 1)]
         stats = self.run_updates(reals, noises)
         self.ema.update(self.step)
@@ -244,7 +280,7 @@ class Trainer:
         if self.device.type != "cuda" or self.config.cuda_graph == "false":
             return False
         obstacle = "wgan-gp draws random numbers in it" if self.config.adv_loss == "wgan-gp" else ""
-        obstacle = obstacle or ("--parallel spreads it over GPUs" if self.config.parallel else "")
+        obstacle = obstacle or ("processes exchange gradients in it" if self.world.size > 1 else "")
         if obstacle and self.config.cuda_graph == "true":
             raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
         if obstacle:
@@ -255,7 +291,14 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _noise(self) -> Tensor:
-        return torch.randn(self.config.batch_size, self.config.z_dim, device=self.device, generator=self.random)
+        """This process's part of a batch of z, all of which every process draws."""
+        shape = (self.config.batch_size, self.config.z_dim)
+        return torch.randn(shape, device=self.device, generator=self.random)[self.part]
+
+    def _mix(self) -> Tensor:
+        """The same of the shares of the real image in wgan-gp's mixtures."""
+        shape = (self.config.batch_size, 1, 1, 1)
+        return torch.rand(shape, device=self.device, generator=self.random)[self.part]
 
     def _plain_critic(self, images: Tensor) -> Tensor:
         """D by the path that computes the attention maps: the fused one has no double backward."""
@@ -270,10 +313,16 @@ class Trainer:
                 return 1 - step / self.config.total_step
         return 1.0
 
-    def _resume(self, wanted: str) -> None:
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from, None for a new run."""
+        config, wanted = self.config, self.config.pretrained_model
+        if wanted == "auto":
+            wanted = "latest" if checkpoint.steps(config.model_folder) else None
+        return checkpoint.load(config.model_folder, wanted, config.architecture) if wanted else None
+
+    def _resume(self, saved: checkpoint.Checkpoint) -> None:
         """Takes over a checkpoint: weights, and with its state file all that the next step depends on."""
         config = self.config
-        saved = checkpoint.load(config.model_folder, wanted, config.architecture)
         self.step = saved.step
         with checkpoint.complete(saved.step):
             self.G.load_state_dict(saved.G)

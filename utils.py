@@ -25,22 +25,32 @@ STEPS, FIXED_Z, METRICS, SAMPLES, WAYS = range(5)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" takes CUDA, else Apple's MPS, else the CPU.
 
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+        local_rank: the number of this process on its machine if it is one of several, which take a GPU each.
+
     Raises:
-        UserError: this machine, or this build of torch, has no such device.
+        UserError: this machine, or this build of torch, has no such device, or it is not for several processes.
     """
+    alone = local_rank is None
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = alone and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device(name)
+    if not alone and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {name} is one device, and there are several processes: choose cpu or cuda")
+    if not alone and device.type == "cuda":
+        device = torch.device("cuda", local_rank)
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
         device.type
     ]
     if (device.index or 0) >= available:
         raise UserError(
             f"--device {name}: torch sees {available} {device.type.upper()} device{'s' * (available != 1)} here; "
-            "--device auto takes what there is"
+            + ("--device auto takes what there is" if alone else f"process {local_rank} of this machine has none")
         )
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)

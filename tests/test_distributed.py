@@ -1,0 +1,337 @@
+"""Two processes that talk through gloo, against one: the same gradients, data, files and endings."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from torch import nn
+
+from data_loader import get_loader
+from distributed import LostPeer, SharedBatchNorm2d, World, connected, processes_to_start
+from errors import Elsewhere, UserError
+from image_sources import find_source
+from parameter import Config
+from sagan_models import SelfAttention
+from trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
+LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}}
+RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
+TOY = ["--dataset", "toy", "--toy_num", "40", "--imsize", "32", "--z_dim", "16", "--g_conv_dim", "8",
+       "--d_conv_dim", "8", "--batch_size", "4", "--num_workers", "0", "--device", "cpu",
+       "--log_step", "1"]  # fmt: skip
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in Linux's /proc")
+
+
+def make(folder, world=World(), **changes):  # noqa: B008
+    """A trainer of a small run, which notes what its updates are given; its gammas are not at 0."""
+    config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
+    torch.manual_seed(config.seed)
+    source = find_source("toy", toy_num=config.toy_num)
+    loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
+                        hflip=config.hflip)  # fmt: skip
+    trainer = Trainer(loader, config, world)
+    for layer in (*trainer.G.modules(), *trainer.D.modules()):
+        if isinstance(layer, SelfAttention) and trainer.step == 0:
+            nn.init.constant_(layer.gamma, 0.5)
+    trainer.seen = []
+    run_updates = trainer.run_updates
+    trainer.run_updates = lambda reals, noises: trainer.seen.append([*reals, *noises]) or run_updates(reals, noises)
+    return trainer
+
+
+def gradients(folder, world=World()):  # noqa: B008
+    """Those of a G step and a D step at the same weights, of each loss."""
+    found = {}
+    for name, options in LOSSES.items():
+        trainer = make(folder, world, batch_size=8, **options)
+        z = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))[trainer.part]
+        trainer.random.manual_seed(2)
+        trainer.d_step(trainer.loader.batch(0, trainer.part), z)
+        found |= {f"{name} D {key}": value.grad.clone() for key, value in trainer.D.named_parameters()}
+        trainer = make(folder, world, batch_size=8, **options)
+        trainer.g_step(z)
+        found |= {f"{name} G {key}": value.grad.clone() for key, value in trainer.G.named_parameters()}
+    return found
+
+
+def state_of(trainer):
+    return {"G": trainer.G.state_dict(), "D": trainer.D.state_dict(), "ema": trainer.ema.network.state_dict()}
+
+
+def batch_norm(layer, x):
+    """What a layer makes of x: output, gradients, statistics."""
+    layer.train()
+    layer.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
+    x.requires_grad_()
+    out = layer(x)
+    (out.sin() * torch.arange(len(out)).view(-1, 1, 1, 1)).sum().backward()
+    return out.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var
+
+
+def example():
+    return 3 + torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(3))
+
+
+def talk(world):
+    """What the methods of a world say, on each of two processes."""
+    said = {
+        "mean": world.mean({"a": torch.tensor(float(world.rank))})["a"].item(),
+        "largest": world.largest(world.rank),
+    }
+    said["first"] = world.first(lambda: f"from {world.rank}")
+    order = []
+    world.in_turn(lambda: order.append(time.monotonic()))
+    said["turn"] = order[0]
+    for broken in (0, 1):
+        try:
+            with world.united():
+                if world.rank == broken:
+                    raise UserError("mine")
+        except (UserError, Elsewhere) as error:
+            said[f"error of {broken}"] = type(error).__name__
+    return said
+
+
+def process(rank, port, folder):
+    """The body of each of the two."""
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    with connected("cpu") as world:
+        found = {"gradients": gradients(folder / "two", world), "talk": talk(world)}
+        shared = SharedBatchNorm2d(5)
+        x = example().chunk(2)[rank]
+        found["batch norm"] = batch_norm(shared, x)  # its loss weighs by the position in the part
+        run = make(folder / "two", world, version="run", **RUN)
+        found["code"] = run.train()
+        found |= {
+            "seen": run.seen,
+            "state": state_of(run),
+            "prefix": [name for name, _ in run.run_D.named_parameters()],
+        }
+        continued = make(folder / "one", world, version="run", pretrained_model="3", **RUN)
+        continued.train()
+        found["seen after 3"] = continued.seen
+        try:
+            make(folder / "two", world, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
+        except (UserError, Elsewhere) as error:
+            found["diverged"] = f"{type(error).__name__}: {error}"
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder of one process's run of three steps, and what two processes found."""
+    folder = tmp_path_factory.mktemp("pair")
+    make(folder / "one", version="run", **(RUN | {"total_step": 3})).train()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [get_context("spawn").Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(250)
+        assert each.exitcode == 0
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_gradients_are_those_of_one_process(pair, tmp_path):
+    _, found = pair
+    expected = gradients(tmp_path)
+    scale = {name: max(value.norm() for key, value in expected.items() if key.startswith(name)) for name in
+             ("hinge D", "hinge G", "wgan-gp D", "wgan-gp G")}  # fmt: skip
+    for key, value in expected.items():
+        assert torch.equal(found[0]["gradients"][key], found[1]["gradients"][key]), key
+        # Some are 0 but for rounding: a bias before BatchNorm, a bias of keys.
+        of_all = (found[0]["gradients"][key] - value).norm() / scale[" ".join(key.split()[:2])]
+        assert of_all < 1e-5, key
+        assert of_all < 1e-6 or relative(found[0]["gradients"][key], value) < 1e-5, key
+
+
+def test_two_processes_see_together_what_one_sees(pair, tmp_path):
+    """Real images with their flips, noise, and the weights that come of it."""
+    folder, found = pair
+    one = make(tmp_path, version="run", **RUN)
+    one.train()
+    for mine, first, second in zip(one.seen, found[0]["seen"], found[1]["seen"], strict=True):
+        for whole, *parts in zip(mine, first, second, strict=True):
+            assert torch.equal(whole, torch.cat(parts))
+    # Rounding noise, which Adam blows up; the last two because the losses cancel in what is linear in D.
+    without_gradient = ("module.bias", "key_conv.bias", "last.0.bias", "attn2.value_conv.bias")
+    for part in ("G", "D"):
+        weights, expected = (torch.load(path / "model_save_path" / "run" / f"1_{part}.pth", weights_only=True)
+                             for path in (folder / "two", tmp_path))  # fmt: skip
+        assert list(weights) == list(expected)
+        for key, value in expected.items():
+            if not key.endswith(without_gradient):
+                torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+    logs = [[json.loads(line) for line in (path / "log_path/run/metrics.jsonl").read_text().splitlines()]
+            for path in (folder / "two", tmp_path)]  # fmt: skip
+    for name in ("d_loss", "d_penalty", "d_real"):
+        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-5)
+
+
+def test_all_processes_hold_the_same_networks(pair):
+    """Spectral norm's vectors, running statistics and the average among them, to the bit."""
+    _, (first, second) = pair
+    assert first["code"] == second["code"] == 0
+    for network, state in first["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, second["state"][network][key]), (network, key)
+            assert not key.startswith("module.")
+
+
+def test_saved_on_two_continues_on_one_and_the_other_way_round(pair):
+    folder, found = pair
+    one = make(folder / "two", version="run", pretrained_model="3", **RUN)
+    assert one.step == 3
+    saved = torch.load(folder / "two/model_save_path/run/3_state.pth", weights_only=True)
+    other = torch.load(folder / "one/model_save_path/run/3_state.pth", weights_only=True)
+    assert saved.keys() == other.keys() and saved["config"] | {"x": 0} == other["config"] | {"x": 0} | {
+        name: saved["config"][name] for name in (*PATHS, "total_step")
+    }
+    one.train()
+    for seen in (found[0]["seen"][3:], found[0]["seen after 3"]):
+        for mine, first in zip(one.seen, seen, strict=True):
+            assert all(torch.equal(whole[:2], part) for whole, part in zip(mine, first, strict=True))
+
+
+def test_batch_norm_is_that_of_one_process(pair):
+    _, found = pair
+    whole, x = nn.BatchNorm2d(5), example().requires_grad_()
+    whole.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
+    out = whole(x)
+    (out.sin() * torch.arange(2).repeat(2).view(-1, 1, 1, 1)).sum().backward()
+    parts = [each["batch norm"] for each in found]
+    close = dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), out, **close)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), x.grad, **close)
+    for index, expected in ((2, whole.weight.grad), (3, whole.bias.grad)):
+        torch.testing.assert_close(parts[0][index] + parts[1][index], expected, **close)
+    for index, expected in ((4, whole.running_mean), (5, whole.running_var)):
+        torch.testing.assert_close(parts[1][index], expected, **close)
+
+
+def test_divergence_ends_both(pair):
+    _, (first, second) = pair
+    assert first["diverged"].startswith("UserError: the run diverged")
+    assert second["diverged"].startswith("Elsewhere")
+
+
+def test_what_they_tell_each_other(pair):
+    said = [each["talk"] for each in pair[1]]
+    for each in said:
+        assert each["mean"] == 0.5 and each["largest"] == 1 and each["first"] == "from 0"
+    assert said[0]["turn"] < said[1]["turn"]
+    assert [each["error of 0"] for each in said] == ["UserError", "Elsewhere"]
+    assert [each["error of 1"] for each in said] == ["Elsewhere", "UserError"]
+
+
+def test_a_world_of_one_changes_nothing(monkeypatch, capsys):
+    world, network = World(), nn.BatchNorm2d(3)
+    assert world.normalize(network, torch.device("cpu")) is network and world.wrap(network) is network
+    assert list(range(8))[world.part(8)] == list(range(8))
+    with pytest.raises(UserError, match="multiple of 3, such as 9"):
+        World(0, 3).part(8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert processes_to_start("auto") == 4
+    assert processes_to_start("cpu") == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes_to_start("auto") == 1
+    assert "starts 4 processes" in capsys.readouterr().out
+
+
+def test_a_lost_process_is_one_line(monkeypatch):
+    with pytest.raises(ZeroDivisionError), connected("cpu"):
+        raise ZeroDivisionError
+    assert issubclass(LostPeer, Exception) and not issubclass(LostPeer, UserError)
+
+
+def torchrun(folder, *words, restarts=0):
+    """Starts the program on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--max_restarts={restarts}",
+               str(ROOT / "main.py"), *TOY, *words]  # fmt: skip
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def log_of(folder):
+    path = folder / "logs/sagan_celeb/metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_steps(folder, steps):
+    deadline = time.monotonic() + 150
+    while len(log_of(folder)) < steps and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def pid_of(launcher, rank):
+    """The newest process with that rank that this launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if f"RANK={rank}".encode() in
+                Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))  # fmt: skip
+
+
+def test_bad_input_is_said_once(tmp_path):
+    launcher = torchrun(tmp_path, "--pretrained_model", "7")
+    _, err = launcher.communicate(timeout=100)
+    assert launcher.returncode != 0
+    assert err.count("error: --pretrained_model 7") == 1
+    assert 'main.py", line' not in err
+    assert "exitcode  : 2 " in err
+
+
+@needs_proc
+def test_sigterm_saves_once_and_ends_all(tmp_path):
+    launcher = torchrun(tmp_path, "--total_step", "100000", "--save_minutes", "0", "--model_save_step", "1000000")
+    wait_for_steps(tmp_path, 2)
+    began = time.monotonic()
+    launcher.terminate()
+    out, _ = launcher.communicate(timeout=100)
+    assert time.monotonic() - began < 30
+    step = len(log_of(tmp_path))
+    assert out.count("stopped by SIGTERM") == 1 and f"after step {step}," in out
+    saved = {path.name for path in (tmp_path / "models/sagan_celeb").glob("*.pth")}
+    assert saved == {f"{step}_{part}.pth" for part in ("G", "D", "state")}
+
+
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all(tmp_path, rank):
+    launcher = torchrun(tmp_path, "--total_step", "100000")
+    wait_for_steps(tmp_path, 1)
+    began = time.monotonic()
+    os.kill(pid_of(launcher, rank), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=100)
+    assert time.monotonic() - began < 30
+    assert launcher.returncode != 0
+    assert err.count(f"error: process {1 - rank}: another process of the run is gone") == 1
+
+
+@needs_proc
+def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path):
+    words = ["--total_step", "40", "--pretrained_model", "auto", "--model_save_step", "1", "--sample_step", "1000"]
+    launcher = torchrun(tmp_path, *words, restarts=1)
+    wait_for_steps(tmp_path, 12)
+    os.kill(pid_of(launcher, 1), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, err
+    assert out.count("continuing after step") == 1 and "40 steps done" in out
+    assert [json.loads(line)["step"] for line in log_of(tmp_path)] == list(range(1, 41))

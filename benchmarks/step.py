@@ -179,6 +179,8 @@ def main() -> None:
         for batch_size in arguments.batch_size:
             setting = Setting(arguments.device, imsize, batch_size)
             work = step_work(build_step(Contender("ours", "fp32", "eager"), setting))
+            if setting.device == "cuda":
+                torch.cuda.empty_cache()  # the contenders are other processes, and need the memory
             print(f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP a step\n")
             found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
             add_ratios(found, floors_ms(work, rates))

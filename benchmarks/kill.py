@@ -7,8 +7,8 @@ Each trial begins in an empty folder (its cache build can be killed too), is kil
 same command, with `--pretrained_model auto`, until it ends. It survived if it ended; it is identical if the final
 weights, average, optimizers, samples and lines of metrics.jsonl are, bit for bit. Needs fork: Linux or macOS.
 
-With `--processes`, a run is that many under `torchrun --max_restarts=1`; one of them is killed once, and nothing is given
-again. It has fewer steps, because processes take seconds to start. Needs Linux.
+With `--processes`, a run is that many under `torchrun --max_restarts=1`; one of them is killed once, and nothing is
+given again. It has fewer steps, because processes take seconds to start. Needs Linux.
 """
 
 import argparse

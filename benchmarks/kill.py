@@ -7,8 +7,8 @@ Each trial begins in an empty folder (its cache build can be killed too), is kil
 same command, with `--pretrained_model auto`, until it ends. It survived if it ended; it is identical if the final
 weights, average, optimizers, samples and lines of metrics.jsonl are, bit for bit. Needs fork: Linux or macOS.
 
-With `--processes`, a run is that many under torchrun's launcher with `--max_restarts=1`; one of them is killed once,
-and nothing is given again. It has fewer steps.
+With `--processes`, a run is that many under `torchrun --max_restarts=1`; one of them is killed once, and nothing is
+given again. It has fewer steps, because processes take seconds to start. Needs Linux.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -111,71 +111,51 @@ def run_trials(trials: int, seed: int = 0) -> tuple[int, int]:
     return survived, identical
 
 
-def train_as_one_of_several(folder: Path) -> None:
-    """The body of a process that the launcher started."""
-    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-    train(folder, PROCESSES_STEPS)
+def start_processes(folder: Path, processes: int) -> subprocess.Popen:
+    """A run of several processes, which torchrun starts anew once."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max_restarts=1"]
+    with open(folder / "output.txt", "w", encoding="utf-8") as out:
+        return subprocess.Popen(
+            [*command, str(ROOT / "main.py"), *OPTIONS, "--total_step", str(PROCESSES_STEPS)],
+            cwd=folder,
+            stdout=out,
+            stderr=out,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
-def run_processes(folder: Path, processes: int) -> bool:
-    """A run of several processes, which torch's launcher starts anew once; whether it ended as it should."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=folder.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=1,
-        start_method="forkserver",
-    )
-    try:
-        elastic_launch(launch, train_as_one_of_several)(folder)
-    except ChildFailedError:
-        return False
-    return True
-
-
-def kill_one(folder: Path, processes: int, step: int, over: threading.Event) -> None:
-    """Kills a process once `step` steps are logged, 0 as soon as it is there, and notes it in a file."""
-    rank = random.randrange(processes)
-    path, done = folder / f"{rank}.pid", 0
-    while not over.is_set() and (done < step or not (path.exists() and path.read_text())):
+def kill_one(launcher: subprocess.Popen, folder: Path, step: int) -> str:
+    """Kills a process of a run soon after `step` steps are logged, 0 as soon as it is there; returns what it was."""
+    children: list[str] = []
+    done = 0
+    while done < step or not children:
+        if launcher.poll() is not None:
+            return "none"
         time.sleep(0.01)
         done = sum(len(log.read_text().splitlines()) for log in folder.glob("logs/*/metrics.jsonl"))
-    time.sleep(random.uniform(0, 0.3))
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    time.sleep(random.uniform(0, 0.3 if done else 3))
+    number = random.randrange(len(children))
     with contextlib.suppress(ProcessLookupError):  # it has ended
-        os.kill(int(path.read_text()), signal.SIGKILL)
-        (folder / "killed").write_text(f"rank {rank} after {done} steps")
+        os.kill(int(children[number]), signal.SIGKILL)
+    return f"process {number} after {done} steps"
 
 
 def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int, int]:
     """The same for runs of several processes."""
     random.seed(seed)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer", "tester", "data_loader", "distributed"])
     survived = identical = 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(tempfile.mkdtemp(dir=scratch))
-        run_processes(whole, processes)
+        start_processes(whole, processes).wait()
         expected = result(whole, PROCESSES_STEPS)
         for number in range(trials):
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            began = time.perf_counter()
-            over = threading.Event()
-            killer = threading.Thread(
-                target=kill_one, args=(folder, processes, random.randrange(PROCESSES_STEPS), over)
-            )
-            killer.start()
-            ended = run_processes(folder, processes)
-            over.set()
-            killer.join()
+            folder, began = Path(tempfile.mkdtemp(dir=scratch)), time.perf_counter()
+            launcher = start_processes(folder, processes)
+            killed = kill_one(launcher, folder, random.randrange(PROCESSES_STEPS))
+            ended = launcher.wait() == 0
             same = ended and result(folder, PROCESSES_STEPS) == expected
             survived, identical = survived + ended, identical + same
-            killed = (folder / "killed").read_text() if (folder / "killed").exists() else "too late"
             print(f"{number}: {killed}, {'ended' if ended else 'failed'}, {'identical' if same else 'different'}, "
                   f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
             if not ended:

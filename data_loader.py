@@ -206,6 +206,8 @@ def _digest(info: dict[str, Any]) -> str:
 def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_builds(folder)
+    if _read_cache(folder, size) is None:  # damaged, or not there; by now another process may have built it
+        shutil.rmtree(folder, ignore_errors=True)
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     building.mkdir()
     try:
@@ -229,11 +231,11 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
             os.fsync(file.fileno())
         info = {"format": FORMAT, "count": count, "skipped": skipped}
         (building / "info.json").write_text(json.dumps(info | {"digest": _digest(info)}), encoding="utf-8")
-        if _read_cache(folder, size) is not None:  # another process was faster, and may be reading its own already
-            return
-        if folder.exists():  # damaged
-            shutil.rmtree(folder)
-        os.replace(building, folder)
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if _read_cache(folder, size) is None:  # else another process was faster, and may be reading it already
+                raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

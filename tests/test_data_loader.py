@@ -83,6 +83,21 @@ def test_worker_processes_give_the_same_cache(tmp_path):
     assert np.array_equal(alone, parallel)
 
 
+def test_a_cache_that_another_process_built_meanwhile_stays(toy, tmp_path, monkeypatch):
+    decode_all = data_loader._decode_all
+    inodes = []
+
+    def slower(*arguments):
+        monkeypatch.setattr(data_loader, "_decode_all", decode_all)
+        toy().batch(0)
+        inodes.extend(path.stat().st_ino for path in (tmp_path / "cache").iterdir() if "building" not in path.name)
+        return decode_all(*arguments)
+
+    monkeypatch.setattr(data_loader, "_decode_all", slower)
+    toy().batch(0)
+    assert inodes == [cache_folder(tmp_path).stat().st_ino]
+
+
 def test_cache_is_keyed_by_size_crop_and_files(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")

@@ -47,6 +47,13 @@ def explorer_page(shown: Sequence[Shown], title: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: a title may say {{data}}
 
 
+def write_explorer(folder: Path, version: str, step: int, shown: Sequence[Shown]) -> Path:
+    """Writes the page of a version's checkpoint into its attention folder; returns the file, `{step}_explorer.html`."""
+    path = folder / f"{step}_explorer.html"
+    path.write_text(explorer_page(shown, f"{version}, step {step}"), encoding="utf-8")
+    return path
+
+
 def quantise(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A map (N, N) as levels (N, N) uint8 in 0 ... 63, and the maximum of each row, (N,) float32.
 

@@ -6,7 +6,6 @@ The trainer hands over tensors and goes on; whatever takes time is done in the b
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,8 +19,9 @@ from tqdm import tqdm
 import checkpoint
 from attention_views import Shown
 from background import Background
-from explorer import explorer_page
+from explorer import write_explorer
 from parameter import Config, option_groups
+from progress import refresh_seconds
 from report import Run, report_page
 from run_log import RunLog
 from utils import clone_tensors, memory_mib
@@ -57,7 +57,7 @@ class Recorder:
                 initial=step,
                 bar_format=BAR,
                 dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file is not a terminal
+                mininterval=refresh_seconds(),
             )
         )
 
@@ -94,7 +94,7 @@ class Recorder:
 
     def explorer(self, step: int, shown: Sequence[Shown]) -> None:
         """A page on which every layer can be explored, `{step}_explorer.html`."""
-        self._background.submit(self._write_explorer, step, shown)
+        self._background.submit(write_explorer, self.config.attn_folder, self.config.version, step, shown)
 
     def checkpoint(
         self, name: int | Literal["best"], G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
@@ -108,7 +108,6 @@ class Recorder:
         self._log.flush()  # a run that continues from here has all lines up to here
         keep = self.config.keep_checkpoints, self.config.keep_weights
         checkpoint.save(self.config.model_folder, name, G, D, state, *keep)
-
         if name != "best":
             self._saved = name
             if time.monotonic() >= self._report_due:
@@ -134,10 +133,6 @@ class Recorder:
         for name, figure in attention_figures(shown, step).items():
             figure.save(self.config.attn_folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
-
-    def _write_explorer(self, step: int, shown: Sequence[Shown]) -> None:
-        page = explorer_page(shown, f"{self.config.version}, step {step}")
-        (self.config.attn_folder / f"{step}_explorer.html").write_text(page, encoding="utf-8")
 
 
 def _run(config: Config, machine: str) -> Run:

@@ -20,7 +20,7 @@ from attention_views import even_reach, look, mean_reach, reach_table
 from charts import line_chart
 from data_loader import Loader, to_floats
 from evaluation import check_metrics, measure
-from explorer import explorer_page
+from explorer import write_explorer
 from nearest import nearest_images
 from noise import seeded_noise, slerp
 from numbered import numbered_files, spread
@@ -28,7 +28,7 @@ from parameter import Config
 from progress import progress
 from run_log import read_curves
 from sagan_models import Discriminator, Generator
-from utils import METRICS, SAMPLES, WAYS, derive_seed, evaluating, pick_device
+from utils import MEASURED, SAMPLES, WAYS, derive_seed, evaluating, pick_device
 from visualize import animation, attention_figures, nearest_figure, progress_frames, sample_grid, to_pixels
 
 BETWEEN = 10  # images from one end of an interpolation to the other
@@ -126,8 +126,7 @@ class Tester:
         shown = look(self.G, self.D, self._noise(self.config.g_num), real)
         for name, figure in attention_figures(shown, self.step).items():
             figure.save(self.folder / f"{name}.png")
-        path = self.config.attn_folder / f"{self.step}_explorer.html"
-        path.write_text(explorer_page(shown, f"{self.config.version}, step {self.step}"), encoding="utf-8")
+        path = write_explorer(self.config.attn_folder, self.config.version, self.step, shown)
         print(f"point at a pixel, see what it looks at: {path}")
         curves = read_curves(self.config.log_folder, self.step)
         if gammas := {name.removeprefix("gamma/"): curves[name] for name in curves if name.startswith("gamma/")}:
@@ -153,9 +152,8 @@ class Tester:
         found = nearest_images(samples, images, NEIGHBOURS)
         neighbours = to_floats(images[found.indices.flatten().to(images.device)]).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
-        apart = nearest_images(to_floats(images[chosen.to(images.device)]), images, 2).distances[
-            :, 1
-        ]  # the first is itself
+        some = to_floats(images[chosen.to(images.device)])
+        apart = nearest_images(some, images, 2).distances[:, 1]  # the first is itself
         footer = (
             "Below each its distance: the root mean square of the pixels' differences, which are from -1 to 1.\n"
             f"Samples: {found.distances[:, 0].mean():.3f} from their nearest training image on average; "
@@ -165,7 +163,7 @@ class Tester:
 
     def _metrics(self) -> None:
         """What `--metrics` asks for, also as a file."""
-        z = self._noise(self.config.metric_num, stream=METRICS)
+        z = self._noise(self.config.metric_num, stream=MEASURED)
         found = measure(self.config, self.G, z, self.loader)
         print(f"metrics of {len(z)} images: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         numbers = {"step": self.step, "images": len(z), "averaged": self.is_averaged, **found}

@@ -36,7 +36,7 @@ from step_graph import StepGraph
 from utils import (
     EMA,
     FIXED_Z,
-    METRICS,
+    MEASURED,
     STEPS,
     StopSignals,
     derive_seed,
@@ -203,7 +203,7 @@ class Trainer:
         with StopSignals() as stop, ExitStack() as stack:
             self.world.first(self._begin_recording, stack)
             self.saved_step, self.saved_at = self.step, time.monotonic()
-            past = read_curves(self.config.log_folder, self.step)
+            past = read_curves(self.config.log_folder, self.step) if self.config.metrics else {}
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
             while self.step < self.config.total_step and not received:
                 stats = self._take_step()
@@ -220,7 +220,7 @@ class Trainer:
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
         """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
-        config, last = self.config, self.step == self.config.total_step
+        config = self.config
         self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
         self.recorder.advance()
         save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
@@ -228,23 +228,25 @@ class Trainer:
         metrics = self._evaluate() if self._is_measured() else {}
         if self._is_logged():
             self._log(stats, metrics)
-        if last or self.step % config.sample_step == 0:
+        if self._is_due(config.sample_step):
             self._sample()
-        if last or self.step % config.attn_step == 0:
+        if self._is_due(config.attn_step):
             self._show_attention()
-        if last or self.step % save_step == 0 or 0 < config.save_minutes <= minutes:
+        if self._is_due(save_step) or 0 < config.save_minutes <= minutes:
             self._save(self.step)
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
+    def _is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last, is due after this step."""
+        return self.step == self.config.total_step or self.step % every == 0
+
     def _is_measured(self) -> bool:
         """Whether metrics are due after this step."""
-        last = self.step == self.config.total_step
-        return bool(self.config.metrics) and (last or self.step % self.config.metric_step == 0)
+        return bool(self.config.metrics) and self._is_due(self.config.metric_step)
 
     def _is_logged(self) -> bool:
         """Whether a line of the log is due after this step."""
-        last = self.step == self.config.total_step
-        return last or self._is_measured() or self.step % self.config.log_step == 0
+        return self._is_measured() or self._is_due(self.config.log_step)
 
     def _save_last(self) -> None:
         """Saves what is not saved yet, before an early end."""
@@ -376,7 +378,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged G, or of G itself under --use_ema false; keeps the checkpoint with the lowest FID."""
         network = self.ema.network if self.config.use_ema else self.G
-        seed = derive_seed(self.config.seed, METRICS)
+        seed = derive_seed(self.config.seed, MEASURED)
         z = seeded_noise(seed, self.config.metric_num, self.config.z_dim, self.device)
         try:
             with evaluating(network):

@@ -20,7 +20,7 @@ from errors import UserError, warn
 
 # Streams of random numbers from one seed: those of each step, the z that samples show, what --metrics are of, and what
 # --train false shows.
-STEPS, FIXED_Z, METRICS, SAMPLES, WAYS = range(5)
+STEPS, FIXED_Z, MEASURED, SAMPLES, WAYS = range(5)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 

@@ -27,6 +27,7 @@ from errors import Elsewhere, UserError
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a process that died is noticed at once on gloo
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
+MEETING_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
 LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
 
 
@@ -107,6 +108,13 @@ class World:
         """The largest of the processes' numbers."""
         return number if self.size == 1 else -self._smallest(-number)
 
+    def agree(self, count: Callable[[], int]) -> bool:
+        """Whether `count` gives the same number in all processes; does not ask a process alone."""
+        if self.size == 1:
+            return True
+        number = count()
+        return self._smallest(number) == -self._smallest(-number)
+
     @contextmanager
     def united(self) -> Iterator[None]:
         """Where one process raises inside, all do after it: the first of those its own error, the others `Elsewhere`.
@@ -154,6 +162,26 @@ class World:
         value = torch.tensor(number)
         dist.all_reduce(value, dist.ReduceOp.MIN, group=self.waiting)
         return value.item()
+
+
+class Meetings:
+    """After which steps the processes of a run turn from their steps to each other: about once a second.
+
+    Between many machines that takes about as long as a step on a GPU. A process alone may look up after every step.
+    """
+
+    def __init__(self, world: World, step: int):
+        self._world = world
+        self._last, self._next = (step, time.monotonic()), step + 1
+
+    def is_due(self, step: int) -> bool:
+        return self._world.size == 1 or step >= self._next
+
+    def held(self, step: int) -> None:
+        """To be called by all after each meeting, also one that was held before it was due."""
+        now, (step_then, then) = time.monotonic(), self._last
+        pace = (step - step_then) / (now - then)  # steps a second; too low if the meeting took long, but not for long
+        self._last, self._next = (step, now), step + self._world.largest(max(1, round(MEETING_SECONDS * pace)))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CAPACITY = 1000  # steps after which the losses are looked at in any case
+MANY = 1000  # losses of so many steps should not be kept on the device unseen
 
 
 class Diverged(Exception):
@@ -23,12 +23,13 @@ class Watch:
     def note(self, step: int, d_loss: Tensor, g_loss: Tensor) -> None:
         """The losses of step number `step`: 0-d tensors, which are copied."""
         self._losses.append((step, torch.stack([d_loss, g_loss])))
-        if len(self._losses) >= CAPACITY:
-            self.check_losses()
 
-    def check_losses(self) -> None:
-        """Waits for the device; raises `Diverged` for the first step since the last look whose loss is not finite."""
-        if not self._losses:
+    def check_losses(self, at_least: int = 1) -> None:
+        """Waits for the device; raises `Diverged` for the first step since the last look whose loss is not finite.
+
+        Does nothing where the losses of fewer than `at_least` steps were noted since then.
+        """
+        if len(self._losses) < at_least:
             return
         steps, losses = zip(*self._losses, strict=True)
         self._losses = []

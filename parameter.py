@@ -7,6 +7,7 @@ Options are parsed and checked once, before any work, into a frozen `Config`. No
 import argparse
 import dataclasses
 import math
+import os
 import re
 import shlex
 import textwrap
@@ -243,15 +244,29 @@ class Config:
     def command(self, **changes: Any) -> str:
         """The command line that gives this configuration with `changes`; options at their defaults are left out.
 
-        So is --overwrite: a command that is given again must not remove what the run has done since.
+        So is --overwrite: a command that is given again must not remove what the run has done since. Where torchrun
+        started this process, it does so again.
         """
         changed = dataclasses.replace(self, overwrite=False, **changes)
-        words = ["python", "main.py"]
+        words = [*(["python"] if self.parallel else _launcher()), "main.py"]  # --parallel uses torchrun by itself
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:
                 words += ["--" + field.name, str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
+
+
+def _launcher() -> list[str]:
+    """What started this process: python, or torchrun, which says so in the environment."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ["python"]
+    words = ["torchrun", f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}"]
+    if environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        words.append(f"--max_restarts={environment['TORCHELASTIC_MAX_RESTARTS']}")
+    if environment["GROUP_WORLD_SIZE"] != "1":  # where they meet is not known here
+        words += [f"--nnodes={environment['GROUP_WORLD_SIZE']}", "..."]
+    return words
 
 
 def option_groups() -> dict[str, list[dataclasses.Field]]:

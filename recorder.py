@@ -70,9 +70,9 @@ class Recorder:
         if self._saved and not at_once:
             self._write_report("stopped")
 
-    def advance(self) -> None:
-        """Moves the progress bar on by a step."""
-        self._bar.update()
+    def advance(self, step: int) -> None:
+        """Moves the progress bar on to a step."""
+        self._bar.update(step - self._bar.n)
 
     def log(self, step: int, values: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
         """A line of numbers: of 0-d tensors, which leave the device here in one transfer, and others."""

@@ -11,9 +11,9 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +21,15 @@ from torch import Tensor
 import checkpoint
 from attention_views import look
 from data_loader import Loader
-from distributed import World
-from divergence import Diverged, Watch
+from distributed import Meetings, World
+from divergence import MANY, Diverged, Watch
 from errors import UserError, warn
 from evaluation import check_metrics, measure
 from losses import D_LOSSES, g_loss, gradient_penalty
 from noise import seeded_noise
 from parameter import Config
 from recorder import Recorder
+from resuming import advice, changed_options, find_checkpoint
 from run_folders import check_folders, claimed, prepare
 from run_log import read_curves
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
@@ -102,7 +103,7 @@ class Trainer:
         if records:
             self.run_updates = StepGraph(self._updates, self.device, may_step_aside=config.cuda_graph == "auto")
         self.watch = Watch()
-        if saved := world.first(self._find_checkpoint):
+        if saved := world.first(find_checkpoint, config):
             with world.united():
                 self._resume(saved)
 
@@ -157,12 +158,16 @@ class Trainer:
         world.first(self._check)
         # Opens the data: what is wrong with it is said before a folder is made.
         world.in_turn(lambda: self.loader.skipped)
+        agreed = world.agree(self.loader.checksum)
+        with world.united():
+            if not agreed:
+                raise UserError("the machines of this run hold different images: copy the same ones to all of them")
         with ExitStack() as claims:
             world.first(self._open, claims)
             try:
                 received = self._loop()
             except Diverged as error:
-                raise UserError(self._advice(error)) from error
+                raise UserError(advice(config, error)) from error
         if received:
             name = signal.Signals(received).name
             print(f"stopped by {name} after step {self.step}, which is saved; continue with")
@@ -199,31 +204,36 @@ class Trainer:
 
     def _loop(self) -> int:
         """Takes steps until `total_step`, and returns 0, or until a signal to any process, and returns its number."""
-        received = 0
+        config, world, received = self.config, self.world, 0
         with StopSignals() as stop, ExitStack() as stack:
-            self.world.first(self._begin_recording, stack)
+            world.first(self._begin_recording, stack)
             self.saved_step, self.saved_at = self.step, time.monotonic()
-            past = read_curves(self.config.log_folder, self.step) if self.config.metrics else {}
+            self.save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
+            past = read_curves(config.log_folder, self.step) if config.metrics else {}
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
-            while self.step < self.config.total_step and not received:
+            meetings = Meetings(world, self.step)
+            while self.step < config.total_step and not received:
                 stats = self._take_step()
                 self.step += 1
                 if self._is_logged():
-                    stats = self.world.mean(stats)
-                with self.world.united():
-                    if self.world.is_first:
-                        self.maintain(stats)
-                received = self.world.largest(stop.received or 0)
+                    stats = world.mean(stats)
+                if world.is_first:
+                    self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
+                if meetings.is_due(self.step) or self._is_any_due():
+                    with world.united():
+                        if world.is_first:
+                            self.maintain(stats)
+                    received = world.largest(stop.received or 0)
+                    meetings.held(self.step)
             if received:
-                self.world.first(self._save_last)
+                world.first(self._save_last)
         return received
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
         """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
         config = self.config
-        self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
-        self.recorder.advance()
-        save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
+        self.recorder.advance(self.step)
+        self.watch.check_losses(at_least=MANY)
         minutes = (time.monotonic() - self.saved_at) / 60
         metrics = self._evaluate() if self._is_measured() else {}
         if self._is_logged():
@@ -232,13 +242,18 @@ class Trainer:
             self._sample()
         if self._is_due(config.attn_step):
             self._show_attention()
-        if self._is_due(save_step) or 0 < config.save_minutes <= minutes:
+        if self._is_due(self.save_step) or 0 < config.save_minutes <= minutes:
             self._save(self.step)
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last, is due after this step."""
         return self.step == self.config.total_step or self.step % every == 0
+
+    def _is_any_due(self) -> bool:
+        """Whether anything is due after this step but for the clock."""
+        every = (self.config.log_step, self.config.sample_step, self.config.attn_step, self.save_step)
+        return self._is_measured() or any(map(self._is_due, every))
 
     def _is_measured(self) -> bool:
         """Whether metrics are due after this step."""
@@ -315,13 +330,6 @@ class Trainer:
                 return 1 - step / self.config.total_step
         return 1.0
 
-    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to continue from, None for a new run."""
-        config, wanted = self.config, self.config.pretrained_model
-        if wanted == "auto":
-            wanted = "latest" if checkpoint.steps(config.model_folder) else None
-        return checkpoint.load(config.model_folder, wanted, config.architecture) if wanted else None
-
     def _resume(self, saved: checkpoint.Checkpoint) -> None:
         """Takes over a checkpoint: weights, and with its state file all that the next step depends on."""
         config = self.config
@@ -339,17 +347,8 @@ class Trainer:
                 # Rates and betas are this run's options, not the saved ones.
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
-            changes = _changes(saved.state["config"], dataclasses.asdict(config))
+            changes = changed_options(saved.state["config"], config)
         print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
-
-    def _advice(self, error: Diverged) -> str:
-        """What to do about a run that diverged."""
-        good = checkpoint.steps(self.config.model_folder)
-        if not good:
-            return f"the run diverged: {error}. Nothing was saved; begin anew with lower --g_lr and --d_lr"
-        command = self.config.command(pretrained_model=str(good[0]))
-        advice = "Continue from the last good checkpoint, with lower --g_lr and --d_lr"
-        return f"the run diverged: {error}. {advice}: {command}"
 
     def _log(self, stats: dict[str, Tensor], metrics: dict[str, float]) -> None:
         """Records losses, gamma of each attention layer, sigma of each spectral norm, learning rates, and metrics."""
@@ -407,17 +406,3 @@ class Trainer:
         G, D = self.G.state_dict(), self.D.state_dict()
         self.watch.check(self.step, G, D, state)
         self.recorder.checkpoint(name, G, D, state)
-
-
-def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """How the options of a checkpoint, maybe of another version of this program, differ from those of this run."""
-    expected = {"pretrained_model", "overwrite"}
-    return [
-        f"--{name} {current[name]} (was {saved[name]})"
-        if name in saved and name in current
-        else f"--{name} {current[name]} (new)"
-        if name in current
-        else f"{name} {saved[name]} (no longer an option)"
-        for name in (*current, *(name for name in saved if name not in current))
-        if name not in expected and (name not in saved or name not in current or saved[name] != current[name])
-    ]

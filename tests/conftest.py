@@ -1,6 +1,7 @@
 """What the tests share: small networks, a toy run in a temporary folder, the oracle's weights."""
 
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,18 @@ BROWSER_FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,1050"
 )
+
+
+class SmallExtractor(torch.nn.Module):
+    """16 features that see colour and edges, from weights that the seed decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
+        self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.filters(images.float() / 255)).mean((2, 3))
 
 
 @pytest.fixture
@@ -58,6 +71,18 @@ def make_trainer(make_config):
         return Trainer(loader, config)
 
     return make
+
+
+def save_script(module: torch.nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def extractor(tmp_path_factory) -> Path:
+    return save_script(SmallExtractor(), tmp_path_factory.mktemp("extractor") / "small.pt")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,17 +17,19 @@ from conftest import SMALL
 from torch import nn
 
 from data_loader import get_loader
-from distributed import LostPeer, SharedBatchNorm2d, World, connected, processes_to_start
+from distributed import LostPeer, Meetings, SharedBatchNorm2d, World, connected, processes_to_start
 from errors import Elsewhere, UserError
 from image_sources import find_source
 from parameter import Config
 from sagan_models import SelfAttention
 from trainer import Trainer
 
+LOGS = "logs/sagan_celeb"
 ROOT = Path(__file__).parent.parent
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}}
 RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
+CRITIC = dict(version="critic", total_step=2, n_critic=2, metrics="fid", metric_num=16, log_step=1)
 TOY = ["--dataset", "toy", "--toy_num", "40", "--imsize", "32", "--z_dim", "16", "--g_conv_dim", "8",
        "--d_conv_dim", "8", "--batch_size", "4", "--num_workers", "0", "--device", "cpu",
        "--log_step", "1"]  # fmt: skip
@@ -104,6 +107,12 @@ def talk(world):
     return said
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def process(rank, port, folder):
     """The body of each of the two."""
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -124,6 +133,9 @@ def process(rank, port, folder):
         continued = make(folder / "one", world, version="run", pretrained_model="3", **RUN)
         continued.train()
         found["seen after 3"] = continued.seen
+        critic = make(folder / "two", world, feature_extractor=str(folder / "small.pt"), **CRITIC)
+        critic.train()
+        found["critic seen"] = critic.seen
         try:
             make(folder / "two", world, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
         except (UserError, Elsewhere) as error:
@@ -132,13 +144,12 @@ def process(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(tmp_path_factory, extractor):
     """The folder of one process's run of three steps, and what two processes found."""
     folder = tmp_path_factory.mktemp("pair")
+    shutil.copy(extractor, folder)
     make(folder / "one", version="run", **(RUN | {"total_step": 3})).train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [get_context("spawn").Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
     for each in processes:
         each.start()
@@ -146,6 +157,16 @@ def pair(tmp_path_factory):
         each.join(250)
         assert each.exitcode == 0
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def log_lines(folder):
+    """Those of a run's log, as far as it is written."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def log(folder):
+    return [json.loads(line) for line in log_lines(folder)]
 
 
 def relative(actual, expected):
@@ -182,8 +203,7 @@ def test_two_processes_see_together_what_one_sees(pair, tmp_path):
         for key, value in expected.items():
             if not key.endswith(without_gradient):
                 torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
-    logs = [[json.loads(line) for line in (path / "log_path/run/metrics.jsonl").read_text().splitlines()]
-            for path in (folder / "two", tmp_path)]  # fmt: skip
+    logs = [log(path / "log_path/run") for path in (folder / "two", tmp_path)]
     for name in ("d_loss", "d_penalty", "d_real"):
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-5)
 
@@ -211,6 +231,17 @@ def test_saved_on_two_continues_on_one_and_the_other_way_round(pair):
     for seen in (found[0]["seen"][3:], found[0]["seen after 3"]):
         for mine, first in zip(one.seen, seen, strict=True):
             assert all(torch.equal(whole[:2], part) for whole, part in zip(mine, first, strict=True))
+
+
+def test_several_updates_of_d_and_metrics_are_those_of_one_process(pair, tmp_path):
+    folder, found = pair
+    one = make(tmp_path, feature_extractor=str(folder / "small.pt"), **CRITIC)
+    one.train()
+    for mine, first, second in zip(one.seen, *(each["critic seen"] for each in found), strict=True):
+        assert len(mine) == 5  # two real batches, three of noise
+        assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(mine, first, second, strict=True))
+    last, expected = (log(path / "log_path/critic")[-1] for path in (folder / "two", tmp_path))
+    assert last["step"] == 2 and last["fid"] == pytest.approx(expected["fid"], rel=1e-2)
 
 
 def test_batch_norm_is_that_of_one_process(pair):
@@ -258,27 +289,37 @@ def test_a_world_of_one_changes_nothing(monkeypatch, capsys):
     assert "starts 4 processes" in capsys.readouterr().out
 
 
+def test_processes_meet_about_once_a_second_and_a_process_alone_looks_up_after_each_step(monkeypatch):
+    """At 100 steps a second, but for a step that takes 10 s."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(World, "largest", lambda self, number: number)
+    meetings, held = Meetings(World(size=2), step=500), []
+    for step in range(501, 1001):
+        now += 10 if step == 750 else 0.01
+        if meetings.is_due(step):
+            meetings.held(step)
+            held.append(step)
+    assert held == [501, 601, 701, 801, 810, 910]
+    alone = Meetings(World(), step=0)
+    assert all(alone.is_due(step) for step in range(5))
+
+
 def test_a_lost_process_is_one_line(monkeypatch):
     with pytest.raises(ZeroDivisionError), connected("cpu"):
         raise ZeroDivisionError
     assert issubclass(LostPeer, Exception) and not issubclass(LostPeer, UserError)
 
 
-def torchrun(folder, *words, restarts=0):
+def torchrun(folder, *words, launcher=("--standalone", "--nproc_per_node=2")):
     """Starts the program on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--max_restarts={restarts}",
-               str(ROOT / "main.py"), *TOY, *words]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "main.py"), *TOY, *words]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def log_of(folder):
-    path = folder / "logs/sagan_celeb/metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for_steps(folder, steps):
+def wait_for(happened):
     deadline = time.monotonic() + 150
-    while len(log_of(folder)) < steps and time.monotonic() < deadline:
+    while not happened() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -301,13 +342,14 @@ def test_bad_input_is_said_once(tmp_path):
 @needs_proc
 def test_sigterm_saves_once_and_ends_all(tmp_path):
     launcher = torchrun(tmp_path, "--total_step", "100000", "--save_minutes", "0", "--model_save_step", "1000000")
-    wait_for_steps(tmp_path, 2)
+    wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= 2)
     began = time.monotonic()
     launcher.terminate()
     out, _ = launcher.communicate(timeout=100)
     assert time.monotonic() - began < 30
-    step = len(log_of(tmp_path))
+    step = len(log_lines(tmp_path / LOGS))
     assert out.count("stopped by SIGTERM") == 1 and f"after step {step}," in out
+    assert out.count("\n  torchrun --nproc_per_node=2 main.py") == 1
     saved = {path.name for path in (tmp_path / "models/sagan_celeb").glob("*.pth")}
     assert saved == {f"{step}_{part}.pth" for part in ("G", "D", "state")}
 
@@ -316,7 +358,7 @@ def test_sigterm_saves_once_and_ends_all(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_all(tmp_path, rank):
     launcher = torchrun(tmp_path, "--total_step", "100000")
-    wait_for_steps(tmp_path, 1)
+    wait_for(lambda: log_lines(tmp_path / LOGS))
     began = time.monotonic()
     os.kill(pid_of(launcher, rank), signal.SIGKILL)
     _, err = launcher.communicate(timeout=100)
@@ -327,11 +369,45 @@ def test_a_killed_process_ends_all(tmp_path, rank):
 
 @needs_proc
 def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path):
-    words = ["--total_step", "40", "--pretrained_model", "auto", "--model_save_step", "1", "--sample_step", "1000"]
-    launcher = torchrun(tmp_path, *words, restarts=1)
-    wait_for_steps(tmp_path, 12)
+    words = ["--total_step", "60", "--pretrained_model", "auto", "--model_save_step", "1", "--sample_step", "1000"]
+    launcher = torchrun(tmp_path, *words, launcher=["--nproc_per_node=2", "--max_restarts=1"])
+    wait_for((tmp_path / "models/sagan_celeb/10_state.pth").exists)
     os.kill(pid_of(launcher, 1), signal.SIGKILL)
     out, err = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, err
-    assert out.count("continuing after step") == 1 and "40 steps done" in out
-    assert [json.loads(line)["step"] for line in log_of(tmp_path)] == list(range(1, 41))
+    assert out.count("continuing after step") == 1 and "60 steps done" in out
+    assert [line["step"] for line in log(tmp_path / LOGS)] == list(range(1, 61))
+
+
+def on_two_machines(folder, *words, seconds=100, **others):
+    """Two launchers, each with one process and its own folder; what each said, and its exit code.
+
+    `others` are the words that only one of them gets, by its folder's name.
+    """
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    launchers = {}
+    for name in ("a", "b"):
+        (folder / name).mkdir(exist_ok=True)
+        launchers[name] = torchrun(folder / name, *words, *others.get(name, []), launcher=meet)
+    said = {name: launcher.communicate(timeout=seconds) for name, launcher in launchers.items()}
+    return said, [launcher.returncode for launcher in launchers.values()]
+
+
+def test_two_machines_train_and_evaluate_and_one_writes(tmp_path):
+    said, codes = on_two_machines(tmp_path, "--total_step", "2")
+    assert codes == [0, 0], said
+    writers = [name for name in said if (tmp_path / name / "models/sagan_celeb/2_state.pth").exists()]
+    assert len(writers) == 1
+    assert "".join(out for out, _ in said.values()).count("2 steps done") == 1
+    other = ({"a", "b"} - {*writers}).pop()
+    assert [path.name for path in (tmp_path / other).iterdir()] == ["cache"]
+    (tmp_path / other / "models").symlink_to(tmp_path / writers[0] / "models")  # whichever is the first this time
+    said, codes = on_two_machines(tmp_path, "--train", "false", "--num_samples", "4")
+    assert codes == [0, 0], said
+    assert len([*tmp_path.glob("*/samples/sagan_celeb/test_2/grid.png")]) == 1
+
+
+def test_machines_with_different_images_are_told(tmp_path):
+    said, codes = on_two_machines(tmp_path, b=["--toy_num", "44"])
+    assert 0 not in codes
+    assert "".join(err for _, err in said.values()).count("error: the machines of this run hold different images") == 1

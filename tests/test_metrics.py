@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SmallExtractor, save_script
 from PIL import Image
 
 from errors import UserError
@@ -21,18 +22,6 @@ from visualize import to_pixels
 pytest.importorskip("torch_fidelity")
 CPU = torch.device("cpu")
 SIZE, COUNT = 16, 64
-
-
-class SmallExtractor(torch.nn.Module):
-    """16 features that see colour and edges, from weights that the seed decides."""
-
-    def __init__(self):
-        super().__init__()
-        self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
-        self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.filters(images.float() / 255)).mean((2, 3))
 
 
 class NotFeatures(torch.nn.Module):
@@ -48,18 +37,6 @@ class Fails(torch.nn.Module):
 class NotFinite(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().flatten(1) / 0
-
-
-def save_script(module: torch.nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def extractor(tmp_path_factory) -> Path:
-    return save_script(SmallExtractor(), tmp_path_factory.mktemp("extractor") / "small.pt")
 
 
 def pictures(seed: int, shift: float = 0) -> np.ndarray:

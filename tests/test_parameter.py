@@ -84,6 +84,19 @@ def test_command_brings_the_same_configuration_back():
     assert get_parameters(shlex.split(config.command(pretrained_model="latest"))[2:]).pretrained_model == "latest"
 
 
+def test_command_starts_what_started_this_process(monkeypatch):
+    torchrun = dict(
+        TORCHELASTIC_RUN_ID="none", LOCAL_WORLD_SIZE="8", TORCHELASTIC_MAX_RESTARTS="0", GROUP_WORLD_SIZE="1"
+    )
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert Config(imsize=32).command() == "torchrun --nproc_per_node=8 main.py --imsize 32"
+    assert Config(parallel=True).command() == "python main.py --parallel true"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert Config().command() == "torchrun --nproc_per_node=8 --max_restarts=3 --nnodes=2 ... main.py"
+
+
 def test_summary_names_every_option():
     summary = Config().summary()
     for field in dataclasses.fields(Config):

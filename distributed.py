@@ -12,10 +12,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,19 @@ from errors import Elsewhere, UserError
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a process that died is noticed at once on gloo
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
+BUCKET_MB = 4  # of gradients to send at once: torch's 25 are a whole network's, which leave when backward is over
+NOTICE_SECONDS = 5  # in which the main thread mostly notices by itself that another process died
 MEETING_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
 LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
 
 
 class LostPeer(Exception):
-    """Another process of the run is gone, or does not answer."""
+    """Another process of the run is gone, or does not answer; says so with the words of the error that told."""
+
+    def __init__(self, error: Exception):
+        reason = " ".join(str(error).split())[:200]
+        rank = os.environ["RANK"]
+        super().__init__(f"process {rank}: another process of the run is gone or does not answer; {reason}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class World:
             return network
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new
-            return DistributedDataParallel(network, broadcast_buffers=False)
+            return DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each of these 0-d tensors, averaged over the processes."""
@@ -205,15 +213,50 @@ def connected(device: str) -> Iterator[World]:
             "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
         )
         waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        yield World(rank, size, int(os.environ["LOCAL_RANK"]), waiting)
+        with _listening(rank, size):
+            yield World(rank, size, int(os.environ["LOCAL_RANK"]), waiting)
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise LostPeer(
-            f"process {os.environ['RANK']}: another process of the run is gone or does not answer; {reason}"
-        ) from error
+        raise LostPeer(error) from error
     dist.destroy_process_group()
+
+
+@contextmanager
+def _listening(rank: int, size: int) -> Iterator[None]:
+    """Ends this process soon after another died, even while it waits for a GPU that waits for the dead one.
+
+    Each process listens to the next one of a circle, which says goodbye at its end unless it was killed.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=10_000))
+
+    def say_goodbye() -> None:
+        dist.send(torch.empty(1), (rank - 1) % size, group)
+
+    def listen() -> None:
+        try:
+            dist.recv(torch.empty(1), (rank + 1) % size, group)
+        except RuntimeError as error:
+            time.sleep(NOTICE_SECONDS)
+            give_up(LostPeer(error))
+
+    listener = Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    except Elsewhere:  # rank 0 may still have to write what was done before
+        with suppress(RuntimeError):  # it had nothing to write, and is gone
+            say_goodbye()
+        raise
+    say_goodbye()
+    listener.join()
+
+
+def give_up(error: LostPeer) -> NoReturn:
+    """Says so and ends this process at once: an orderly end would wait for the others."""
+    print(f"error: {error}", file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> str:

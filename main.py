@@ -8,7 +8,6 @@ torchrun --nproc_per_node=8 main.py ...             # on eight GPUs; --parallel 
 python main.py --help                               # all options
 """
 
-import os
 import signal
 import sys
 import time
@@ -49,7 +48,7 @@ def main() -> int:
 
 def run(config: Config) -> int:
     """Runs `config` in this process, or in several that it starts, or as one of several; returns the exit code."""
-    from distributed import LostPeer, connected, launch, processes_to_start  # here, as all that imports torch:
+    from distributed import LostPeer, connected, give_up, launch, processes_to_start  # here, as all that imports torch:
     # --help and bad options do not wait for it
 
     if config.parallel and config.train and (processes := processes_to_start(config.device)) > 1:
@@ -58,9 +57,7 @@ def run(config: Config) -> int:
         with connected(config.device) as world:
             return work(config, world)
     except LostPeer as error:
-        print(f"error: {error}", file=sys.__stderr__, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # an orderly end would wait for the others
+        give_up(error)
 
 
 def work(config: Config, world: "World") -> int:

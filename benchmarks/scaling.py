@@ -5,7 +5,8 @@
 
 `--batch_size` is that of all together ("the same work, sooner"), or with `--per_process true` of each ("more work in
 the same time"). Each count is a torchrun of the whole program, `main.py`; the rate is the median of the log's, without
-the first line, so that data, logging and the talk between processes are in it.
+the first line, so that data, logging and the talk between processes are in it. "Side by side" is the sum of as many
+runs with a process each: what the machine gives to processes that do not wait for each other.
 """
 
 import argparse
@@ -21,19 +22,33 @@ ROOT = Path(__file__).resolve().parent.parent
 LINE = 5  # steps between two lines of the log
 
 
-def images_per_s(processes: int, batch_size: int, steps: int, others: list[str], cache: Path) -> float:
-    """The rate of a run of that many processes; raises `CalledProcessError` where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    options = f"--dataset toy --toy_num 2048 --batch_size {batch_size} --total_step {steps} --log_step {LINE}"
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [*command, str(ROOT / "main.py"), *options.split(), "--cache_path", str(cache), *others],
-            cwd=folder,
-            env={"OMP_NUM_THREADS": "1"} | os.environ,
-            capture_output=True,
-            check=True,
-        )
-        lines = next(Path(folder).glob("logs/*/metrics.jsonl")).read_text().splitlines()
+def images_per_s(processes: int, batch_size: int, together: bool, steps: int, others: list[str], cache: Path) -> float:
+    """The rate of one run of that many processes, or of that many runs side by side.
+
+    Raises:
+        SystemExit: a run failed; with what it said.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if together else []
+    runs = 1 if together else processes
+    options = f"--dataset toy --toy_num 2048 --batch_size {batch_size // runs} --total_step {steps} --log_step {LINE}"
+    command = [sys.executable, *launcher, str(ROOT / "main.py"), *options.split(), "--cache_path", str(cache), *others]
+    with tempfile.TemporaryDirectory() as scratch:
+        started = []
+        for run in range(runs):
+            folder = Path(scratch, str(run))
+            folder.mkdir()
+            gpus = ",".join(map(str, range(processes))) if together else str(run)
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+            with open(folder / "output.txt", "w", encoding="utf-8") as out:
+                started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out))
+        if any([process.wait() for process in started]):
+            raise SystemExit("".join(path.read_text() for path in Path(scratch).glob("*/output.txt")))
+        return sum(map(logged_rate, Path(scratch).iterdir()))
+
+
+def logged_rate(folder: Path) -> float:
+    """The median of the rates in the log of the run in a folder."""
+    lines = next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines()
     return statistics.median(json.loads(line)["images_per_s"] for line in lines[1:])
 
 
@@ -49,14 +64,16 @@ def main() -> None:
     most = torch.cuda.device_count() or os.cpu_count() or 1
     counts = [int(word) for word in arguments.processes.split(",")] if arguments.processes else \
         [2**power for power in range(most.bit_length())]  # fmt: skip
-    print("| processes | batch of all | images/s | efficiency |\n|---|---|---|---|")
+    print("| processes | batch of all | images/s | efficiency | side by side |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
-        first = None
+        one = None
         for count in counts:
             batch = arguments.batch_size * (count if arguments.per_process == "true" else 1)
-            rate = images_per_s(count, batch, arguments.steps, others, Path(cache))
-            first = first or rate / count
-            print(f"| {count} | {batch} | {rate:.1f} | {rate / (count * first):.0%} |", flush=True)
+            rest = arguments.steps, others, Path(cache)
+            rate = images_per_s(count, batch, True, *rest)
+            one = one or rate / count
+            apart = images_per_s(count, batch, False, *rest) if count > 1 else rate
+            print(f"| {count} | {batch} | {rate:.1f} | {rate / (count * one):.0%} | {apart:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

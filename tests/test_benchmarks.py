@@ -6,6 +6,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import scaling
 from baseline import Baseline
 from floor import Rates, Work, floors_ms
 from kill import run_trials
@@ -59,3 +60,14 @@ def test_steps_are_ours_and_on_the_same_inputs():
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_runs_continue_bit_for_bit():
     assert run_trials(5) == (5, 5)
+
+
+def test_scaling_measures_processes_together_and_side_by_side(monkeypatch, capsys):
+    small = "--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --num_workers 0 --device cpu"
+    words = ["scaling.py", "--processes", "2", "--batch_size", "4", "--steps", "15", *small.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    scaling.main()
+    *_, row = capsys.readouterr().out.splitlines()
+    processes, batch, rate, efficiency, apart = row.strip("| ").split(" | ")
+    assert (processes, batch, efficiency) == ("2", "4", "100%")
+    assert float(rate) > 0 and float(apart) > 0

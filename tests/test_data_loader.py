@@ -59,6 +59,14 @@ def test_a_batch_is_a_function_of_seed_and_position(toy):
     assert not torch.equal(toy(seed=1).batch(5), batches[5])
 
 
+def test_checksum_tells_images_and_their_number(tmp_path):
+    def checksum(count, seed):
+        return get_loader(find_source("toy", toy_num=count, seed=seed), 8, 4, cache_path=tmp_path).checksum()
+
+    assert checksum(600, 0) == checksum(600, 0)
+    assert len({checksum(600, 0), checksum(600, 1), checksum(601, 0), checksum(20, 0)}) == 4
+
+
 def test_hflip_mirrors_about_half_reproducibly(toy):
     plain, flipped = toy(), toy(hflip=True)
     mirrored = 0

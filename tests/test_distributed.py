@@ -113,11 +113,15 @@ def free_port():
         return free.getsockname()[1]
 
 
-def process(rank, port, folder):
-    """The body of each of the two."""
+def join(rank, port):
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
+
+
+def process(rank, port, folder):
+    """The body of each of the two."""
+    join(rank, port)
     with connected("cpu") as world:
         found = {"gradients": gradients(folder / "two", world), "talk": talk(world)}
         shared = SharedBatchNorm2d(5)
@@ -143,19 +147,33 @@ def process(rank, port, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
+def blocked(rank, port, folder):
+    """One of the two is killed while the other waits for something that does not notice it, such as a GPU."""
+    join(rank, port)
+    with connected("cpu"):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+
+
+def run_two(target, folder):
+    """Runs it as two processes; returns their exit codes."""
+    port = free_port()
+    processes = [get_context("spawn").Process(target=target, args=(rank, port, folder)) for rank in (0, 1)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(250)
+    return [each.exitcode for each in processes]
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, extractor):
     """The folder of one process's run of three steps, and what two processes found."""
     folder = tmp_path_factory.mktemp("pair")
     shutil.copy(extractor, folder)
     make(folder / "one", version="run", **(RUN | {"total_step": 3})).train()
-    port = free_port()
-    processes = [get_context("spawn").Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(250)
-        assert each.exitcode == 0
+    assert run_two(process, folder) == [0, 0]
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -365,6 +383,13 @@ def test_a_killed_process_ends_all(tmp_path, rank):
     assert time.monotonic() - began < 30
     assert launcher.returncode != 0
     assert err.count(f"error: process {1 - rank}: another process of the run is gone") == 1
+
+
+def test_a_process_that_waits_for_something_else_ends_too(tmp_path, capfd):
+    began = time.monotonic()
+    assert run_two(blocked, tmp_path) == [-signal.SIGKILL, 1]
+    assert time.monotonic() - began < 30
+    assert capfd.readouterr().err.count("error: process 1: another process of the run is gone") == 1
 
 
 @needs_proc

@@ -12,10 +12,9 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -24,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import Elsewhere, UserError
+from lifeline import lifeline
+from shared_norm import SharedBatchNorm2d
 
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a process that died is noticed at once on gloo
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
 BUCKET_MB = 4  # of gradients to send at once: torch's 25 are a whole network's, which leave when backward is over
-NOTICE_SECONDS = 5  # in which the main thread mostly notices by itself that another process died
 MEETING_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
 LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
 
@@ -37,7 +37,7 @@ LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "
 class LostPeer(Exception):
     """Another process of the run is gone, or does not answer; says so with the words of the error that told."""
 
-    def __init__(self, error: Exception):
+    def __init__(self, error: Exception | str):
         reason = " ".join(str(error).split())[:200]
         rank = os.environ["RANK"]
         super().__init__(f"process {rank}: another process of the run is gone or does not answer; {reason}")
@@ -213,7 +213,7 @@ def connected(device: str) -> Iterator[World]:
             "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
         )
         waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        with _listening(rank, size):
+        with lifeline(store, rank, size, STEP_TIMEOUT.total_seconds(), _no_goodbye):
             yield World(rank, size, int(os.environ["LOCAL_RANK"]), waiting)
     except RuntimeError as error:
         if not _is_lost_peer(error):
@@ -222,34 +222,8 @@ def connected(device: str) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-@contextmanager
-def _listening(rank: int, size: int) -> Iterator[None]:
-    """Ends this process soon after another died, even while it waits for a GPU that waits for the dead one.
-
-    Each process listens to the next one of a circle, which says goodbye at its end unless it was killed.
-    """
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=10_000))
-
-    def say_goodbye() -> None:
-        dist.send(torch.empty(1), (rank - 1) % size, group)
-
-    def listen() -> None:
-        try:
-            dist.recv(torch.empty(1), (rank + 1) % size, group)
-        except RuntimeError as error:
-            time.sleep(NOTICE_SECONDS)
-            give_up(LostPeer(error))
-
-    listener = Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        yield
-    except Elsewhere:  # rank 0 may still have to write what was done before
-        with suppress(RuntimeError):  # it had nothing to write, and is gone
-            say_goodbye()
-        raise
-    say_goodbye()
-    listener.join()
+def _no_goodbye() -> None:
+    give_up(LostPeer("it ended without a goodbye"))
 
 
 def give_up(error: LostPeer) -> NoReturn:
@@ -319,47 +293,3 @@ def launch(processes: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batches, all of one size, of all processes: what one process makes of them put together.
-
-    For devices other than CUDA, which torch's SyncBatchNorm does not serve.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> the same shape and type."""
-        if not self.training:
-            return super().forward(x)
-        variance, mean = (value.double() for value in torch.var_mean(x.float(), (0, 2, 3), correction=0))  # (C,)
-        # In float64, where the difference of the two below loses nothing.
-        moments = _Sum.apply(torch.stack([mean, variance + mean.square()])) / dist.get_world_size()
-        mean, variance = moments[0], moments[1] - moments[0].square()
-        self._note(mean.detach(), variance.detach(), dist.get_world_size() * x.numel() // x.shape[1])
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        scale, shift = (value.float().view(1, -1, 1, 1) for value in (scale, shift))
-        return torch.addcmul(shift, x.float(), scale).to(x.dtype)
-
-    @torch.no_grad()
-    def _note(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Moves the running statistics; `count` values went into each mean."""
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.float(), self.momentum)
-        self.running_var.lerp_((variance * (count / (count - 1))).float(), self.momentum)
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of the processes' tensors, the same on all; so is its gradient, of the sum of their losses."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total

@@ -6,9 +6,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 WARM_UP = 3  # eager steps before the recording: they set up what libraries set up lazily, and count as steps
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Tensor]]
+
+
+def may_record(device: torch.device, wanted: str, adv_loss: str, processes: int) -> bool:
+    """Whether to record the step; says why not where that was to be expected.
+
+    Args:
+        wanted: `--cuda_graph`: auto, true or false.
+
+    Raises:
+        UserError: true asks for what cannot be.
+    """
+    if device.type != "cuda" or wanted == "false":
+        return False
+    obstacle = "wgan-gp draws random numbers in it" if adv_loss == "wgan-gp" else ""
+    obstacle = obstacle or ("processes exchange gradients in it" if processes > 1 else "")
+    if obstacle and wanted == "true":
+        raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
+    if obstacle:
+        print(f"the step runs without a CUDA graph: {obstacle}")
+    return not obstacle
 
 
 class StepGraph:

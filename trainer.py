@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 from attention_views import look
@@ -33,7 +33,7 @@ from resuming import advice, changed_options, find_checkpoint
 from run_folders import check_folders, claimed, prepare
 from run_log import read_curves
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
-from step_graph import StepGraph
+from step_graph import StepGraph, may_record
 from utils import (
     EMA,
     FIXED_Z,
@@ -64,7 +64,7 @@ class Trainer:
             self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
             self.precision = pick_precision(config.precision, self.device)
             self.part = world.part(config.batch_size)  # this process's images of a batch
-            records = self._may_record()
+            records = may_record(self.device, config.cuda_graph, config.adv_loss, world.size)
         self.step = 0  # finished generator updates
 
         if config.deterministic:
@@ -79,19 +79,10 @@ class Trainer:
         self.run_G, self.run_D = world.wrap(self.G), world.wrap(self.D)  # .G and .D are what is saved
 
         # Optimizers and loss
-        on_cuda = self.device.type == "cuda"
         # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
-        torch.backends.cudnn.benchmark = on_cuda and not config.deterministic
-        self.g_optimizer, self.d_optimizer = (
-            torch.optim.Adam(
-                network.parameters(),
-                torch.tensor(rate, device=self.device) if on_cuda else rate,  # a recorded step reads it from a tensor
-                (config.beta1, config.beta2),
-                fused=True,
-                capturable=records,
-            )
-            for network, rate in ((self.G, config.g_lr), (self.D, config.d_lr))
-        )
+        torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
+        self.g_optimizer = self._optimizer(self.G, config.g_lr, records)
+        self.d_optimizer = self._optimizer(self.D, config.d_lr, records)
         self.d_loss = D_LOSSES[config.adv_loss]
 
         # Noise
@@ -288,21 +279,11 @@ class Trainer:
             stats = self.d_step(real, z)
         return stats | self.g_step(noises[-1])
 
-    def _may_record(self) -> bool:
-        """Whether to record the step as a CUDA graph; says why not where that was to be expected.
-
-        Raises:
-            UserError: --cuda_graph true asks for what cannot be.
-        """
-        if self.device.type != "cuda" or self.config.cuda_graph == "false":
-            return False
-        obstacle = "wgan-gp draws random numbers in it" if self.config.adv_loss == "wgan-gp" else ""
-        obstacle = obstacle or ("processes exchange gradients in it" if self.world.size > 1 else "")
-        if obstacle and self.config.cuda_graph == "true":
-            raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
-        if obstacle:
-            print(f"the step runs without a CUDA graph: {obstacle}")
-        return not obstacle
+    def _optimizer(self, network: nn.Module, rate: float, recorded: bool) -> torch.optim.Adam:
+        if self.device.type == "cuda":
+            rate = torch.tensor(rate, device=self.device)  # which a recorded step reads anew
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.Adam(network.parameters(), rate, betas, fused=True, capturable=recorded)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

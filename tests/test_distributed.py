@@ -17,11 +17,12 @@ from conftest import SMALL
 from torch import nn
 
 from data_loader import get_loader
-from distributed import LostPeer, Meetings, SharedBatchNorm2d, World, connected, processes_to_start
+from distributed import LostPeer, Meetings, World, connected, processes_to_start
 from errors import Elsewhere, UserError
 from image_sources import find_source
 from parameter import Config
 from sagan_models import SelfAttention
+from shared_norm import SharedBatchNorm2d
 from trainer import Trainer
 
 LOGS = "logs/sagan_celeb"

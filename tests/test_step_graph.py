@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from step_graph import WARM_UP, StepGraph
+from errors import UserError
+from step_graph import WARM_UP, StepGraph, may_record
 
 
 class FakeGraph:
@@ -83,3 +84,15 @@ def test_a_recording_that_fails(fake_cuda, monkeypatch, capsys, may_step_aside):
             inputs = [torch.full((2, 3), float(call))], [torch.randn(4)]
             assert graph(*inputs)["total"] == step(*inputs)["total"]
         assert capsys.readouterr().out.count("without a CUDA graph") == 1
+
+
+def test_what_cannot_be_recorded_steps_aside_with_one_line(capsys):
+    gpu = torch.device("cuda")
+    assert may_record(gpu, "auto", "hinge", 1)
+    assert not may_record(gpu, "false", "hinge", 1) and not may_record(torch.device("cpu"), "true", "hinge", 1)
+    assert not capsys.readouterr().out
+    assert not may_record(gpu, "auto", "hinge", 2) and not may_record(gpu, "auto", "wgan-gp", 1)
+    assert capsys.readouterr().out.count("the step runs without a CUDA graph: ") == 2
+    for impossible in (("hinge", 2), ("wgan-gp", 1)):
+        with pytest.raises(UserError, match="--cuda_graph true"):
+            may_record(gpu, "true", *impossible)

@@ -1,0 +1,89 @@
+"""Connections between the processes of a run on which nothing is said but goodbye: who is gone without one has died.
+
+What exchanges tensors does not always notice: a GPU waits minutes for another machine's that no longer answers.
+"""
+
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Event, Thread
+
+from torch.distributed import Store
+
+from errors import Elsewhere
+
+NOTICE_SECONDS = 5  # in which the main thread mostly notices by itself that another process died
+KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a dead machine or link shows after 20 seconds
+
+
+@contextmanager
+def lifeline(store: Store, rank: int, size: int, seconds: float, on_death: Callable[[], None]) -> Iterator[None]:
+    """Calls `on_death`, in a thread, soon after another process left the context in other ways than those named here.
+
+    Each holds a connection to rank 0, and so hears of the death of any through the end of rank 0. It says goodbye
+    when the context ends without an exception, or with `Elsewhere`: then rank 0 may still have something to write.
+
+    Args:
+        store: through which rank 0 says where it can be reached, at `MASTER_ADDR`.
+        seconds: to wait for the others at the beginning.
+
+    Raises:
+        OSError: the others cannot be reached.
+    """
+    over = Event()
+    with ExitStack() as stack:
+        lines = [stack.enter_context(line) for line in _connect(store, rank, size, seconds)]
+        watcher = Thread(target=_watch, args=(lines, over, on_death), daemon=True)
+        watcher.start()
+        farewell = False
+        try:
+            yield
+            farewell = True
+        except Elsewhere:
+            farewell = True
+            raise
+        finally:
+            over.set()
+            watcher.join()
+            for line in lines if farewell else ():
+                with suppress(OSError):  # who is gone needs none
+                    line.send(b".")
+
+
+def _connect(store: Store, rank: int, size: int, seconds: float) -> Sequence[socket.socket]:
+    """Rank 0's connections to all others, or another's to rank 0."""
+    if rank:
+        address = os.environ["MASTER_ADDR"], int(store.get("lifeline"))  # waits for it
+        lines = [socket.create_connection(address, seconds)]
+    else:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        with socket.create_server(
+            ("", 0), family=family, backlog=size, dualstack_ipv6=family == socket.AF_INET6
+        ) as server:
+            server.settimeout(seconds)
+            store.set("lifeline", str(server.getsockname()[1]))
+            lines = [server.accept()[0] for _ in range(size - 1)]
+    for line in lines:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            if hasattr(socket, option):
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return lines
+
+
+def _watch(lines: Sequence[socket.socket], over: Event, on_death: Callable[[], None]) -> None:
+    lines = {*lines}
+    while lines and not over.is_set():
+        for line in select.select(lines, [], [], 0.2)[0]:
+            lines.remove(line)
+            if not _said_goodbye(line) and not over.wait(NOTICE_SECONDS):
+                on_death()
+
+
+def _said_goodbye(line: socket.socket) -> bool:
+    try:
+        return line.recv(1) != b""
+    except OSError:
+        return False

@@ -27,7 +27,7 @@ from lifeline import lifeline
 from shared_norm import SharedBatchNorm2d
 
 T = TypeVar("T")
-STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a process that died is noticed at once on gloo
+STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a death is noticed sooner
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
 BUCKET_MB = 4  # of gradients to send at once: torch's 25 are a whole network's, which leave when backward is over
 MEETING_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
@@ -180,14 +180,14 @@ class Meetings:
 
     def __init__(self, world: World, step: int):
         self._world = world
-        self._last, self._next = (step, time.monotonic()), step + 1
+        self._last, self._next = (step, time.perf_counter()), step + 1
 
     def is_due(self, step: int) -> bool:
         return self._world.size == 1 or step >= self._next
 
     def held(self, step: int) -> None:
         """To be called by all after each meeting, also one that was held before it was due."""
-        now, (step_then, then) = time.monotonic(), self._last
+        now, (step_then, then) = time.perf_counter(), self._last
         pace = (step - step_then) / (now - then)  # steps a second; too low if the meeting took long, but not for long
         self._last, self._next = (step, now), step + self._world.largest(max(1, round(MEETING_SECONDS * pace)))
 

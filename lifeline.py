@@ -20,10 +20,10 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a dead
 
 @contextmanager
 def lifeline(store: Store, rank: int, size: int, seconds: float, on_death: Callable[[], None]) -> Iterator[None]:
-    """Calls `on_death`, in a thread, soon after another process left the context in other ways than those named here.
+    """Calls `on_death`, in a thread, some seconds after another process is gone without a goodbye.
 
-    Each holds a connection to rank 0, and so hears of the death of any through the end of rank 0. It says goodbye
-    when the context ends without an exception, or with `Elsewhere`: then rank 0 may still have something to write.
+    A process says it when its context ends in order, or with `Elsewhere`: then rank 0 may still have to write what it
+    did before. All have a connection to rank 0 alone; that rank 0 gives up is how the others hear of a death.
 
     Args:
         store: through which rank 0 says where it can be reached, at `MASTER_ADDR`.

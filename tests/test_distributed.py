@@ -437,3 +437,20 @@ def test_machines_with_different_images_are_told(tmp_path):
     said, codes = on_two_machines(tmp_path, b=["--toy_num", "44"])
     assert 0 not in codes
     assert "".join(err for _, err in said.values()).count("error: the machines of this run hold different images") == 1
+
+
+def test_parallel_starts_a_process_for_each_gpu(tmp_path):
+    """As if there were two, though the processes find that they have none; the exit code is theirs."""
+    words = [str(ROOT / "main.py"), *TOY, "--device", "auto", "--parallel", "true", "--total_step", "2"]
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words}; import torch, main; "
+        "torch.cuda.device_count = lambda: 2; sys.exit(main.main())"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    for code, said in ((0, "in each of 2 processes"), (2, "has results of an earlier run")):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.count("--parallel true starts 2 processes") == 1
+        assert (done.stdout + done.stderr).count(said) == 1
+        assert "Traceback" not in done.stderr

@@ -1,6 +1,8 @@
 """What the tests share: small networks, a toy run in a temporary folder, the oracle's weights."""
 
+import json
 import shutil
+import socket
 import warnings
 import zlib
 from pathlib import Path
@@ -100,6 +102,22 @@ def browser(tmp_path_factory):
         options.binary_location = binary
     with Chrome(options, Service(driver)) as chrome:
         yield chrome
+
+
+def log_lines(folder):
+    """Those of a run's log, as far as it is written."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def log(folder):
+    return [json.loads(line) for line in log_lines(folder)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:

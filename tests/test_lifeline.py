@@ -1,4 +1,4 @@
-"""Three threads in place of processes; that a killed process ends the others is in test_distributed.py."""
+"""Three threads in place of processes; that a killed process ends the others is in test_torchrun.py."""
 
 from threading import Barrier, Event, Thread
 

@@ -93,9 +93,9 @@ class Loader:
         return self._cache[1]
 
     def checksum(self) -> int:
-        """A number that tells one set of images, in one order, from another: of about 256 of them, and how many."""
+        """A number that tells one set of images, in one order, from another: of up to 256 of them, and how many."""
         count = len(self.images)
-        return zlib.crc32(self.images[:: max(1, count // 256)].cpu().numpy().tobytes(), count)
+        return zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
 
     @cached_property
     def _cache(self) -> tuple[Tensor, list[str]]:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Event, Thread
 
-from torch.distributed import Store
+from torch.distributed import DistNetworkError, Store
 
 from errors import Elsewhere
 
 NOTICE_SECONDS = 5  # in which the main thread mostly notices by itself that another process died
-KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a dead machine or link shows after 20 seconds
+WRITE_SECONDS = 15  # the same for rank 0, which then writes what is not written yet
+# A dead machine or link shows after 20 seconds. macOS has another name for the first.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 @contextmanager
@@ -30,12 +32,17 @@ def lifeline(store: Store, rank: int, size: int, seconds: float, on_death: Calla
         seconds: to wait for the others at the beginning.
 
     Raises:
-        OSError: the others cannot be reached.
+        DistNetworkError: the others cannot be reached.
     """
     over = Event()
     with ExitStack() as stack:
-        lines = [stack.enter_context(line) for line in _connect(store, rank, size, seconds)]
-        watcher = Thread(target=_watch, args=(lines, over, on_death), daemon=True)
+        try:
+            lines = [stack.enter_context(line) for line in _connect(store, rank, size, seconds)]
+        except OSError as error:
+            where = f"{os.environ['MASTER_ADDR']}, port {store.get('lifeline').decode()}"
+            raise DistNetworkError(f"no connection to the first process at {where}: {error}") from error
+        patience = NOTICE_SECONDS if rank else WRITE_SECONDS
+        watcher = Thread(target=_watch, args=(lines, over, patience, on_death), daemon=True)
         watcher.start()
         farewell = False
         try:
@@ -73,12 +80,12 @@ def _connect(store: Store, rank: int, size: int, seconds: float) -> Sequence[soc
     return lines
 
 
-def _watch(lines: Sequence[socket.socket], over: Event, on_death: Callable[[], None]) -> None:
+def _watch(lines: Sequence[socket.socket], over: Event, patience: float, on_death: Callable[[], None]) -> None:
     lines = {*lines}
     while lines and not over.is_set():
         for line in select.select(lines, [], [], 0.2)[0]:
             lines.remove(line)
-            if not _said_goodbye(line) and not over.wait(NOTICE_SECONDS):
+            if not _said_goodbye(line) and not over.wait(patience):
                 on_death()
 
 

@@ -248,7 +248,9 @@ class Config:
         started this process, it does so again.
         """
         changed = dataclasses.replace(self, overwrite=False, **changes)
-        words = [*(["python"] if self.parallel else _launcher()), "main.py"]  # --parallel uses torchrun by itself
+        one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        # --parallel starts torchrun by itself, on this machine.
+        words = [*(["python"] if self.parallel and one_machine else _launcher()), "main.py"]
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:

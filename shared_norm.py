@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -41,6 +42,7 @@ class _Normalize(torch.autograd.Function):
         return _affine(x, scale, bias - mean * scale).to(x.dtype), mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         x, weight, mean, inverse_std = ctx.saved_tensors
         grad, x, dtype = grad.float(), x.float(), x.dtype

@@ -152,7 +152,10 @@ class Trainer:
         agreed = world.agree(self.loader.checksum)
         with world.united():
             if not agreed:
-                raise UserError("the machines of this run hold different images: copy the same ones to all of them")
+                raise UserError(
+                    "the machines of this run hold different images, or decode them differently: copy the images, or "
+                    "the folder of --cache_path, from one to all"
+                )
         with ExitStack() as claims:
             world.first(self._open, claims)
             try:

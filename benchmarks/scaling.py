@@ -6,7 +6,8 @@
 `--batch_size` is that of all together ("the same work, sooner"), or with `--per_process true` of each ("more work in
 the same time"). Each count is a torchrun of the whole program, `main.py`; the rate is the median of the log's, without
 the first line, so that data, logging and the talk between processes are in it. "Side by side" is the sum of as many
-runs with a process each: what the machine gives to processes that do not wait for each other.
+runs with a process each: what the machine gives to processes that do not wait for each other. On GPUs add
+`--cuda_graph false`, or single processes replay a recorded step, which several together cannot.
 """
 
 import argparse
@@ -33,17 +34,19 @@ def images_per_s(processes: int, batch_size: int, together: bool, steps: int, ot
     options = f"--dataset toy --toy_num 2048 --batch_size {batch_size // runs} --total_step {steps} --log_step {LINE}"
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *options.split(), "--cache_path", str(cache), *others]
     with tempfile.TemporaryDirectory() as scratch:
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
         started = []
         for run in range(runs):
             folder = Path(scratch, str(run))
             folder.mkdir()
-            gpus = ",".join(map(str, range(processes))) if together else str(run)
-            environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+            environment = {"OMP_NUM_THREADS": "1", **os.environ}
+            if not together:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[run % len(gpus)]
             with open(folder / "output.txt", "w", encoding="utf-8") as out:
                 started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out))
         if any([process.wait() for process in started]):
             raise SystemExit("".join(path.read_text() for path in Path(scratch).glob("*/output.txt")))
-        return sum(map(logged_rate, Path(scratch).iterdir()))
+        return sum([logged_rate(folder) for folder in Path(scratch).iterdir()])
 
 
 def logged_rate(folder: Path) -> float:

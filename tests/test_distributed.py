@@ -303,6 +303,7 @@ def test_a_lost_process_is_one_line(monkeypatch):
     assert issubclass(LostPeer, Exception) and not issubclass(LostPeer, UserError)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process as POSIX does")
 def test_a_process_that_waits_for_something_else_ends_too(tmp_path, capfd):
     began = time.monotonic()
     assert run_two(blocked, tmp_path) == [-signal.SIGKILL, 1]

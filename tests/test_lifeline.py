@@ -1,5 +1,6 @@
 """Three threads in place of processes; that a killed process ends the others is in test_torchrun.py."""
 
+import socket
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -17,6 +18,7 @@ class Crash(Exception):
 def run(monkeypatch):
     """Runs three processes, the first of which leaves as told; returns who was told of a death."""
     monkeypatch.setattr(lifeline, "NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(lifeline, "WRITE_SECONDS", 0.2)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
 
     def run(leaver: int, error: type[Exception] | None) -> set[int]:
@@ -55,3 +57,13 @@ def test_who_says_goodbye_is_not_dead(run, leaver, error):
 def test_rank_0_hears_of_any_death_and_all_of_its_own(run):
     assert run(0, Crash) == {1, 2}
     assert run(1, Crash) == {0}
+
+
+def test_the_first_process_cannot_be_reached(monkeypatch):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    store = dist.HashStore()
+    store.set("lifeline", str(port))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(dist.DistNetworkError, match=f"localhost, port {port}"), lifeline.lifeline(store, 1, 2, 5, int):
+        pass

@@ -95,6 +95,7 @@ def test_command_starts_what_started_this_process(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     assert Config().command() == "torchrun --nproc_per_node=8 --max_restarts=3 --nnodes=2 ... main.py"
+    assert Config(parallel=True).command().startswith("torchrun")
 
 
 def test_summary_names_every_option():

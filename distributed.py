@@ -29,9 +29,7 @@ from shared_norm import SharedBatchNorm2d
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a death is noticed sooner
 WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
-BUCKET_MB = (
-    4  # of gradients to send at once: torch's 25 hold nearly a whole network's, which leave when backward is over
-)
+BUCKET_MB = 4  # of gradients to send at once: torch's 25 hold most of a network's, and leave when backward is over
 MEETING_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
 LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
 

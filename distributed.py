@@ -121,7 +121,7 @@ class World:
         if self.size == 1:
             return True
         number = count()
-        return self._smallest(number) == -self._smallest(-number)
+        return self._smallest(number) == self.largest(number)
 
     @contextmanager
     def united(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ def images_per_s(processes: int, batch_size: int, together: bool, steps: int, ot
     options = f"--dataset toy --toy_num 2048 --batch_size {batch_size // runs} --total_step {steps} --log_step {LINE}"
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *options.split(), "--cache_path", str(cache), *others]
     with tempfile.TemporaryDirectory() as scratch:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes)))).split(",")
         started = []
         for run in range(runs):
             folder = Path(scratch, str(run))

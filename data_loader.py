@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.sources import Source, decode_chunk
 from errors import UserError
-from image_sources import Source, decode_chunk
 
 FORMAT = 1  # of a cache; others are rebuilt
 CHUNK = 256  # images that a worker decodes at a time
 STALE_SECONDS = 3600  # a build that has written nothing for so long is dead
-DEVICE_SHARE = 0.5  # of the GPU's free memory that the images may take
+MAX_GPU_MEMORY_FRACTION = 0.5  # of the GPU's free memory that the images may take
 
 
 def get_loader(
@@ -104,7 +104,7 @@ class Loader:
         images = torch.from_numpy(images)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            if images.nbytes < DEVICE_SHARE * free:
+            if images.nbytes < MAX_GPU_MEMORY_FRACTION * free:
                 images = images.to(self.device)
         return images, skipped
 
@@ -124,12 +124,12 @@ class Loader:
         if epoch != self._epoch:
             self._shuffle(epoch)
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        batch = to_floats(self._gather(self._order[rows][part]))
+        batch = to_model_range(self._fetch(self._order[rows][part]))
         if self.hflip:
             batch = torch.where(self._flip[rows][part], batch.flip(3), batch)
         return batch
 
-    def _gather(self, rows: Tensor) -> Tensor:
+    def _fetch(self, rows: Tensor) -> Tensor:
         """The images of these rows, (B, S, S, 3) uint8, on the device."""
         if self.images.is_cuda or self.device.type != "cuda":
             return self.images[rows].to(self.device)
@@ -157,7 +157,7 @@ class Loader:
         self._epoch = epoch
 
 
-def to_floats(pixels: Tensor) -> Tensor:
+def to_model_range(pixels: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 in [-1, 1], channels last in memory."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 

@@ -15,7 +15,7 @@ class UserError(Exception):
     """
 
 
-class Elsewhere(Exception):
+class PeerFailed(Exception):
     """Another process of the run failed and says why: this one ends without a word."""
 
 
@@ -25,7 +25,7 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def silence_other_ranks() -> Iterator[None]:
     """What is printed inside is dropped where torchrun started this process as another than the first."""
     with ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":

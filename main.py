@@ -13,14 +13,14 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from errors import Elsewhere, UserError, one_voice, warn
+from errors import PeerFailed, UserError, silence_other_ranks, warn
 from parameter import Config, get_parameters
 
 if TYPE_CHECKING:
     import torch
 
     from data_loader import Loader
-    from distributed import World
+    from training.distributed import Ranks
 
 
 def main() -> int:
@@ -28,11 +28,11 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
     try:
-        with one_voice():
+        with silence_other_ranks():
             config = get_parameters()
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while the data is decoded: clear up, then end
             return run(config)
-    except Elsewhere:
+    except PeerFailed:
         time.sleep(2)  # a launcher ends all processes when one ends: let the one speak that knows why
         return 2
     except UserError as error:
@@ -48,35 +48,41 @@ def main() -> int:
 
 def run(config: Config) -> int:
     """Runs `config` in this process, or in several that it starts, or as one of several; returns the exit code."""
-    from distributed import LostPeer, connected, give_up, launch, processes_to_start  # here, as all that imports torch:
+    from training.distributed import (  # here, as all that imports torch:
+        RankLost,
+        give_up,
+        launch,
+        process_group,
+        processes_to_start,
+    )
     # --help and bad options do not wait for it
 
     if config.parallel and config.train and (processes := processes_to_start(config.device)) > 1:
         return launch(processes)
     try:
-        with connected(config.device) as world:
-            return work(config, world)
-    except LostPeer as error:
+        with process_group(config.device) as ranks:
+            return work(config, ranks)
+    except RankLost as error:
         give_up(error)
 
 
-def work(config: Config, world: "World") -> int:
-    """Trains or evaluates as `config` says, as one of the processes of `world`; returns the exit code."""
+def work(config: Config, ranks: "Ranks") -> int:
+    """Trains or evaluates as `config` says, as one of the processes of `ranks`; returns the exit code."""
     import torch
 
     from tester import Tester
     from trainer import Trainer
-    from utils import is_out_of_memory, pick_device, tune_malloc
+    from utils import is_out_of_memory, resolve_device, tune_malloc
 
-    with world.united():
-        device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+    with ranks.raise_together():
+        device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
     if config.tune_malloc and device.type == "cpu":
         tune_malloc()
     torch.manual_seed(config.seed)
     try:
         if config.train:
-            return Trainer(world.in_turn(lambda: _loader(config, device)), config, world).train()
-        return world.first(lambda: Tester(config, _loader_if_any(config, device)).test())
+            return Trainer(ranks.rank_zero_first(lambda: _loader(config, device)), config, ranks).train()
+        return ranks.on_rank_zero(lambda: Tester(config, _loader_if_any(config, device)).test())
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -85,7 +91,7 @@ def work(config: Config, world: "World") -> int:
 
 def _loader(config: Config, device: "torch.device") -> "Loader":
     from data_loader import get_loader
-    from image_sources import find_source
+    from datasets.sources import find_source
 
     source = find_source(
         config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed

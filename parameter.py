@@ -44,7 +44,7 @@ def matches(pattern: str, words: str) -> Rule:
     return Rule(lambda value: re.fullmatch(pattern, value) is not None, words)
 
 
-def some_of(*choices: str) -> Rule:
+def subset_of(*choices: str) -> Rule:
     return Rule(
         lambda value: set(value.split(",")) <= {*choices}, "one or more of " + ", ".join(choices) + ", with commas"
     )
@@ -150,7 +150,7 @@ class Config:
         None,
         "measures of generated images, in --train false and while training: FID, KID, Inception score, precision and "
         "recall, share with a face",
-        some_of(*METRICS),
+        subset_of(*METRICS),
     )
     metric_step: int = option(10_000, "steps between two evaluations while training", at_least(1))
     metric_num: int = option(10_000, "generated images that are measured", between(10, 1_000_000))
@@ -222,7 +222,7 @@ class Config:
 
     @property
     def architecture(self) -> dict[str, int]:
-        """The options that decide the shapes of the weights: a checkpoint fits where these agree."""
+        """The options that decide the shapes of the weights: a checkpoint fits where these all_equal."""
         return {name: getattr(self, name) for name in ("imsize", "z_dim", "g_conv_dim", "d_conv_dim")}
 
     def summary(self) -> str:

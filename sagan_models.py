@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attend, attention_map
+from networks.attention import attend, attention_map
 from spectral import SpectralNorm
 
 IMAGE_SIZES = (32, 64, 128, 256)

@@ -59,7 +59,7 @@ class SpectralNorm(nn.Module):
         return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))
 
     @torch.no_grad()
-    def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _power_iteration(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Advances u and v by power iteration; returns this forward's own copies of them, and ``W v``.
 
         Copies, because a second forward before the backward moves the buffers on, and autograd needs the vectors
@@ -99,7 +99,7 @@ class SpectralNorm(nn.Module):
         if not self.training:
             return self.sigma()
         matrix = self._state()[0].flatten(1)  # (rows, columns)
-        return _Sigma.apply(matrix, *self._iterate(matrix))
+        return _Sigma.apply(matrix, *self._power_iteration(matrix))
 
 
 class _Sigma(torch.autograd.Function):

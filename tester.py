@@ -15,21 +15,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import checkpoint
-from attention_views import even_reach, look, mean_reach, reach_table
-from charts import line_chart
-from data_loader import Loader, to_floats
-from evaluation import check_metrics, measure
-from explorer import write_explorer
-from nearest import nearest_images
-from noise import seeded_noise, slerp
-from numbered import numbered_files, spread
+from data_loader import Loader, to_model_range
+from metrics.evaluation import check_metrics, measure
+from metrics.nearest import nearest_images
+from networks.latents import sample_z, slerp
 from parameter import Config
-from progress import progress
-from run_log import read_curves
 from sagan_models import Discriminator, Generator
-from utils import MEASURED, SAMPLES, WAYS, derive_seed, evaluating, pick_device
-from visualize import animation, attention_figures, nearest_figure, progress_frames, sample_grid, to_pixels
+from training import checkpoint
+from training.log import read_curves
+from utils import (
+    SEED_INTERPOLATION,
+    SEED_METRICS,
+    SEED_SAMPLES,
+    derive_seed,
+    eval_mode,
+    evenly_spaced,
+    files_by_step,
+    progress,
+    resolve_device,
+)
+from visuals.attention_stats import (
+    collect_attention,
+    format_attention_stats,
+    mean_attention_stats,
+    uniform_attention_stats,
+)
+from visuals.curves import line_chart
+from visuals.explorer import write_explorer
+from visuals.figures import animation, attention_figures, nearest_figure, progress_frames, sample_grid, to_pixels
 
 BETWEEN = 10  # images from one end of an interpolation to the other
 COMPARED, NEIGHBOURS = 8, 5  # samples whose nearest training images are shown, and how many of these
@@ -52,7 +65,7 @@ class Tester:
 
     def __init__(self, config: Config, loader: Loader | None):
         self.config, self.loader = config, loader
-        self.device = pick_device(config.device)
+        self.device = resolve_device(config.device)
         check_metrics(config, self.device)
         wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
         saved = checkpoint.load(config.model_folder, wanted, config.architecture)
@@ -75,7 +88,7 @@ class Tester:
         config.attn_folder.mkdir(parents=True, exist_ok=True)
         average = "the averaged generator" if self.is_averaged else "the generator"
         print(f"{average} after step {self.step}, on {self.device}")
-        with evaluating(self.G, self.D):
+        with eval_mode(self.G, self.D):
             self._samples()
             self._interpolations()
             self._progress()
@@ -89,10 +102,10 @@ class Tester:
         print("  " + "  ".join(sorted(path.name + "/" * path.is_dir() for path in self.folder.iterdir())))
         return 0
 
-    def _noise(self, count: int, stream: int = SAMPLES) -> Tensor:
+    def _noise(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
         """Noise (count, z_dim), other numbers for each stream."""
         seed = derive_seed(self.config.seed, stream)
-        return seeded_noise(seed, count, self.config.z_dim, self.device, self.config.truncation)
+        return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
 
     def _samples(self) -> None:
         """Single images, and the first batch of them as a grid."""
@@ -107,7 +120,7 @@ class Tester:
 
     def _interpolations(self) -> None:
         """From one z to another, `g_num` times: as rows of a picture, and moving there and back."""
-        start, end = self._noise(2 * self.config.g_num, stream=WAYS).chunk(2)
+        start, end = self._noise(2 * self.config.g_num, stream=SEED_INTERPOLATION).chunk(2)
         columns = [self.G(z) for z in slerp(start, end, BETWEEN).unbind(1)]  # BETWEEN of (g_num, 3, S, S)
         sample_grid(torch.stack(columns, 1).flatten(0, 1), columns=BETWEEN).save(self.folder / "interpolation.png")
         frames = [sample_grid(column, columns=len(start)) for column in columns]
@@ -115,15 +128,17 @@ class Tester:
 
     def _progress(self) -> None:
         """The fixed z through training."""
-        grids = numbered_files(self.config.sample_folder, "ema.png" if self.is_averaged else "fake.png")
-        grids = {step: grids[step] for step in spread([step for step in grids if step <= self.step], PROGRESS_FRAMES)}
+        grids = files_by_step(self.config.sample_folder, "ema.png" if self.is_averaged else "fake.png")
+        grids = {
+            step: grids[step] for step in evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
+        }
         if frames := progress_frames(grids):
             animation(self.folder / "progress.gif", frames, seconds=0.25)
 
     def _attention(self) -> None:
         """A figure for each layer, and the explorer."""
         real = self.loader.batch(0)[: self.config.g_num] if self.loader else None
-        shown = look(self.G, self.D, self._noise(self.config.g_num), real)
+        shown = collect_attention(self.G, self.D, self._noise(self.config.g_num), real)
         for name, figure in attention_figures(shown, self.step).items():
             figure.save(self.folder / f"{name}.png")
         path = write_explorer(self.config.attn_folder, self.config.version, self.step, shown)
@@ -136,11 +151,11 @@ class Tester:
     def _reach(self) -> None:
         """How far each layer looks, over many generated images."""
         batches = progress(self._noise(SUMMARY_IMAGES).split(32), "how far attention looks", "batch")
-        layers = mean_reach(look(self.G, self.D, z, None)[0] for z in batches)
+        layers = mean_attention_stats(collect_attention(self.G, self.D, z, None)[0] for z in batches)
         print(f"how far attention looks, over {SUMMARY_IMAGES} images, beside looking evenly everywhere:")
-        print(textwrap.indent(reach_table(layers), "  "))
+        print(textwrap.indent(format_attention_stats(layers), "  "))
         numbers = {
-            layer: {"side": side, **mine._asdict(), "even": even_reach(side)._asdict()}
+            layer: {"side": side, **mine._asdict(), "even": uniform_attention_stats(side)._asdict()}
             for layer, (side, mine) in layers.items()
         }
         (self.folder / "attention.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
@@ -150,9 +165,9 @@ class Tester:
         images = self.loader.images
         samples = self.G(self._noise(COMPARED))
         found = nearest_images(samples, images, NEIGHBOURS)
-        neighbours = to_floats(images[found.indices.flatten().to(images.device)]).unflatten(0, found.indices.shape)
+        neighbours = to_model_range(images[found.indices.flatten().to(images.device)]).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
-        some = to_floats(images[chosen.to(images.device)])
+        some = to_model_range(images[chosen.to(images.device)])
         apart = nearest_images(some, images, 2).distances[:, 1]  # the first is itself
         footer = (
             "Below each its distance: the root mean square of the pixels' differences, which are from -1 to 1.\n"
@@ -163,7 +178,7 @@ class Tester:
 
     def _metrics(self) -> None:
         """What `--metrics` asks for, also as a file."""
-        z = self._noise(self.config.metric_num, stream=MEASURED)
+        z = self._noise(self.config.metric_num, stream=SEED_METRICS)
         found = measure(self.config, self.G, z, self.loader)
         print(f"metrics of {len(z)} images: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         numbers = {"step": self.step, "images": len(z), "averaged": self.is_averaged, **found}

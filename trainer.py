@@ -18,65 +18,65 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-from attention_views import look
 from data_loader import Loader
-from distributed import Meetings, World
-from divergence import MANY, Diverged, Watch
 from errors import UserError, warn
-from evaluation import check_metrics, measure
-from losses import D_LOSSES, g_loss, gradient_penalty
-from noise import seeded_noise
+from metrics.evaluation import check_metrics, measure
+from networks.latents import sample_z
+from networks.losses import D_LOSSES, g_loss, gradient_penalty
 from parameter import Config
-from recorder import Recorder
-from resuming import advice, changed_options, find_checkpoint
-from run_folders import check_folders, claimed, prepare
-from run_log import read_curves
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
-from step_graph import StepGraph, may_record
+from training import checkpoint
+from training.cuda_graph import GraphedStep, can_capture
+from training.distributed import Ranks, SyncSchedule
+from training.divergence import MANY, NonFiniteError, NonFiniteGuard
+from training.log import read_curves
+from training.recorder import Recorder
+from training.resuming import advice, changed_options, load_resume_checkpoint
+from training.run_folders import check_folders, lock_folders, prepare
 from utils import (
     EMA,
-    FIXED_Z,
-    MEASURED,
-    STEPS,
+    SEED_FIXED_Z,
+    SEED_METRICS,
+    SEED_STEP,
     StopSignals,
     derive_seed,
-    evaluating,
-    frozen,
+    eval_mode,
     make_deterministic,
-    pick_device,
-    pick_precision,
+    no_param_grads,
+    resolve_device,
+    resolve_precision,
     set_learning_rate,
 )
-from visualize import sample_grid
+from visuals.attention_stats import collect_attention
+from visuals.figures import sample_grid
 
 
 class Trainer:
-    """Trains `G` and `D` on a loader's batches as `config` says, together with the other processes of `world`.
+    """Trains `G` and `D` on a loader's batches as `config` says, together with the other processes of `ranks`.
 
     Raises:
         UserError: the device or the checkpoint asked for is not there, or does not fit.
     """
 
-    def __init__(self, loader: Loader, config: Config, world: World = World()):  # noqa: B008  it cannot change
-        self.loader, self.config, self.world = loader, config, world
-        with world.united():
-            self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
-            self.precision = pick_precision(config.precision, self.device)
-            self.part = world.part(config.batch_size)  # this process's images of a batch
-            records = may_record(self.device, config.cuda_graph, config.adv_loss, world.size)
+    def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it cannot change
+        self.loader, self.config, self.ranks = loader, config, ranks
+        with ranks.raise_together():
+            self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
+            self.precision = resolve_precision(config.precision, self.device)
+            self.part = ranks.shard(config.batch_size)  # this process's images of a batch
+            records = can_capture(self.device, config.cuda_graph, config.adv_loss, ranks.size)
         self.step = 0  # finished generator updates
 
         if config.deterministic:
             make_deterministic()
 
         # Networks
-        self.G = world.normalize(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
+        self.G = ranks.convert_sync_batchnorm(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
         self.D = Discriminator(config.imsize, config.d_conv_dim)
         for network in (self.G, self.D):
             network.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.G, config.ema_decay)
-        self.run_G, self.run_D = world.wrap(self.G), world.wrap(self.D)  # .G and .D are what is saved
+        self.run_G, self.run_D = ranks.wrap_ddp(self.G), ranks.wrap_ddp(self.D)  # .G and .D are what is saved
 
         # Optimizers and loss
         # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
@@ -87,15 +87,15 @@ class Trainer:
 
         # Noise
         self.random = torch.Generator(self.device)
-        z_seed = derive_seed(config.seed, FIXED_Z)
-        self.fixed_z = seeded_noise(z_seed, config.batch_size, config.z_dim, self.device)
+        z_seed = derive_seed(config.seed, SEED_FIXED_Z)
+        self.fixed_z = sample_z(z_seed, config.batch_size, config.z_dim, self.device)
 
         self.run_updates = self._updates
         if records:
-            self.run_updates = StepGraph(self._updates, self.device, may_step_aside=config.cuda_graph == "auto")
-        self.watch = Watch()
-        if saved := world.first(find_checkpoint, config):
-            with world.united():
+            self.run_updates = GraphedStep(self._updates, self.device, allow_fallback=config.cuda_graph == "auto")
+        self.watch = NonFiniteGuard()
+        if saved := ranks.on_rank_zero(load_resume_checkpoint, config):
+            with ranks.raise_together():
                 self._resume(saved)
 
     def d_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class Trainer:
             "d_fake": fake_logits.mean(),
         }
         if self.config.adv_loss == "wgan-gp":
-            stats["d_penalty"] = gradient_penalty(self._plain_critic, real, fake, self._mix())
+            stats["d_penalty"] = gradient_penalty(self._critic_with_double_backward, real, fake, self._mix())
             stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
         self.d_optimizer.zero_grad()
         stats["d_loss"].backward()
@@ -131,7 +131,7 @@ class Trainer:
 
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
         """One update of the generator on noise z (B, z_dim). Returns g_loss, detached and 0-d."""
-        with frozen(self.D):  # its own gradients would be thrown away
+        with no_param_grads(self.D):  # its own gradients would be thrown away
             with self._autocast():
                 loss = g_loss(self.D(self.run_G(z)).float())
             self.g_optimizer.zero_grad()
@@ -145,22 +145,22 @@ class Trainer:
         Raises:
             UserError: a result folder cannot be written or is in use, the data cannot be read, or the run diverged.
         """
-        config, world = self.config, self.world
-        world.first(self._check)
+        config, ranks = self.config, self.ranks
+        ranks.on_rank_zero(self._check)
         # Opens the data: what is wrong with it is said before a folder is made.
-        world.in_turn(lambda: self.loader.skipped)
-        agreed = world.agree(self.loader.checksum)
-        with world.united():
+        ranks.rank_zero_first(lambda: self.loader.skipped)
+        agreed = ranks.all_equal(self.loader.checksum)
+        with ranks.raise_together():
             if not agreed:
                 raise UserError(
                     "the machines of this run hold different images, or decode them differently: copy the images, or "
                     "the folder of --cache_path, from one to all"
                 )
         with ExitStack() as claims:
-            world.first(self._open, claims)
+            ranks.on_rank_zero(self._open, claims)
             try:
                 received = self._loop()
-            except Diverged as error:
+            except NonFiniteError as error:
                 raise UserError(advice(config, error)) from error
         if received:
             name = signal.Signals(received).name
@@ -180,10 +180,10 @@ class Trainer:
     def _open(self, claims: ExitStack) -> None:
         """Claims the folders until `claims` ends, clears them, and begins the run's results."""
         config = self.config
-        claims.enter_context(claimed(config))
+        claims.enter_context(lock_folders(config))
         prepare(config, self.step, self.loader.skipped)
         print(config.summary())
-        shared = f" in each of {self.world.size} processes" if self.world.size > 1 else ""
+        shared = f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
         print(
             f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}{shared}, "
             f"{len(self.loader)} batches of {config.batch_size} images an epoch"
@@ -198,29 +198,29 @@ class Trainer:
 
     def _loop(self) -> int:
         """Takes steps until `total_step`, and returns 0, or until a signal to any process, and returns its number."""
-        config, world, received = self.config, self.world, 0
+        config, ranks, received = self.config, self.ranks, 0
         with StopSignals() as stop, ExitStack() as stack:
-            world.first(self._begin_recording, stack)
+            ranks.on_rank_zero(self._begin_recording, stack)
             self.saved_step, self.saved_at = self.step, time.monotonic()
             self.save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
             past = read_curves(config.log_folder, self.step) if config.metrics else {}
             self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
-            meetings = Meetings(world, self.step)
+            meetings = SyncSchedule(ranks, self.step)
             while self.step < config.total_step and not received:
                 stats = self._take_step()
                 self.step += 1
                 if self._is_logged():
-                    stats = world.mean(stats)
-                if world.is_first:
+                    stats = ranks.mean(stats)
+                if ranks.is_rank_zero:
                     self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
                 if meetings.is_due(self.step) or self._is_any_due():
-                    with world.united():
-                        if world.is_first:
+                    with ranks.raise_together():
+                        if ranks.is_rank_zero:
                             self.maintain(stats)
-                    received = world.largest(stop.received or 0)
-                    meetings.held(self.step)
+                    received = ranks.max(stop.received or 0)
+                    meetings.synced(self.step)
             if received:
-                world.first(self._save_last)
+                ranks.on_rank_zero(self._save_last)
         return received
 
     def maintain(self, stats: dict[str, Tensor]) -> None:
@@ -265,7 +265,7 @@ class Trainer:
     def _take_step(self) -> dict[str, Tensor]:
         """One step: draws its inputs, sets its learning rates, runs its updates. Returns the last updates' stats."""
         config = self.config
-        self.random.manual_seed(derive_seed(config.seed, STEPS, self.step))
+        self.random.manual_seed(derive_seed(config.seed, SEED_STEP, self.step))
         factor = self._learning_rate_factor(self.step)
         for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
             set_learning_rate(optimizer, rate * factor)
@@ -301,7 +301,7 @@ class Trainer:
         shape = (self.config.batch_size, 1, 1, 1)
         return torch.rand(shape, device=self.device, generator=self.random)[self.part]
 
-    def _plain_critic(self, images: Tensor) -> Tensor:
+    def _critic_with_double_backward(self, images: Tensor) -> Tensor:
         """D by the path that computes the attention maps: the fused one has no double backward."""
         return self.D(images, return_attention=True)[0]
 
@@ -345,15 +345,15 @@ class Trainer:
     def _sample(self) -> None:
         """Records what G and its average make of the fixed z."""
         self.watch.check_losses()
-        with evaluating(self.G, self.ema.network):
+        with eval_mode(self.G, self.ema.network):
             self.recorder.samples(self.step, "fake", self.G(self.fixed_z))
             self.recorder.samples(self.step, "ema", self.ema.network(self.fixed_z))
 
     def _show_attention(self) -> None:
         """Records every attention layer: of the averaged G on the fixed z, of D on its images and on real ones."""
-        with evaluating(self.ema.network, self.D):
+        with eval_mode(self.ema.network, self.D):
             count = self.config.g_num
-            shown = look(self.ema.network, self.D, self.fixed_z[:count], self.real[:count])
+            shown = collect_attention(self.ema.network, self.D, self.fixed_z[:count], self.real[:count])
         self.recorder.attention(self.step, shown)
         if self.step == self.config.total_step:
             self.recorder.explorer(self.step, shown)
@@ -361,10 +361,10 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged G, or of G itself under --use_ema false; keeps the checkpoint with the lowest FID."""
         network = self.ema.network if self.config.use_ema else self.G
-        seed = derive_seed(self.config.seed, MEASURED)
-        z = seeded_noise(seed, self.config.metric_num, self.config.z_dim, self.device)
+        seed = derive_seed(self.config.seed, SEED_METRICS)
+        z = sample_z(seed, self.config.metric_num, self.config.z_dim, self.device)
         try:
-            with evaluating(network):
+            with eval_mode(network):
                 metrics = measure(self.config, network, z, self.loader)
         except UserError as error:  # a full disk, say: no reason to stop training
             warn(f"no metrics of step {self.step}: {error}")

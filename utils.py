@@ -6,26 +6,29 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from errors import UserError, warn
 
 # Streams of random numbers from one seed: those of each step, the z that samples show, what --metrics are of, and what
 # --train false shows.
-STEPS, FIXED_Z, MEASURED, SAMPLES, WAYS = range(5)
+SEED_STEP, SEED_FIXED_Z, SEED_METRICS, SEED_SAMPLES, SEED_INTERPOLATION = range(5)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
+Item = TypeVar("Item")
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" takes CUDA, else Apple's MPS, else the CPU.
 
     Args:
@@ -103,7 +106,7 @@ def memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def pick_precision(name: str, device: torch.device) -> str:
+def resolve_precision(name: str, device: torch.device) -> str:
     """Resolves --precision to fp32, tf32 or bf16, and sets torch's switches for it.
 
     auto is bf16 on a GPU with bf16 matrix units (compute capability 8.0 and up), fp32 elsewhere.
@@ -164,7 +167,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
+def eval_mode(*networks: nn.Module) -> Iterator[None]:
     """Networks in evaluation mode and without gradients inside, in training mode again after."""
     for network in networks:
         network.eval()
@@ -177,7 +180,7 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
+def no_param_grads(network: nn.Module) -> Iterator[None]:
     """A network whose parameters need no gradients inside, and need them again after."""
     network.requires_grad_(False)
     try:
@@ -241,3 +244,30 @@ class StopSignals:
         if self.received is not None:
             sys.exit(128 + number)
         self.received = number
+
+
+def files_by_step(folder: Path, ending: str) -> dict[int, Path]:
+    """The files `{step}_{ending}` in a folder by step, in ascending order; none where there is no such folder."""
+    pattern = re.compile(rf"([0-9]+)_{re.escape(ending)}")
+    matches = (pattern.fullmatch(path.name) for path in folder.glob("*"))
+    return {step: folder / name for step, name in sorted((int(match[1]), match[0]) for match in matches if match)}
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, or all if there are fewer: the first, the last, and others evenly between them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def progress(items: Iterable[Any] | None, title: str, unit: str, total: int | None = None) -> tqdm:
+    """A bar around `items` that shows after a second, and is gone at the end; a log file gets few lines of it."""
+    seconds = refresh_seconds()
+    return tqdm(
+        items, title, total, unit=unit, leave=False, delay=1, dynamic_ncols=True, mininterval=seconds, miniters=1
+    )
+
+
+def refresh_seconds() -> float:
+    """How long a bar stays as it is: a log file is not a terminal."""
+    return 0.1 if sys.stderr.isatty() else 10

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from image_sources import Source, find_source
+from datasets.sources import Source, find_source
 
 SAMPLE = 5000  # images, from all over the data, for the rate of one core
 BATCHES = 500

@@ -62,7 +62,7 @@ def result(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """What a finished run left, without what is not a function of the seed."""
     import torch
 
-    from divergence import tensors_in
+    from training.divergence import iter_tensors
 
     path = next(path for path in folder.glob("models/*/*_state.pth") if path.name.startswith(f"{steps}_"))
     state = torch.load(path, weights_only=True)
@@ -71,7 +71,7 @@ def result(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("samples/*/*.png"))}
     # The checksums of G and D are in the state; its own tensors are compared by their bytes.
     parts = [state[name] for name in ("ema", "fixed_z", "g_optimizer", "d_optimizer")]
-    tensors = [tensor.numpy().tobytes() for tensor in tensors_in(parts)]
+    tensors = [tensor.numpy().tobytes() for tensor in iter_tensors(parts)]
     return {"weights": state["sha256"], "tensors": tensors, "metrics": metrics, "pictures": pictures}
 
 

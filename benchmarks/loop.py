@@ -24,10 +24,10 @@ def main() -> None:
     import torch
 
     from data_loader import get_loader
-    from image_sources import find_source
+    from datasets.sources import find_source
     from parameter import Config
     from trainer import Trainer
-    from utils import pick_device, tune_malloc
+    from utils import resolve_device, tune_malloc
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     tune_malloc()
-    device = pick_device(arguments.device)
+    device = resolve_device(arguments.device)
     steps, run_steps = (2000, 2000) if device.type == "cuda" else (20, 100)
 
     with tempfile.TemporaryDirectory() as scratch:

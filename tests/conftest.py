@@ -14,7 +14,7 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
 from data_loader import get_loader
-from image_sources import find_source
+from datasets.sources import find_source
 from parameter import Config
 from trainer import Trainer
 

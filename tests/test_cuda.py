@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from attention import attend, attention_map
+from networks.attention import attend, attention_map
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; torch looks at it once
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -76,7 +76,7 @@ def test_images_live_on_the_gpu_and_batches_are_the_cpu_s(make_trainer, monkeypa
     cpu = make_trainer(**(REAL | {"device": "cpu"}), hflip=True)
     on_gpu = make_trainer(**REAL, hflip=True)
     assert on_gpu.loader.images.is_cuda
-    monkeypatch.setattr(data_loader, "DEVICE_SHARE", 0)
+    monkeypatch.setattr(data_loader, "MAX_GPU_MEMORY_FRACTION", 0)
     streamed = make_trainer(**REAL, hflip=True)
     assert not streamed.loader.images.is_cuda
     for position in (0, 1, 2, 7, 3):

@@ -14,8 +14,8 @@ from PIL import Image
 
 import data_loader
 from data_loader import get_loader, open_cache
+from datasets.sources import Source, find_source
 from errors import UserError
-from image_sources import Source, find_source
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import draw, fill_as_oracle
 
-from losses import g_loss, hinge_d_loss
+from networks.losses import g_loss, hinge_d_loss
 from sagan_models import Discriminator, Generator, SelfAttention
 
 RELATIVE = 1e-4  # of each tensor's largest value

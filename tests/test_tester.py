@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 import tester
-from attention_views import reach
-from data_loader import to_floats
+from data_loader import to_model_range
 from errors import UserError
+from visuals.attention_stats import attention_stats
 
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json", "gamma.svg",
          "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png"}  # fmt: skip
@@ -60,12 +60,12 @@ def test_what_the_files_show(trained, make_config):
         expected = tested.G.eval()(z)
     for index, image in enumerate(expected):
         shown = np.array(Image.open(tested.folder / "samples" / f"{index:05}.png"))
-        shown = to_floats(torch.from_numpy(shown)[None])[0]
+        shown = to_model_range(torch.from_numpy(shown)[None])[0]
         assert torch.allclose(shown, image, atol=0.011)  # of 256 levels
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
         maps = tested.G(tested._noise(64), return_attention=True)[1]
-    assert numbers["G attn1"]["distance"] == pytest.approx(reach(maps).distance, rel=1e-4)
+    assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
 

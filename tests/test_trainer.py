@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
 from errors import UserError
 from sagan_models import SelfAttention
+from training import checkpoint
 
 LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake"}
 

@@ -6,20 +6,20 @@ import torch
 
 from errors import UserError
 from sagan_models import Generator
-from utils import EMA, StopSignals, check_writable, derive_seed, evaluating, memory_mib, pick_device, tune_malloc
+from utils import EMA, StopSignals, check_writable, derive_seed, eval_mode, memory_mib, resolve_device, tune_malloc
 
 
 def test_devices():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UserError, match="--device auto"):
-        pick_device("cuda:99")
+        resolve_device("cuda:99")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_one():
     with pytest.raises(UserError, match="--device cuda"):
-        pick_device("cuda")
+        resolve_device("cuda")
 
 
 def test_writable_folders(tmp_path):
@@ -39,7 +39,7 @@ def test_seeds_are_distinct_and_stable():
 
 def test_evaluating_restores_training_mode_after_an_error():
     G = Generator(32, 16, 8)
-    with pytest.raises(RuntimeError), evaluating(G):
+    with pytest.raises(RuntimeError), eval_mode(G):
         assert not G.training
         assert not torch.is_grad_enabled()
         raise RuntimeError

@@ -1,0 +1,1 @@
+"""What a training run needs besides the networks: checkpoints, logs, several ranks, CUDA graphs."""

@@ -241,7 +241,7 @@ class Config:
             )
         return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
-    def command(self, **changes: Any) -> str:
+    def command_line(self, **changes: Any) -> str:
         """The command line that gives this configuration with `changes`; options at their defaults are left out.
 
         So is --overwrite: a command that is given again must not remove what the run has done since. Where torchrun

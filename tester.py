@@ -1,14 +1,15 @@
-"""`--train false`: what a trained generator makes, and what its attention looks at, from a checkpoint.
+"""`--train false`: samples, interpolations, attention maps and metrics of a checkpoint.
 
     python main.py --train false --pretrained_model latest
 
-Leaves `<sample_path>/<version>/test_{step}/` and the explorer, `<attn_path>/<version>/{step}_explorer.html`. All is a
-function of the checkpoint, the options and the seed.
+Writes `<sample_path>/<version>/test_{step}/` and the attention explorer, `<attn_path>/<version>/{step}_explorer.html`.
+The results depend only on the checkpoint, the options, the seed and the training images.
 """
 
 import json
-import shutil
+import re
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_loader import Loader, to_model_range
-from metrics.evaluation import check_metrics, measure
+from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
 from networks.latents import sample_z, slerp
 from parameter import Config
@@ -31,8 +32,10 @@ from utils import (
     eval_mode,
     evenly_spaced,
     files_by_step,
+    make_deterministic,
     progress,
     resolve_device,
+    resolve_precision,
 )
 from visuals.attention_stats import (
     collect_attention,
@@ -42,144 +45,165 @@ from visuals.attention_stats import (
 )
 from visuals.curves import line_chart
 from visuals.explorer import write_explorer
-from visuals.figures import animation, attention_figures, nearest_figure, progress_frames, sample_grid, to_pixels
+from visuals.figures import attention_figures, nearest_figure, progress_frames, sample_grid, save_animation, to_pixels
 
-BETWEEN = 10  # images from one end of an interpolation to the other
-COMPARED, NEIGHBOURS = 8, 5  # samples whose nearest training images are shown, and how many of these
-SUMMARY_IMAGES = 256  # over which the reach of attention is averaged
-PROGRESS_FRAMES = 40
+INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
+NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
+SUMMARY_IMAGES = 256  # generated images over which attention statistics are averaged
+PROGRESS_FRAMES = 40  # at most, of progress.gif
+RESULTS = re.compile(  # what this module writes to a test folder, and removes from it; all else there is the user's
+    r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
+    r"|(attention|metrics)\.json|nearest\.png"
+)
 
 
 class Tester:
-    """Evaluates the checkpoint that `config.pretrained_model` names, by default the latest.
+    """Evaluate the checkpoint that `config.pretrained_model` names, by default the latest, in float32.
 
-    The averaged generator is used under `--use_ema` where the checkpoint has one (the reference's have none).
+    With `--use_ema` it is the EMA generator, if the checkpoint has one (the reference's have none).
 
     Args:
         config: the options.
-        loader: the training images; None leaves out what needs them.
+        loader: the opened training images, which `--metrics` needs; without them, nearest.png and the maps of D on
+            real images are skipped.
 
     Raises:
-        UserError: the device or the checkpoint asked for is not there, or does not fit.
+        UserError: the device is not available, or the checkpoint is missing or does not fit the options.
     """
 
     def __init__(self, config: Config, loader: Loader | None):
         self.config, self.loader = config, loader
         self.device = resolve_device(config.device)
+        resolve_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
+        if config.deterministic:
+            make_deterministic()
         check_metrics(config, self.device)
         wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
         saved = checkpoint.load(config.model_folder, wanted, config.architecture)
         self.step = saved.step
-        self.is_averaged = config.use_ema and saved.state is not None
+        self.uses_ema = config.use_ema and saved.state is not None
         self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
         self.D = Discriminator(config.imsize, config.d_conv_dim)
-        with checkpoint.complete(saved.step):
-            self.G.load_state_dict(saved.state["ema"] if self.is_averaged else saved.G)
+        with checkpoint.reraise_load_errors(saved.step):
+            self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
             self.D.load_state_dict(saved.D)
         for network in (self.G, self.D):
             network.to(self.device, memory_format=torch.channels_last)
         self.folder = config.sample_folder / f"test_{self.step}"
 
     def test(self) -> int:
-        """Writes everything and says where it is. Returns the exit code, 0."""
-        config = self.config
-        shutil.rmtree(self.folder, ignore_errors=True)  # what an earlier test of this step left
-        self.folder.mkdir(parents=True)
-        config.attn_folder.mkdir(parents=True, exist_ok=True)
-        average = "the averaged generator" if self.is_averaged else "the generator"
-        print(f"{average} after step {self.step}, on {self.device}")
+        """Write all results and print where they are. Returns the exit code, 0."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config.attn_folder.mkdir(parents=True, exist_ok=True)
+        self._remove_old_results()
+        print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")
         with eval_mode(self.G, self.D):
-            self._samples()
-            self._interpolations()
-            self._progress()
-            self._attention()
-            self._reach()
-            if self.loader:
-                self._nearest()
-            if config.metrics:
-                self._metrics()
-        print(f"written to {self.folder}:")
-        print("  " + "  ".join(sorted(path.name + "/" * path.is_dir() for path in self.folder.iterdir())))
+            self._write_samples()
+            self._write_interpolations()
+            self._write_progress()
+            explorer = self._write_attention()
+            self._write_attention_stats()
+            self._write_gamma()
+            if self.loader is not None:
+                self._write_nearest()
+            if self.config.metrics:
+                self._write_metrics()
+        print(f"results in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
+        print("Open first:")
+        for path in (explorer, self.folder / "grid.png"):
+            print(f"  {path}")
         return 0
 
-    def _noise(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
-        """Noise (count, z_dim), other numbers for each stream."""
-        seed = derive_seed(self.config.seed, stream)
-        return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
+    def _remove_old_results(self) -> None:
+        """Remove the files of an earlier test of this step."""
+        for path in [*self.folder.glob("*"), *self.folder.glob("samples/*")]:
+            if RESULTS.fullmatch(path.relative_to(self.folder).as_posix()):
+                path.unlink()
 
-    def _samples(self) -> None:
-        """Single images, and the first batch of them as a grid."""
-        (self.folder / "samples").mkdir()
-        z = self._noise(self.config.num_samples).split(self.config.batch_size)
-        for index, batch in enumerate(progress(z, "samples", "batch")):
-            images = self.G(batch)
+    def _write_samples(self) -> None:
+        """Write each sample as an image, and the first batch as a grid."""
+        (self.folder / "samples").mkdir(exist_ok=True)
+        batches = self._sample_z(self.config.num_samples).split(self.config.batch_size)
+        for index, z in enumerate(progress(batches, "samples", "batch")):
+            images = self.G(z)
             for number, pixels in enumerate(to_pixels(images), start=index * self.config.batch_size):
                 Image.fromarray(pixels).save(self.folder / "samples" / f"{number:05}.png")
             if index == 0:
                 sample_grid(images).save(self.folder / "grid.png")
 
-    def _interpolations(self) -> None:
-        """From one z to another, `g_num` times: as rows of a picture, and moving there and back."""
-        start, end = self._noise(2 * self.config.g_num, stream=SEED_INTERPOLATION).chunk(2)
-        columns = [self.G(z) for z in slerp(start, end, BETWEEN).unbind(1)]  # BETWEEN of (g_num, 3, S, S)
-        sample_grid(torch.stack(columns, 1).flatten(0, 1), columns=BETWEEN).save(self.folder / "interpolation.png")
+    def _write_interpolations(self) -> None:
+        """Write `g_num` interpolations between two z, as rows of an image and as an animation forth and back."""
+        start, end = self._sample_z(2 * self.config.g_num, SEED_INTERPOLATION).chunk(2)
+        columns = [self.G(z) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]  # each (g_num, 3, S, S)
+        rows = torch.stack(columns, 1).flatten(0, 1)
+        sample_grid(rows, columns=INTERPOLATION_STEPS).save(self.folder / "interpolation.png")
         frames = [sample_grid(column, columns=len(start)) for column in columns]
-        animation(self.folder / "interpolation.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
+        save_animation(self.folder / "interpolation.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
 
-    def _progress(self) -> None:
-        """The fixed z through training."""
-        grids = files_by_step(self.config.sample_folder, "ema.png" if self.is_averaged else "fake.png")
-        grids = {
-            step: grids[step] for step in evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
-        }
-        if frames := progress_frames(grids):
-            animation(self.folder / "progress.gif", frames, seconds=0.25)
+    def _write_progress(self) -> None:
+        """Write an animation of the sample grids that training saved up to this step, all of the same z."""
+        grids = files_by_step(self.config.sample_folder, "ema.png" if self.uses_ema else "fake.png")
+        steps = evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
+        if frames := progress_frames({step: grids[step] for step in steps}):
+            save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
-    def _attention(self) -> None:
-        """A figure for each layer, and the explorer."""
-        real = self.loader.batch(0)[: self.config.g_num] if self.loader else None
-        shown = collect_attention(self.G, self.D, self._noise(self.config.g_num), real)
-        for name, figure in attention_figures(shown, self.step).items():
+    def _write_attention(self) -> Path:
+        """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
+        real = self.loader.batch(0)[: self.config.g_num] if self.loader is not None else None
+        samples = collect_attention(self.G, self.D, self._sample_z(self.config.g_num), real)
+        for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
-        path = write_explorer(self.config.attn_folder, self.config.version, self.step, shown)
-        print(f"point at a pixel, see what it looks at: {path}")
+        return write_explorer(self.config.attn_folder, self.config.version, self.step, samples)
+
+    def _write_attention_stats(self) -> None:
+        """Write and print the attention statistics of each layer, averaged over generated images."""
+        batches = progress(self._sample_z(SUMMARY_IMAGES).split(32), "attention statistics", "batch")
+        layers = mean_attention_stats(collect_attention(self.G, self.D, z, None)[0] for z in batches)
+        print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
+        print(textwrap.indent(format_attention_stats(layers), "  "))
+        numbers = {
+            layer: {"side": side, **stats._asdict(), "uniform": uniform_attention_stats(side)._asdict()}
+            for layer, (side, stats) in layers.items()
+        }
+        self._write_json("attention.json", numbers)
+
+    def _write_gamma(self) -> None:
+        """Write the chart of each attention layer's gamma over the steps, if the run has a log."""
         curves = read_curves(self.config.log_folder, self.step)
         if gammas := {name.removeprefix("gamma/"): curves[name] for name in curves if name.startswith("gamma/")}:
             chart = line_chart("Gamma of the attention layers", gammas)
             (self.folder / "gamma.svg").write_text(chart, encoding="utf-8")
 
-    def _reach(self) -> None:
-        """How far each layer looks, over many generated images."""
-        batches = progress(self._noise(SUMMARY_IMAGES).split(32), "how far attention looks", "batch")
-        layers = mean_attention_stats(collect_attention(self.G, self.D, z, None)[0] for z in batches)
-        print(f"how far attention looks, over {SUMMARY_IMAGES} images, beside looking evenly everywhere:")
-        print(textwrap.indent(format_attention_stats(layers), "  "))
-        numbers = {
-            layer: {"side": side, **mine._asdict(), "even": uniform_attention_stats(side)._asdict()}
-            for layer, (side, mine) in layers.items()
-        }
-        (self.folder / "attention.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-
-    def _nearest(self) -> None:
-        """The training images nearest to some samples, and how near training images are to each other."""
+    def _write_nearest(self) -> None:
+        """Write the training images nearest to some samples, with the distances between training images as baseline."""
         images = self.loader.images
-        samples = self.G(self._noise(COMPARED))
-        found = nearest_images(samples, images, NEIGHBOURS)
-        neighbours = to_model_range(images[found.indices.flatten().to(images.device)]).unflatten(0, found.indices.shape)
+        samples = self.G(self._sample_z(NEAREST_SAMPLES))
+        found = nearest_images(samples, images, NEAREST_NEIGHBORS)
+        neighbors = self._training_images(found.indices.flatten()).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
-        some = to_model_range(images[chosen.to(images.device)])
-        apart = nearest_images(some, images, 2).distances[:, 1]  # the first is itself
+        baseline = nearest_images(self._training_images(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
         footer = (
-            "Below each its distance: the root mean square of the pixels' differences, which are from -1 to 1.\n"
-            f"Samples: {found.distances[:, 0].mean():.3f} from their nearest training image on average; "
-            f"training images: {apart.mean():.3f} from theirs."
+            "Numbers: RMSE of pixels in [-1, 1]. Mean RMSE to the nearest training image:\n"
+            f"{found.distances[:, 0].mean():.3f} from these samples, {baseline.mean():.3f} from other training images."
         )
-        nearest_figure(samples, neighbours, found.distances, footer).save(self.folder / "nearest.png")
+        nearest_figure(samples, neighbors, found.distances, footer).save(self.folder / "nearest.png")
 
-    def _metrics(self) -> None:
-        """What `--metrics` asks for, also as a file."""
-        z = self._noise(self.config.metric_num, stream=SEED_METRICS)
-        found = measure(self.config, self.G, z, self.loader)
-        print(f"metrics of {len(z)} images: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        numbers = {"step": self.step, "images": len(z), "averaged": self.is_averaged, **found}
-        (self.folder / "metrics.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    def _write_metrics(self) -> None:
+        """Write and print the metrics that `--metrics` lists."""
+        z = self._sample_z(self.config.metric_num, SEED_METRICS)
+        scores = compute_metrics(self.config, self.G, z, self.loader)
+        print(f"metrics of {len(z)} images: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self._write_json("metrics.json", {"step": self.step, "images": len(z), "ema": self.uses_ema, **scores})
+
+    def _sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
+        """Return z (count, z_dim), a function of the seed and the stream."""
+        seed = derive_seed(self.config.seed, stream)
+        return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
+
+    def _training_images(self, indices: Tensor) -> Tensor:
+        """Return training images (K, 3, S, S) by index (K,); copies them if they are not on this device."""
+        images = self.loader.images
+        return to_model_range(images[indices.to(images.device)].to(self.device))
+
+    def _write_json(self, name: str, content: dict) -> None:
+        (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,38 +1,35 @@
-"""The training loop: one discriminator update, one generator update, and what is written down in between.
+"""The training loop: per step `n_critic` updates of the discriminator, one of the generator, and the EMA.
 
-    trainer = Trainer(loader, config)
-    trainer.train()
+    Trainer(loader, config).train()
 
-Everything random in a step comes from one generator seeded by (seed, step), and the batch is a function of the
-position in the data: a run that was stopped and continued takes the same steps as one that was not.
+All random numbers of a step come from one generator seeded with (seed, step), and a batch is a function of (seed,
+position): a run that was stopped and resumed takes the same steps as one that was not.
 """
 
 import dataclasses
 import math
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_loader import Loader
 from errors import UserError, warn
-from metrics.evaluation import check_metrics, measure
+from metrics.evaluation import check_metrics, compute_metrics
 from networks.latents import sample_z
-from networks.losses import D_LOSSES, g_loss, gradient_penalty
+from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
-from training import checkpoint
+from training.checkpoint import Checkpoint, reraise_load_errors
 from training.cuda_graph import GraphedStep, can_capture
 from training.distributed import Ranks, SyncSchedule
-from training.divergence import MANY, NonFiniteError, NonFiniteGuard
-from training.log import read_curves
-from training.recorder import Recorder
-from training.resuming import advice, changed_options, load_resume_checkpoint
-from training.run_folders import check_folders, lock_folders, prepare
+from training.divergence import NonFiniteError, NonFiniteGuard
+from training.recorder import NullRecorder, Recorder
+from training.resuming import changed_options, load_resume_checkpoint, non_finite_message
+from training.run_folders import check_folders
 from utils import (
     EMA,
     SEED_FIXED_Z,
@@ -47,28 +44,35 @@ from utils import (
     resolve_precision,
     set_learning_rate,
 )
-from visuals.attention_stats import collect_attention
-from visuals.figures import sample_grid
+from visuals.attention_stats import AttentionSample, collect_attention
 
 
 class Trainer:
-    """Trains `G` and `D` on a loader's batches as `config` says, together with the other processes of `ranks`.
+    """Train G and D on a loader's batches, as one of `ranks`.
+
+    Attributes:
+        G, D: the networks, in training mode.
+        ema: the EMA of G; its network is `ema.network`.
+        step: finished generator updates.
 
     Raises:
-        UserError: the device or the checkpoint asked for is not there, or does not fit.
+        UserError: the device is not available, or the checkpoint to resume from is missing or does not fit.
     """
 
-    def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it cannot change
+    def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it is immutable
         self.loader, self.config, self.ranks = loader, config, ranks
         with ranks.raise_together():
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)
-            self.part = ranks.shard(config.batch_size)  # this process's images of a batch
-            records = can_capture(self.device, config.cuda_graph, config.adv_loss, ranks.size)
-        self.step = 0  # finished generator updates
+            self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
+            captured = can_capture(self.device, config.cuda_graph, ranks.size)
+        self.step = 0
+        self.best_fid = math.inf
 
+        # Backends. Shapes never change, so cuDNN may search for its fastest algorithms, unless runs must be repeatable.
         if config.deterministic:
             make_deterministic()
+        torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
 
         # Networks
         self.G = ranks.convert_sync_batchnorm(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
@@ -76,43 +80,40 @@ class Trainer:
         for network in (self.G, self.D):
             network.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.G, config.ema_decay)
-        self.run_G, self.run_D = ranks.wrap_ddp(self.G), ranks.wrap_ddp(self.D)  # .G and .D are what is saved
+        self.G_ddp, self.D_ddp = ranks.wrap_ddp(self.G), ranks.wrap_ddp(self.D)  # all-reduce gradients in backward
 
-        # Optimizers and loss
-        # Shapes never change: cuDNN may look for its fastest algorithms, but may find another one next time.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
-        self.g_optimizer = self._optimizer(self.G, config.g_lr, records)
-        self.d_optimizer = self._optimizer(self.D, config.d_lr, records)
-        self.d_loss = D_LOSSES[config.adv_loss]
+        # Loss, optimizers, latents
+        self.d_loss, self.g_loss = LOSSES[config.adv_loss]
+        self.g_optimizer = self._adam(self.G, config.g_lr, captured)
+        self.d_optimizer = self._adam(self.D, config.d_lr, captured)
+        self.rng = torch.Generator(self.device)
+        self.fixed_z = sample_z(derive_seed(config.seed, SEED_FIXED_Z), config.batch_size, config.z_dim, self.device)
+        self.guard = NonFiniteGuard(self.device)
 
-        # Noise
-        self.random = torch.Generator(self.device)
-        z_seed = derive_seed(config.seed, SEED_FIXED_Z)
-        self.fixed_z = sample_z(z_seed, config.batch_size, config.z_dim, self.device)
-
-        self.run_updates = self._updates
-        if records:
-            self.run_updates = GraphedStep(self._updates, self.device, allow_fallback=config.cuda_graph == "auto")
-        self.watch = NonFiniteGuard()
+        # The updates of a step, eager or as a CUDA graph. The checkpoint must be loaded before the capture.
+        self.updates = self._updates
+        if captured:
+            self.updates = GraphedStep(self._updates, self.device, fallback=config.cuda_graph == "auto")
         if saved := ranks.on_rank_zero(load_resume_checkpoint, config):
             with ranks.raise_together():
                 self._resume(saved)
 
-    def d_step(self, real: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """One update of the discriminator.
+    def d_step(self, real: Tensor, z: Tensor, mix: Tensor | None = None) -> dict[str, Tensor]:
+        """Update D once.
 
         Args:
             real: images (B, 3, S, S) in [-1, 1].
-            z: noise (B, z_dim).
+            z: latents (B, z_dim).
+            mix: interpolation coefficients (B, 1, 1, 1) of the gradient penalty; needed by wgan-gp only.
 
         Returns:
-            d_loss_real, d_loss_fake, d_loss (with the penalty of wgan-gp, which is also there alone as d_penalty), and
-            the mean logits d_real, d_fake: detached 0-d tensors on the device.
+            d_loss_real, d_loss_fake, d_loss (their sum, plus the weighted d_penalty under wgan-gp), and the mean logits
+            d_real and d_fake: detached 0-d tensors on the device.
         """
         with self._autocast():
             with torch.no_grad():
-                fake = self.run_G(z).float()
-            real_logits, fake_logits = (logits.float() for logits in self.run_D(real, fake))
+                fake = self.G_ddp(z).float()
+            real_logits, fake_logits = (logits.float() for logits in self.D_ddp(real, fake))
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
         stats = {
             "d_loss_real": loss_real,
@@ -122,7 +123,8 @@ class Trainer:
             "d_fake": fake_logits.mean(),
         }
         if self.config.adv_loss == "wgan-gp":
-            stats["d_penalty"] = gradient_penalty(self._critic_with_double_backward, real, fake, self._mix())
+            # D, not D_ddp: the gradients of loss and penalty are all-reduced once, in the backward of their sum.
+            stats["d_penalty"] = gradient_penalty(self._critic_with_double_backward, real, fake, mix)
             stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
         self.d_optimizer.zero_grad()
         stats["d_loss"].backward()
@@ -130,183 +132,166 @@ class Trainer:
         return {name: value.detach() for name, value in stats.items()}
 
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
-        """One update of the generator on noise z (B, z_dim). Returns g_loss, detached and 0-d."""
-        with no_param_grads(self.D):  # its own gradients would be thrown away
+        """Update G once on latents z (B, z_dim). Returns g_loss, a detached 0-d tensor on the device."""
+        with no_param_grads(self.D):  # nobody uses them in this step
             with self._autocast():
-                loss = g_loss(self.D(self.run_G(z)).float())
+                loss = self.g_loss(self.D(self.G_ddp(z)).float())
             self.g_optimizer.zero_grad()
             loss.backward()
         self.g_optimizer.step()
         return {"g_loss": loss.detach()}
 
+    def train_step(self) -> dict[str, Tensor]:
+        """Take one step: `n_critic` updates of D on fresh batches, one of G, then the EMA.
+
+        Returns:
+            The losses and logits of the last update of each network, see `d_step` and `g_step`.
+        """
+        config, size = self.config, self.config.batch_size
+        self.rng.manual_seed(derive_seed(config.seed, SEED_STEP, self.step))
+        scale = self._lr_scale(self.step)
+        set_learning_rate(self.g_optimizer, config.g_lr * scale)
+        set_learning_rate(self.d_optimizer, config.d_lr * scale)
+        first = self.step * config.n_critic
+        real = [self.loader.batch(position, self.shard) for position in range(first, first + config.n_critic)]
+        # Every rank draws the numbers of the whole batch and uses its shard: the same numbers for any world size.
+        z = [self._draw(torch.randn, size, config.z_dim) for _ in range(config.n_critic + 1)]
+        mix = [self._draw(torch.rand, size, 1, 1, 1) for _ in real] if config.adv_loss == "wgan-gp" else []
+        stats = self.updates(real, z, mix)
+        self.ema.update(self.step)
+        self.step += 1
+        self.guard.add(self.step, stats)
+        return stats
+
     def train(self) -> int:
-        """Trains until `total_step`, or until SIGINT or SIGTERM; returns 0, or 128 + the signal's number.
+        """Train until `total_step`, or until SIGINT or SIGTERM, which save a checkpoint.
+
+        Returns:
+            The exit code: 0, or 128 + the number of the signal.
 
         Raises:
             UserError: a result folder cannot be written or is in use, the data cannot be read, or the run diverged.
         """
         config, ranks = self.config, self.ranks
         ranks.on_rank_zero(self._check)
-        # Opens the data: what is wrong with it is said before a folder is made.
-        ranks.rank_zero_first(lambda: self.loader.skipped)
-        agreed = ranks.all_equal(self.loader.checksum)
-        with ranks.raise_together():
-            if not agreed:
-                raise UserError(
-                    "the machines of this run hold different images, or decode them differently: copy the images, or "
-                    "the folder of --cache_path, from one to all"
-                )
-        with ExitStack() as claims:
-            ranks.on_rank_zero(self._open, claims)
+        ranks.rank_zero_first(self.loader.open)
+        self._check_same_images()
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignals())
+            with ranks.raise_together():
+                writer = stack.enter_context(self._open_writer())
+            print(config.summary())
+            print(
+                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+                f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
+            )
             try:
-                received = self._loop()
+                received = self._loop(writer, stop)
             except NonFiniteError as error:
-                raise UserError(advice(config, error)) from error
-        if received:
-            name = signal.Signals(received).name
-            print(f"stopped by {name} after step {self.step}, which is saved; continue with")
-            print(" ", config.command(pretrained_model=str(self.step)))
-            return 128 + received
-        print(f"{self.step} steps done; what they left:")
-        for name, folder in config.folders.items():
-            print(f"  {name:<12}{folder}")
-        return 0
+                raise UserError(non_finite_message(config, error)) from error
+        self._print_outcome(received)
+        return 128 + received if received else 0
+
+    def _loop(self, writer: Recorder | NullRecorder, stop: StopSignals) -> int:
+        """Take steps until `total_step` or a signal to any rank. Returns the signal's number, or 0."""
+        config, ranks, received = self.config, self.ranks, 0
+        sync = SyncSchedule(ranks, self.step)
+        while self.step < config.total_step and not received:
+            stats = self.train_step()
+            due = self._due()
+            if not due and not sync.is_due(self.step):
+                continue
+            if "log" in due:
+                stats = ranks.mean(stats)
+            with ranks.raise_together():  # the other ranks wait here, without a time limit, for what rank 0 writes
+                writer.advance(self.step)
+                if due:
+                    self.guard.check_losses()
+                scores = self._evaluate(writer) if "metrics" in due and ranks.is_rank_zero else {}
+                if "log" in due:
+                    writer.log(self.step, stats | self._layer_scalars(), self._learning_rates() | scores)
+                if "samples" in due:
+                    writer.samples(self.step, self._samples())
+                if "attention" in due:
+                    writer.attention(self.step, self._attention())
+                if "checkpoint" in due or 0 < config.save_minutes <= writer.minutes_since_save():
+                    writer.checkpoint(self.step, self._state())
+            received = ranks.max(stop.received)
+            sync.done(self.step)
+        with ranks.raise_together():
+            if received and writer.saved_step != self.step:
+                writer.checkpoint(self.step, self._state())
+            writer.explorer(self.step, self._attention())
+        return received
+
+    def _due(self) -> set[str]:
+        """Return what is written after the current step; after the last step, everything."""
+        config = self.config
+        save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
+        every = {"log": config.log_step, "samples": config.sample_step, "attention": config.attn_step}
+        every |= {"checkpoint": save_step} | ({"metrics": config.metric_step} if config.metrics else {})
+        due = {name for name, steps in every.items() if self.step % steps == 0 or self.step == config.total_step}
+        return due | {"log"} if "metrics" in due else due
 
     def _check(self) -> None:
-        """Makes sure, before any work, that the run may write its results and can compute its metrics."""
+        """Check, before any work, that the run may write its results and can compute its metrics."""
         check_folders(self.config, self.step)
         check_metrics(self.config, self.device)
 
-    def _open(self, claims: ExitStack) -> None:
-        """Claims the folders until `claims` ends, clears them, and begins the run's results."""
+    def _check_same_images(self) -> None:
+        """Raise `UserError` if another rank decoded other images."""
+        same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.checksum())
+        with self.ranks.raise_together():
+            if not same:
+                raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
+
+    def _open_writer(self) -> Recorder | NullRecorder:
+        if not self.ranks.is_rank_zero:
+            return NullRecorder()
+        writer = Recorder(self.config, self.step, self.device, self.precision, self.loader.skipped)
+        writer.real_images(self.loader.batch(0))
+        return writer
+
+    def _print_outcome(self, received: int) -> None:
+        """Print how to resume after a signal, otherwise which files to open first."""
         config = self.config
-        claims.enter_context(lock_folders(config))
-        prepare(config, self.step, self.loader.skipped)
-        print(config.summary())
-        shared = f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
-        print(
-            f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}{shared}, "
-            f"{len(self.loader)} batches of {config.batch_size} images an epoch"
-        )
-        self.real = self.loader.batch(0)  # what D's attention is shown on
-        real_path = config.sample_folder / "real.png"
-        if self.step == 0 or not real_path.exists():
-            sample_grid(self.real).save(real_path)
+        if received:
+            print(f"{signal.Signals(received).name}: checkpoint saved at step {self.step}. Resume with:")
+            print(f"  {config.command_line(pretrained_model=str(self.step))}")
+            return
+        print(f"training finished at step {self.step}. Open first:")
+        for path in (
+            config.log_folder / "report.html",
+            config.attn_folder / f"{self.step}_explorer.html",
+            config.sample_folder / f"{self.step}_ema.png",
+        ):
+            print(f"  {path}")
 
-    def _begin_recording(self, stack: ExitStack) -> None:
-        self.recorder = stack.enter_context(Recorder(self.config, self.step, self.device, self.precision))
+    def _updates(self, real: Sequence[Tensor], z: Sequence[Tensor], mix: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
+        for index, batch in enumerate(real):
+            stats = self.d_step(batch, z[index], mix[index] if mix else None)
+        return stats | self.g_step(z[-1])
 
-    def _loop(self) -> int:
-        """Takes steps until `total_step`, and returns 0, or until a signal to any process, and returns its number."""
-        config, ranks, received = self.config, self.ranks, 0
-        with StopSignals() as stop, ExitStack() as stack:
-            ranks.on_rank_zero(self._begin_recording, stack)
-            self.saved_step, self.saved_at = self.step, time.monotonic()
-            self.save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
-            past = read_curves(config.log_folder, self.step) if config.metrics else {}
-            self.best_fid = past["fid"][:, 1].min() if "fid" in past else math.inf
-            meetings = SyncSchedule(ranks, self.step)
-            while self.step < config.total_step and not received:
-                stats = self._take_step()
-                self.step += 1
-                if self._is_logged():
-                    stats = ranks.mean(stats)
-                if ranks.is_rank_zero:
-                    self.watch.note(self.step, stats["d_loss"], stats["g_loss"])
-                if meetings.is_due(self.step) or self._is_any_due():
-                    with ranks.raise_together():
-                        if ranks.is_rank_zero:
-                            self.maintain(stats)
-                    received = ranks.max(stop.received or 0)
-                    meetings.synced(self.step)
-            if received:
-                ranks.on_rank_zero(self._save_last)
-        return received
+    def _draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
+        """Draw random numbers for the whole batch and return this rank's: independent of the number of ranks."""
+        return distribution(shape, device=self.device, generator=self.rng)[self.shard]
 
-    def maintain(self, stats: dict[str, Tensor]) -> None:
-        """What is due after a step: a line of the log, samples, attention figures, a checkpoint; all after the last."""
-        config = self.config
-        self.recorder.advance(self.step)
-        self.watch.check_losses(at_least=MANY)
-        minutes = (time.monotonic() - self.saved_at) / 60
-        metrics = self._evaluate() if self._is_measured() else {}
-        if self._is_logged():
-            self._log(stats, metrics)
-        if self._is_due(config.sample_step):
-            self._sample()
-        if self._is_due(config.attn_step):
-            self._show_attention()
-        if self._is_due(self.save_step) or 0 < config.save_minutes <= minutes:
-            self._save(self.step)
-            self.saved_step, self.saved_at = self.step, time.monotonic()
-
-    def _is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last, is due after this step."""
-        return self.step == self.config.total_step or self.step % every == 0
-
-    def _is_any_due(self) -> bool:
-        """Whether anything is due after this step but for the clock."""
-        every = (self.config.log_step, self.config.sample_step, self.config.attn_step, self.save_step)
-        return self._is_measured() or any(map(self._is_due, every))
-
-    def _is_measured(self) -> bool:
-        """Whether metrics are due after this step."""
-        return bool(self.config.metrics) and self._is_due(self.config.metric_step)
-
-    def _is_logged(self) -> bool:
-        """Whether a line of the log is due after this step."""
-        return self._is_measured() or self._is_due(self.config.log_step)
-
-    def _save_last(self) -> None:
-        """Saves what is not saved yet, before an early end."""
-        if self.saved_step != self.step:
-            self._save(self.step)
-
-    def _take_step(self) -> dict[str, Tensor]:
-        """One step: draws its inputs, sets its learning rates, runs its updates. Returns the last updates' stats."""
-        config = self.config
-        self.random.manual_seed(derive_seed(config.seed, SEED_STEP, self.step))
-        factor = self._learning_rate_factor(self.step)
-        for optimizer, rate in ((self.g_optimizer, config.g_lr), (self.d_optimizer, config.d_lr)):
-            set_learning_rate(optimizer, rate * factor)
-        first = self.step * config.n_critic
-        reals = [self.loader.batch(position, self.part) for position in range(first, first + config.n_critic)]
-        noises = [self._noise() for _ in range(config.n_critic + 1)]
-        stats = self.run_updates(reals, noises)
-        self.ema.update(self.step)
-        return stats
-
-    def _updates(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The updates of one step: D's on each real batch with a noise, then G's on the last noise."""
-        for real, z in zip(reals, noises, strict=False):
-            stats = self.d_step(real, z)
-        return stats | self.g_step(noises[-1])
-
-    def _optimizer(self, network: nn.Module, rate: float, recorded: bool) -> torch.optim.Adam:
+    def _adam(self, network: nn.Module, lr: float, captured: bool) -> torch.optim.Adam:
         if self.device.type == "cuda":
-            rate = torch.tensor(rate, device=self.device)  # which a recorded step reads anew
+            lr = torch.tensor(lr, device=self.device)  # a captured step reads the tensor at each replay
         betas = (self.config.beta1, self.config.beta2)
-        return torch.optim.Adam(network.parameters(), rate, betas, fused=True, capturable=recorded)
+        return torch.optim.Adam(network.parameters(), lr, betas, fused=True, capturable=captured)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _noise(self) -> Tensor:
-        """This process's part of a batch of z, all of which every process draws."""
-        shape = (self.config.batch_size, self.config.z_dim)
-        return torch.randn(shape, device=self.device, generator=self.random)[self.part]
-
-    def _mix(self) -> Tensor:
-        """The same of the shares of the real image in wgan-gp's mixtures."""
-        shape = (self.config.batch_size, 1, 1, 1)
-        return torch.rand(shape, device=self.device, generator=self.random)[self.part]
-
     def _critic_with_double_backward(self, images: Tensor) -> Tensor:
-        """D by the path that computes the attention maps: the fused one has no double backward."""
+        """D through explicit attention maps: the fused attention kernels have no double backward."""
         return self.D(images, return_attention=True)[0]
 
-    def _learning_rate_factor(self, step: int) -> float:
-        """What the learning rates are multiplied by in the step after `step` finished ones."""
+    def _lr_scale(self, step: int) -> float:
+        """Factor of both learning rates in the step after `step` finished ones."""
         match self.config.lr_schedule:
             case "exponential":
                 return self.config.lr_decay ** (step * self.config.n_critic // len(self.loader))
@@ -314,79 +299,77 @@ class Trainer:
                 return 1 - step / self.config.total_step
         return 1.0
 
-    def _resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Takes over a checkpoint: weights, and with its state file all that the next step depends on."""
-        config = self.config
-        self.step = saved.step
-        with checkpoint.complete(saved.step):
-            self.G.load_state_dict(saved.G)
-            self.D.load_state_dict(saved.D)
-            self.ema.network.load_state_dict(saved.state["ema"] if saved.state else saved.G)
-        if saved.state is None:
-            warn(f"checkpoint {saved.step} has no state file: the optimizers and the averaged generator start anew")
-            return
-        with checkpoint.complete(saved.step):
-            self.fixed_z = saved.state["fixed_z"].to(self.device)
-            for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
-                # Rates and betas are this run's options, not the saved ones.
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
-            changes = changed_options(saved.state["config"], config)
-        print(f"continuing after step {self.step}" + (f", with other options: {', '.join(changes)}" if changes else ""))
+    def _learning_rates(self) -> dict[str, float]:
+        """Learning rates of the step that was just taken."""
+        scale = self._lr_scale(self.step - 1)
+        return {"lr/g": self.config.g_lr * scale, "lr/d": self.config.d_lr * scale}
 
-    def _log(self, stats: dict[str, Tensor], metrics: dict[str, float]) -> None:
-        """Records losses, gamma of each attention layer, sigma of each spectral norm, learning rates, and metrics."""
-        values = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
-        self.watch.check_losses()  # waits for the device: what it has to do was handed in before
-        factor = self._learning_rate_factor(self.step - 1)
-        rates = {"lr/g": self.config.g_lr * factor, "lr/d": self.config.d_lr * factor}
-        self.recorder.log(self.step, values, rates | metrics)
+    def _layer_scalars(self) -> dict[str, Tensor]:
+        return gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
 
-    def _sample(self) -> None:
-        """Records what G and its average make of the fixed z."""
-        self.watch.check_losses()
+    def _samples(self) -> dict[str, Tensor]:
+        """Images of the fixed z by G and by its EMA."""
         with eval_mode(self.G, self.ema.network):
-            self.recorder.samples(self.step, "fake", self.G(self.fixed_z))
-            self.recorder.samples(self.step, "ema", self.ema.network(self.fixed_z))
+            return {"fake": self.G(self.fixed_z), "ema": self.ema.network(self.fixed_z)}
 
-    def _show_attention(self) -> None:
-        """Records every attention layer: of the averaged G on the fixed z, of D on its images and on real ones."""
+    def _attention(self) -> list[AttentionSample]:
+        """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""
+        count = self.config.g_num
         with eval_mode(self.ema.network, self.D):
-            count = self.config.g_num
-            shown = collect_attention(self.ema.network, self.D, self.fixed_z[:count], self.real[:count])
-        self.recorder.attention(self.step, shown)
-        if self.step == self.config.total_step:
-            self.recorder.explorer(self.step, shown)
+            return collect_attention(self.ema.network, self.D, self.fixed_z[:count], self.loader.batch(0)[:count])
 
-    def _evaluate(self) -> dict[str, float]:
-        """Metrics of the averaged G, or of G itself under --use_ema false; keeps the checkpoint with the lowest FID."""
+    def _evaluate(self, writer: Recorder) -> dict[str, float]:
+        """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
         network = self.ema.network if self.config.use_ema else self.G
         seed = derive_seed(self.config.seed, SEED_METRICS)
         z = sample_z(seed, self.config.metric_num, self.config.z_dim, self.device)
         try:
             with eval_mode(network):
-                metrics = measure(self.config, network, z, self.loader)
-        except UserError as error:  # a full disk, say: no reason to stop training
-            warn(f"no metrics of step {self.step}: {error}")
+                scores = compute_metrics(self.config, network, z, self.loader)
+        except UserError as error:  # such as a full disk: no reason to stop training
+            warn(f"metrics skipped at step {self.step}: {error}")
             return {}
-        if metrics.get("fid", math.inf) < self.best_fid:
-            self.best_fid = metrics["fid"]
-            self._save("best")
-        return metrics
+        if scores.get("fid", math.inf) < self.best_fid:
+            self.best_fid = scores["fid"]
+            writer.checkpoint("best", self._state())
+        return scores
 
-    def _save(self, name: int | Literal["best"]) -> None:
-        """Records a checkpoint, unless something in it is not finite.
+    def _state(self) -> dict[str, Any]:
+        """Return all that the next step depends on; random numbers and data are functions of the seed and the step.
 
-        The random state is not in it: it is a function of the seed and the step.
+        Raises:
+            NonFiniteError: a tensor in it is not finite.
         """
         state = {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "fixed_z": self.fixed_z,
+            "G": self.G.state_dict(),
+            "D": self.D.state_dict(),
             "ema": self.ema.network.state_dict(),
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
+            "fixed_z": self.fixed_z,
+            "best_fid": self.best_fid,
         }
-        G, D = self.G.state_dict(), self.D.state_dict()
-        self.watch.check(self.step, G, D, state)
-        self.recorder.checkpoint(name, G, D, state)
+        self.guard.check(state)
+        return state
+
+    def _resume(self, saved: Checkpoint) -> None:
+        """Load a checkpoint; one of the reference, or without its state file, has weights only."""
+        self.step = saved.step
+        with reraise_load_errors(saved.step):
+            self.G.load_state_dict(saved.G)
+            self.D.load_state_dict(saved.D)
+            self.ema.network.load_state_dict(saved.state["ema"] if saved.state else saved.G)
+        if saved.state is None:
+            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA start anew")
+            return
+        with reraise_load_errors(saved.step):
+            self.fixed_z = saved.state["fixed_z"].to(self.device)
+            self.best_fid = saved.state.get("best_fid", math.inf)  # checkpoints of older versions have none
+            for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
+                # Learning rates and betas are this run's options, not the saved ones.
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
+            changes = changed_options(saved.state["config"], self.config)
+        print(f"resuming from step {self.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))

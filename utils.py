@@ -224,13 +224,13 @@ class StopSignals:
             while not stop.received: ...
 
     Attributes:
-        received: the signal's number, or None so far.
+        received: the signal's number, 0 so far.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.received: int | None = None
+        self.received = 0
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -241,7 +241,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             sys.exit(128 + number)
         self.received = number
 

@@ -12,13 +12,13 @@ from sagan_models import Generator
 
 
 def check_metrics(config: Config, device: torch.device) -> None:
-    """Makes sure, before any work, that `measure` will find the libraries and weights that it needs.
+    """Makes sure, before any work, that `compute_metrics` will find the libraries and weights that it needs.
 
     Raises:
         UserError: it would not.
     """
     if config.metrics:
-        metrics.prepare(
+        scores.check_requirements(
             config.metrics.split(","),
             image_size=config.imsize,
             device=device,
@@ -27,13 +27,13 @@ def check_metrics(config: Config, device: torch.device) -> None:
         )
 
 
-def measure(config: Config, G: Generator, z: Tensor, loader: Loader) -> dict[str, float]:
+def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> dict[str, float]:
     """The metrics of what G makes of noise z (N, z_dim), against the loader's images; see metrics.py.
 
     Raises:
         UserError: something that they need cannot be had.
     """
-    return metrics.evaluate(
+    return scores.compute_scores(
         lambda start, count: G(z[start : start + count]),
         loader.images,
         config.metrics.split(","),

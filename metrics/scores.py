@@ -64,7 +64,7 @@ KID_SUBSET = 1000
 PRC_BATCH = 1000  # rows of the matrix of distances that are in memory at a time
 
 
-def evaluate(
+def compute_scores(
     generate: Batches,
     real: Tensor | np.ndarray,
     names: Sequence[str],
@@ -120,7 +120,7 @@ def evaluate(
     return scores
 
 
-def prepare(
+def check_requirements(
     names: Sequence[str],
     *,
     image_size: int,

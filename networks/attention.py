@@ -1,7 +1,7 @@
-"""The matrix products of self-attention, by what runs fastest where; the N x N maps never leave this file.
+"""Matrix products of self-attention: the fastest way on each device, and the explicit N x N map.
 
-On GPUs torch's fused kernels hold no map at all. They are slow on a CPU, so there the maps are made, and the backward
-is written out: autograd's own asks the CPU's matrix product for shapes that it is four to eight times slower at.
+Fused kernels on a GPU never store the map. On a CPU they are slow, so the map is computed, with a backward written by
+hand: autograd's asks the CPU's matrix product for layouts in which it is four to eight times slower.
 """
 
 import torch
@@ -9,30 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The kernel that takes queries and values of different widths, and a way out; torch's own choice changes with versions.
+# The kernel that takes values of another width than queries, and a fallback; torch's own choice changes with versions.
 FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``softmax(q k^T) v``, not scaled by sqrt(d). Logits and softmax are computed in fp32 whatever the inputs are.
+    """Return ``softmax(q k^T) v``, not scaled by sqrt(d), with logits and softmax in fp32 for any input type.
 
     Args:
         query, key: (B, N, d).
         value: (B, N, C).
 
     Returns:
-        (B, N, C). It can be differentiated once: a gradient penalty needs `attention_map`.
+        (B, N, C), which can be differentiated once only; use `attention_map` for a double backward.
     """
     if value.device.type == "cpu":
         return _AttendOnCpu.apply(query, key, value)
-    padding = (0, -query.shape[2] % 8)  # the fused kernel wants multiples of 8; zeros change no logit
-    heads = [tensor.unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value)]  # one head
+    padding = (0, -query.shape[2] % 8)  # the fused kernel needs multiples of 8; zeros do not change the logits
+    # Contiguous, because a slice may not be aligned to the 16 bytes that the kernel loads at once.
+    heads = [tensor.unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value.contiguous())]
     with sdpa_kernel(FUSED):
-        return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)
+        return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)  # one head
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
-    """``softmax(q k^T)`` in fp32: (B, N, d) twice -> (B, N, N); row i is what position i looks at."""
+    """Return ``softmax(q k^T)`` in fp32, (B, N, N), of (B, N, d) each; row i is what position i attends to."""
     with torch.autocast(query.device.type, enabled=False):
         return torch.softmax(query.float() @ key.float().transpose(1, 2), dim=-1)
 
@@ -53,7 +54,7 @@ class _AttendOnCpu(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, attention, out = ctx.saved_tensors
         grad_value = (grad.transpose(1, 2) @ attention).transpose(1, 2)
-        # Through softmax: dS = A * (dA - sum_j dA A), where the sum is that of grad * out (Dao et al., 2205.14135).
+        # Softmax: dS = A * (dA - rowsum(dA * A)); the row sum equals rowsum(grad * out) (Dao et al., 2205.14135).
         grad_logits = grad @ value.transpose(1, 2)
         grad_logits.sub_((grad * out).sum(-1, keepdim=True)).mul_(attention)
         grad_query = (key @ grad_logits.transpose(1, 2)).transpose(1, 2)

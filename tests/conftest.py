@@ -1,4 +1,4 @@
-"""What the tests share: small networks, a toy run in a temporary folder, the oracle's weights."""
+"""Shared by the tests: small networks, toy runs in a temporary folder, a browser, the oracle's weights."""
 
 import json
 import shutil
@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
 
 from data_loader import get_loader
 from datasets.sources import find_source
 from parameter import Config
 from trainer import Trainer
 
-torch.set_num_threads(1)  # small networks: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0)
 BROWSER_FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -27,7 +25,7 @@ BROWSER_FLAGS = (
 
 
 class SmallExtractor(torch.nn.Module):
-    """16 features that see colour and edges, from weights that the seed decides."""
+    """16 features of color and edges, from fixed random weights: a stand-in for Inception."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +38,7 @@ class SmallExtractor(torch.nn.Module):
 
 @pytest.fixture
 def make_config(tmp_path):
-    """Configurations of small toy runs that write below a temporary folder."""
+    """A function that makes configurations of small toy runs, which write below a temporary folder."""
 
     def make(**changes) -> Config:
         paths = {
@@ -54,7 +52,7 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_trainer(make_config):
-    """Trainers of small toy runs."""
+    """A function that makes trainers of small toy runs."""
 
     def make(**changes) -> Trainer:
         config = make_config(**changes)
@@ -89,7 +87,11 @@ def extractor(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A headless browser, whose log can be read: Chromium or Chrome with its driver (Debian: chromium-driver)."""
+    """A headless Chromium or Chrome with its driver (Debian: chromium-driver), whose log can be read."""
+    pytest.importorskip("selenium")
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     binary, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
     if not (binary or driver):
@@ -105,7 +107,7 @@ def browser(tmp_path_factory):
 
 
 def log_lines(folder):
-    """Those of a run's log, as far as it is written."""
+    """The lines of a run's log that are written so far."""
     path = folder / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
 
@@ -121,13 +123,13 @@ def free_port():
 
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The oracle's draw for a tensor of that name: normal numbers, seeded by the name."""
+    """Normal numbers seeded by a tensor's name, as the oracle draws them."""
     random = np.random.RandomState(zlib.crc32(f"public/{key}".encode()))
     return random.standard_normal(shape).astype("float32")
 
 
 def fill_as_oracle(network: torch.nn.Module) -> None:
-    """Gives a network the weights that the reference's numbers were recorded with."""
+    """Set the weights with which the reference's numbers were recorded."""
     for key, tensor in network.state_dict().items():
         values = np.asarray(draw(key, tuple(tensor.shape)))
         if key.endswith(("_u", "_v")):

@@ -6,16 +6,16 @@ import torch
 from conftest import draw, fill_as_oracle
 
 from networks.losses import g_loss, hinge_d_loss
-from sagan_models import Discriminator, Generator, SelfAttention
+from sagan_models import Discriminator, Generator, SelfAttention, gammas_and_sigmas
 
 RELATIVE = 1e-4  # of each tensor's largest value
-# A bias before BatchNorm and a key's bias before softmax change nothing: what is recorded of them is rounding.
+# A bias before BatchNorm and a bias of the keys have no effect: their recorded gradients are rounding errors.
 WITHOUT_GRADIENT = re.compile(r"G_grad\w+/l\d\.0\.module\.bias|\w_grad\w+/attn\d\.key_conv\.bias")
 
 
 @pytest.fixture(scope="module")
 def replay(oracle):
-    """Our networks taken through what was recorded from the reference."""
+    """Our networks on the computation that was recorded from the reference."""
     G, D = Generator(), Discriminator()
     fill_as_oracle(G)
     fill_as_oracle(D)
@@ -48,7 +48,7 @@ def replay(oracle):
         "g_loss": loss.item(),
     }
 
-    # The maps: the same forwards, asked for them.
+    # The attention maps of the same forwards.
     G, D = Generator(), Discriminator()
     fill_as_oracle(G)
     fill_as_oracle(D)
@@ -85,11 +85,12 @@ def test_keys_shapes_and_parameter_counts_are_the_reference_s(oracle, network, p
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-def test_reference_checkpoints_load_strictly():
-    """The reference keeps u and v as parameters and saves no BatchNorm counter under its old torch."""
-    for network in (Generator(), Discriminator()):
-        saved = {key: value for key, value in network.state_dict().items() if "num_batches_tracked" not in key}
-        network.load_state_dict(saved, strict=True)
+def test_checkpoints_without_batch_norm_counters_load():
+    """The reference was trained with torch 0.3, whose BatchNorm had no `num_batches_tracked`."""
+    G = Generator(32, 16, 8)
+    saved = {key: value + 1 for key, value in G.state_dict().items() if "num_batches_tracked" not in key}
+    G.load_state_dict(saved)
+    assert all(torch.equal(G.state_dict()[key], value) for key, value in saved.items())
 
 
 def shapes_of(network, x):
@@ -141,7 +142,7 @@ def test_every_size_and_width(size, conv_dim):
     assert D(images[:1]).shape == (1,)
 
 
-def test_maps_are_distributions_and_asking_for_them_changes_nothing():
+def test_maps_are_distributions_and_returning_them_does_not_change_the_images():
     torch.manual_seed(0)
     G = Generator(32, 16, 8).eval()
     torch.nn.init.constant_(G.attn1.gamma, 0.7)
@@ -154,7 +155,7 @@ def test_maps_are_distributions_and_asking_for_them_changes_nothing():
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:2]))
 
 
-def test_attention_is_the_formula_of_the_paper():
+def test_attention_equals_the_paper_s_formula():
     torch.manual_seed(0)
     layer = SelfAttention(16)
     torch.nn.init.constant_(layer.gamma, 0.3)
@@ -176,7 +177,27 @@ def test_attention_starts_as_the_identity():
 
 
 @pytest.mark.parametrize("arguments", [dict(image_size=48), dict(conv_dim=12), dict(conv_dim=0)])
-def test_impossible_networks_are_refused(arguments):
+def test_unsupported_sizes_and_widths_are_rejected(arguments):
     for network in (Generator, Discriminator):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             network(**arguments)
+
+
+def test_two_forwards_of_d_use_a_sigma_each():
+    """D(real) and D(fake) advance u and v once each, and the gradient of the first uses its own."""
+    D = Discriminator(32, 8)
+    before = D.l1[0].module.weight_u.clone()
+    D(torch.randn(2, 3, 32, 32))
+    middle = D.l1[0].module.weight_u.clone()
+    D(torch.randn(2, 3, 32, 32))
+    assert not torch.equal(before, middle) and not torch.equal(middle, D.l1[0].module.weight_u)
+
+
+def test_logged_scalars_name_every_attention_layer_and_spectral_norm():
+    G = Generator(32, 16, 8)
+    torch.nn.init.constant_(G.attn2.gamma, 0.25)
+    values = gammas_and_sigmas("G", G)
+    assert set(values) == {"gamma/G_attn1", "gamma/G_attn2", "sigma/G_l1", "sigma/G_l2", "sigma/G_l3"}
+    assert values["gamma/G_attn2"].item() == 0.25
+    assert values["sigma/G_l2"].item() == pytest.approx(G.l2[0].sigma().item())
+    assert all(value.ndim == 0 and not value.requires_grad for value in values.values())

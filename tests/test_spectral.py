@@ -23,14 +23,35 @@ def test_sigma_converges_to_the_largest_singular_value(make):
     assert layer.sigma().item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-4)
 
 
-def test_transposed_convolution_has_its_input_channels_as_rows():
+def test_it_agrees_with_torch_s_own_spectral_norm():
+    """From the same u and v; torch names the weight's first dimension `dim=0`, too."""
+    torch.manual_seed(0)
+    ours = SpectralNorm(nn.Conv2d(6, 10, 3))
+    theirs = nn.Conv2d(6, 10, 3)
+    theirs.load_state_dict({"weight": ours.module.weight_bar, "bias": ours.module.bias})
+    theirs = nn.utils.parametrizations.spectral_norm(theirs, dim=0)
+    norm = theirs.parametrizations.weight[0]
+    norm._u.copy_(ours.module.weight_u)
+    norm._v.copy_(ours.module.weight_v)
+    for _ in range(3):
+        x = inputs_for(ours.module)
+        outputs = ours(x), theirs(x)
+        torch.testing.assert_close(*outputs)
+        weights = ours.module.weight_bar, theirs.parametrizations.weight.original
+        gradients = [
+            torch.autograd.grad(out.square().sum(), weight)[0] for out, weight in zip(outputs, weights, strict=True)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_the_rows_of_a_transposed_convolution_are_its_input_channels():
     layer = SpectralNorm(nn.ConvTranspose2d(6, 10, 4))
     assert layer.module.weight_u.shape == (6,)
     assert layer.module.weight_v.shape == (10 * 4 * 4,)
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_one_forward_is_the_published_iteration(iterations):
+def test_one_forward_is_algorithm_1_of_the_paper(iterations):
     torch.manual_seed(1)
     layer = SpectralNorm(nn.Linear(7, 5), power_iterations=iterations)
     weight, u = layer.module.weight_bar.detach().clone(), layer.module.weight_u.clone()
@@ -46,7 +67,7 @@ def test_one_forward_is_the_published_iteration(iterations):
     torch.testing.assert_close(layer.module.weight_v, v)
 
 
-def test_evaluation_leaves_the_vectors_alone():
+def test_u_and_v_do_not_change_in_evaluation_mode():
     layer = SpectralNorm(nn.Linear(7, 5))
     layer(torch.randn(3, 7))
     layer.eval()
@@ -57,7 +78,7 @@ def test_evaluation_leaves_the_vectors_alone():
 
 
 def test_two_forwards_before_one_backward_have_exact_gradients():
-    """The reference lets the first forward's gradient use the second one's vectors: 5% off."""
+    """In the reference, the first forward's gradient uses the second one's vectors: 5% off."""
     torch.manual_seed(0)
     layer = SpectralNorm(nn.Linear(7, 5, bias=False))
     x, y = torch.randn(3, 7), torch.randn(3, 7)
@@ -65,7 +86,7 @@ def test_two_forwards_before_one_backward_have_exact_gradients():
     total = 0
     for data in (x, y):
         state = layer.module.weight_u, layer.module.weight_v
-        layer(data)  # moves u and v to what this forward uses
+        layer(data)  # updates u and v to what this forward uses
         u, v = (vector.clone() for vector in state)
         total = total + (data @ (weight / (u @ weight @ v)).t()).square().sum()
     (expected,) = torch.autograd.grad(total, weight)
@@ -76,13 +97,13 @@ def test_two_forwards_before_one_backward_have_exact_gradients():
     torch.testing.assert_close(layer.module.weight_bar.grad, expected)
 
 
-def test_keys_are_the_reference_s_and_vectors_are_buffers():
+def test_keys_are_the_reference_s_and_u_and_v_are_buffers():
     layer = SpectralNorm(nn.Conv2d(3, 8, 4))
     assert set(layer.state_dict()) == {"module.weight_bar", "module.weight_u", "module.weight_v", "module.bias"}
     assert {name for name, _ in layer.named_parameters()} == {"module.weight_bar", "module.bias"}
 
 
-def test_survives_deepcopy_after_a_forward_with_gradients():
+def test_deepcopy_works_after_a_forward_with_gradients():
     layer = SpectralNorm(nn.Linear(7, 5))
     layer(torch.randn(3, 7))
     copy.deepcopy(layer)
@@ -95,6 +116,6 @@ def test_a_zero_weight_gives_no_nan_vectors():
     assert torch.isfinite(layer.module.weight_u).all()
 
 
-def test_rejects_no_iterations():
+def test_zero_power_iterations_are_rejected():
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNorm(nn.Linear(2, 2), power_iterations=0)

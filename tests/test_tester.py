@@ -17,14 +17,14 @@ FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progr
 
 @pytest.fixture
 def trained(make_trainer):
-    """A finished run of three steps with a log line and a sample for each."""
+    """A finished run of three steps with a log entry and samples per step."""
     trainer = make_trainer(log_step=1, sample_step=1)
     trainer.train()
     return trainer
 
 
 @pytest.fixture(autouse=True)
-def small_summary(monkeypatch):
+def fewer_images_for_statistics(monkeypatch):
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 64)
 
 
@@ -32,14 +32,9 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_a_test_leaves_is_a_function_of_the_seed(trained, make_config, capsys):
+def test_results_are_a_function_of_the_seed(trained, make_config):
     folder = trained.config.sample_folder / "test_3"
     tester.Tester(make_config(num_samples=6), trained.loader).test()
-    out = capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert len(list((folder / "samples").iterdir())) == 6
-    assert (trained.config.attn_folder / "3_explorer.html").stat().st_size > 10_000
-    assert "G attn1" in out and "the averaged generator after step 3" in out
     first = contents(folder)
     tester.Tester(make_config(num_samples=6, batch_size=5), trained.loader).test()
     again = contents(folder)
@@ -47,40 +42,63 @@ def test_what_a_test_leaves_is_a_function_of_the_seed(trained, make_config, caps
     assert all(again[path] == first[path] for path in first if "samples" in path.parts)
     tester.Tester(make_config(num_samples=2, seed=1), trained.loader).test()
     other = contents(folder)
-    assert len(list((folder / "samples").iterdir())) == 2  # nothing of the test before is left
     assert other[next(path for path in other if "samples" in path.parts)] not in first.values()
 
 
-def test_what_the_files_show(trained, make_config):
+def test_a_new_test_replaces_its_own_files_only(trained, make_config):
+    folder = trained.config.sample_folder / "test_3"
+    (folder / "samples").mkdir(parents=True)
+    kept = [folder / "notes.txt", folder / "grid.png.bak", folder / "samples" / "best.png"]
+    removed = [folder / "metrics.json", folder / "G_attn7.png", folder / "samples" / "00002.png"]
+    for path in [*kept, *removed]:
+        path.touch()
+    tester.Tester(make_config(num_samples=2), trained.loader).test()
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in removed)
+    assert all(tester.RESULTS.fullmatch(path.as_posix()) for path in contents(folder) if folder / path not in kept)
+
+
+def test_output_names_every_file(trained, make_config, capsys):
+    config = make_config(num_samples=6)
+    tested = tester.Tester(config, trained.loader)
+    capsys.readouterr()
+    tested.test()
+    explorer = config.attn_folder / "3_explorer.html"
+    assert {path.name for path in tested.folder.iterdir()} == FILES
+    assert len(list((tested.folder / "samples").iterdir())) == 6
+    assert explorer.stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "EMA" in out and "G attn1" in out and all(name in out for name in FILES)
+    assert [line.strip() for line in out.splitlines()[-2:]] == [str(explorer), str(tested.folder / "grid.png")]
+
+
+def test_contents_of_the_files(trained, make_config):
     tested = tester.Tester(make_config(num_samples=5, truncation=0.7), trained.loader)
     tested.test()
-    z = tested._noise(5)
+    z = tested._sample_z(5)
     assert z.abs().max() <= 0.7
     with torch.no_grad():
         expected = tested.G.eval()(z)
     for index, image in enumerate(expected):
-        shown = np.array(Image.open(tested.folder / "samples" / f"{index:05}.png"))
-        shown = to_model_range(torch.from_numpy(shown)[None])[0]
-        assert torch.allclose(shown, image, atol=0.011)  # of 256 levels
+        pixels = np.array(Image.open(tested.folder / "samples" / f"{index:05}.png"))
+        assert torch.allclose(to_model_range(torch.from_numpy(pixels)[None])[0], image, atol=0.011)  # 256 levels
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
-        maps = tested.G(tested._noise(64), return_attention=True)[1]
+        maps = tested.G(tested._sample_z(64), return_attention=True)[1]
     assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
 
 
-def test_which_generator_is_looked_at(trained, make_config):
-    averaged, raw = (tester.Tester(make_config(use_ema=use_ema), None) for use_ema in (True, False))
-    assert torch.equal(averaged.G.last[0].weight, trained.ema.network.last[0].weight)
+def test_ema_generator_is_used_if_there_is_one(trained, make_config):
+    ema, raw = (tester.Tester(make_config(use_ema=use_ema), None) for use_ema in (True, False))
+    assert torch.equal(ema.G.last[0].weight, trained.ema.network.last[0].weight)
     assert torch.equal(raw.G.last[0].weight, trained.G.last[0].weight)
-    (trained.config.model_folder / "3_state.pth").unlink()  # as the reference saves them
-    assert torch.equal(
-        tester.Tester(make_config(pretrained_model="3"), None).G.last[0].weight, trained.G.last[0].weight
-    )
+    (trained.config.model_folder / "3_state.pth").unlink()  # the reference saves none
+    weights_only = tester.Tester(make_config(pretrained_model="3"), None)
+    assert torch.equal(weights_only.G.last[0].weight, trained.G.last[0].weight)
 
 
-def test_the_reference_s_weights_alone_without_images_and_logs(trained, make_config):
+def test_weights_alone_without_images_and_logs(trained, make_config):
     (trained.config.model_folder / "3_state.pth").unlink()
     shutil.rmtree(trained.config.log_folder)
     for path in trained.config.sample_folder.glob("*.png"):
@@ -90,6 +108,27 @@ def test_the_reference_s_weights_alone_without_images_and_logs(trained, make_con
     assert {path.name for path in tested.folder.iterdir()} == FILES - {"progress.gif", "gamma.svg", "nearest.png"}
 
 
-def test_without_a_checkpoint(make_config):
-    with pytest.raises(UserError, match="no checkpoint"):
+def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        tester.Tester(make_config(), None)
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        tester.Tester(make_config(deterministic=True), None)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_images_may_be_on_another_device(trained, make_config):
+    tested = tester.Tester(make_config(device="cuda"), trained.loader)
+    tested.test()
+    assert (tested.folder / "nearest.png").exists()
+
+
+def test_missing_checkpoint_raises(make_config):
+    with pytest.raises(UserError, match="checkpoint"):
         tester.Tester(make_config(), None)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from errors import UserError
 from sagan_models import SelfAttention
 from training import checkpoint
+from training.recorder import NullRecorder, Recorder
 
 LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake"}
 
@@ -42,31 +44,44 @@ def test_d_step_updates_d_alone_and_g_step_g_alone(make_trainer):
     assert all(parameter.requires_grad for parameter in trainer.D.parameters())
 
 
-def test_the_step_is_the_textbook_s(make_trainer):
-    """Against the same two updates written out with plain Adam."""
-    ours, plain = make_trainer(), make_trainer()
-    real, z, z2 = ours.loader.batch(0), *torch.randn(2, 4, 16)
-    stats = ours.d_step(real, z) | ours.g_step(z2)
+@pytest.mark.parametrize("options", [{}, dict(g_lr=3e-3, d_lr=1e-3, beta1=0.5, beta2=0.999)])
+def test_the_step_equals_a_textbook_step(make_trainer, options):
+    """Two steps: the first update of Adam is the same for any betas."""
+    ours, plain = make_trainer(**options), make_trainer(**options)
+    betas = options.get("beta1", 0.0), options.get("beta2", 0.9)
+    d_optimizer = torch.optim.Adam(plain.D.parameters(), options.get("d_lr", 4e-4), betas)
+    g_optimizer = torch.optim.Adam(plain.G.parameters(), options.get("g_lr", 1e-4), betas)
+    for real in (ours.loader.batch(0), ours.loader.batch(1)):
+        z, z2 = torch.randn(2, 4, 16)
+        stats = ours.d_step(real, z) | ours.g_step(z2)
 
-    d_optimizer = torch.optim.Adam(plain.D.parameters(), 4e-4, (0.0, 0.9))
-    g_optimizer = torch.optim.Adam(plain.G.parameters(), 1e-4, (0.0, 0.9))
-    fake = plain.G(z).detach()
-    d_loss_real = torch.relu(1 - plain.D(real)).mean()
-    d_loss_fake = torch.relu(1 + plain.D(fake)).mean()
-    (d_loss_real + d_loss_fake).backward()
-    d_optimizer.step()
-    g_loss = -plain.D(plain.G(z2)).mean()
-    g_loss.backward()
-    g_optimizer.step()
+        d_loss_real = torch.relu(1 - plain.D(real)).mean()
+        d_loss_fake = torch.relu(1 + plain.D(plain.G(z).detach())).mean()
+        d_optimizer.zero_grad()
+        (d_loss_real + d_loss_fake).backward()
+        d_optimizer.step()
+        loss = -plain.D(plain.G(z2)).mean()
+        g_optimizer.zero_grad()
+        loss.backward()
+        g_optimizer.step()
 
-    assert stats["d_loss_real"].item() == pytest.approx(d_loss_real.item(), rel=1e-5)
-    assert stats["d_loss_fake"].item() == pytest.approx(d_loss_fake.item(), rel=1e-5)
-    assert stats["g_loss"].item() == pytest.approx(g_loss.item(), rel=1e-4)
-    without_gradient = ("module.bias", "key_conv.bias")  # rounding noise, which Adam blows up
+        assert stats["d_loss_real"].item() == pytest.approx(d_loss_real.item(), rel=1e-4)
+        assert stats["d_loss_fake"].item() == pytest.approx(d_loss_fake.item(), rel=1e-4)
+        assert stats["g_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    without_gradient = ("module.bias", "key_conv.bias")  # rounding errors, which Adam amplifies
     for name in ("G", "D"):
         for key, value in getattr(ours, name).named_parameters():
             if not (key.endswith(without_gradient) or value.numel() == 1):
                 torch.testing.assert_close(value, getattr(plain, name).get_parameter(key), rtol=1e-3, atol=2e-5)
+
+
+def test_optimizers_have_the_options_rates_and_betas_also_after_resuming(make_trainer):
+    make_trainer().train()
+    for resume in ({}, {"pretrained_model": "latest", "total_step": 4}):
+        trainer = make_trainer(g_lr=1e-3, d_lr=2e-3, beta1=0.5, beta2=0.999, **resume)
+        for optimizer, rate in ((trainer.g_optimizer, 1e-3), (trainer.d_optimizer, 2e-3)):
+            (group,) = optimizer.param_groups
+            assert group["lr"] == rate and group["betas"] == (0.5, 0.999)
 
 
 def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer):
@@ -74,7 +89,7 @@ def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer)
     for layer in trainer.D.modules():
         if isinstance(layer, SelfAttention):
             nn.init.constant_(layer.gamma, 0.5)
-    stats = trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16))
+    stats = trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 1, 1, 1))
     total = stats["d_loss_real"] + stats["d_loss_fake"] + 5 * stats["d_penalty"]
     assert stats["d_loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert trainer.train() == 0
@@ -83,28 +98,28 @@ def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer)
 
 @pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp", n_critic=2), dict(hflip=True, lr_schedule="linear"),
                                      dict(imsize=64, g_conv_dim=16)])  # fmt: skip
-def test_three_steps_continued_to_six_are_six_steps(make_trainer, options):
-    """Bit for bit: weights, average, optimizers, samples and the log."""
+def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):
+    """Bit for bit: weights, EMA, optimizers, samples and the log."""
     whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=6, **options)
     whole.train()
     schedule = {"total_step": 6} if "lr_schedule" in options else {"total_step": 3}
     first = make_trainer(version="parts", log_step=1, sample_step=6, model_save_step=0.2, keep_checkpoints=0,
                          **schedule, **options)  # fmt: skip
     first.train()
-    continued = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3", **options)
-    assert continued.step == 3
-    continued.train()
+    resumed = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3", **options)
+    assert resumed.step == 3
+    resumed.train()
 
-    assert_same_weights(whole, continued)
-    assert torch.equal(whole.fixed_z, continued.fixed_z)
+    assert_same_weights(whole, resumed)
+    assert torch.equal(whole.fixed_z, resumed.fixed_z)
     for name in ("g_optimizer", "d_optimizer"):
-        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, continued)]
+        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, resumed)]
         for index, state in states[0].items():
             assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
     for kind in ("fake", "ema"):
-        samples = [trainer.config.sample_folder / f"6_{kind}.png" for trainer in (whole, continued)]
+        samples = [trainer.config.sample_folder / f"6_{kind}.png" for trainer in (whole, resumed)]
         assert samples[0].read_bytes() == samples[1].read_bytes()
-    assert metrics_of(whole) == metrics_of(continued)
+    assert metrics_of(whole) == metrics_of(resumed)
 
 
 def metrics_of(trainer):
@@ -113,7 +128,7 @@ def metrics_of(trainer):
             for line in lines]  # fmt: skip
 
 
-def test_a_run_leaves_what_it_promises(make_trainer):
+def test_a_run_writes_all_its_files(make_trainer):
     trainer = make_trainer(total_step=5, log_step=2, sample_step=2, attn_step=4, model_save_step=0.4,
                            use_tensorboard=True)  # fmt: skip
     assert trainer.train() == 0  # five batches an epoch: a checkpoint every second step
@@ -144,26 +159,35 @@ def test_sampling_and_logging_leave_training_unchanged(make_trainer):
     assert_same_weights(quiet, busy)
 
 
-def test_ema_leaves_training_unchanged(make_trainer):
+def test_ema_does_not_change_training(make_trainer):
     first, second = make_trainer(version="a", ema_decay=0.0), make_trainer(version="b", ema_decay=0.999)
     first.train()
     second.train()
     assert all(torch.equal(value, second.G.state_dict()[key]) for key, value in first.G.state_dict().items())
-    for key, value in first.ema.network.state_dict().items():  # no averaging at all: the newest weights
+    for key, value in first.ema.network.state_dict().items():  # with decay 0 it equals G
         torch.testing.assert_close(value, first.G.state_dict()[key])
 
 
-def test_seeds_make_different_runs(make_trainer):
-    first, second = make_trainer(seed=1), make_trainer(seed=2)
-    assert not torch.equal(first.fixed_z, second.fixed_z)
-    assert not torch.equal(first.G.last[0].weight, second.G.last[0].weight)
+def test_data_latents_and_steps_depend_on_the_seed_and_nothing_else(make_trainer):
+    """Weights are drawn from torch's global generator, which `main.py` seeds and this test sets apart."""
+    runs = {}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        trainer = make_trainer(seed=seed, version=name)
+        torch.manual_seed(0)
+        torch.randn(len(runs))  # the global generator must not matter
+        stats = trainer.train_step()
+        runs[name] = trainer.fixed_z, trainer.loader.batch(0), stats["d_loss"]
+    for first, again, other in zip(*runs.values(), strict=True):
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_n_critic_takes_a_fresh_batch_and_z_for_each_update(make_trainer, monkeypatch):
     trainer = make_trainer(n_critic=3, total_step=2)
     seen = []
     original = trainer.d_step
-    monkeypatch.setattr(trainer, "d_step", lambda real, z: seen.append((real.clone(), z.clone())) or original(real, z))
+    monkeypatch.setattr(
+        trainer, "d_step", lambda real, z, _: seen.append((real.clone(), z.clone())) or original(real, z)
+    )
     trainer.train()
     assert len(seen) == 6
     for index, (real, _) in enumerate(seen):
@@ -171,119 +195,151 @@ def test_n_critic_takes_a_fresh_batch_and_z_for_each_update(make_trainer, monkey
     assert len({z.numpy().tobytes() for _, z in seen}) == 6
 
 
-@pytest.mark.parametrize("schedule, expected", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.9, 0.8, 0.1]),
-                                                ("exponential", [1, 1, 1, 0.5])])  # fmt: skip
-def test_learning_rate_schedules(make_trainer, schedule, expected):
-    trainer = make_trainer(lr_schedule=schedule, lr_decay=0.5, total_step=10)  # 20 images, batch 4: 5 steps an epoch
-    factors = []
-    for trainer.step in (0, 1, 2, 9):
-        trainer._take_step()
-        factors.append(trainer.d_optimizer.param_groups[0]["lr"] / 4e-4)
-        assert trainer.g_optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * factors[-1])
-    assert factors == pytest.approx(expected)
+@pytest.mark.parametrize("schedule, n_critic, expected", [("constant", 1, [1, 1, 1, 1, 1]),
+    ("linear", 1, [1, 0.9, 0.8, 0.7, 0.1]), ("exponential", 1, [1, 1, 1, 1, 0.5]),
+    ("exponential", 2, [1, 1, 1, 0.5, 0.5**3])])  # fmt: skip
+def test_learning_rate_schedules(make_trainer, schedule, n_critic, expected):
+    """20 images and batch size 4 make an epoch of 5 batches, of which a step uses n_critic."""
+    trainer = make_trainer(lr_schedule=schedule, lr_decay=0.5, n_critic=n_critic, total_step=10)
+    scales = []
+    for trainer.step in (0, 1, 2, 3, 9):
+        trainer.train_step()
+        scales.append(trainer.d_optimizer.param_groups[0]["lr"] / 4e-4)
+        assert trainer.g_optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * scales[-1])
+    assert scales == pytest.approx(expected)
 
 
-def test_weights_without_a_state_file_load_with_a_warning(make_trainer, capsys):
+def test_weights_without_a_state_file_resume_with_a_warning(make_trainer, capsys):
     first = make_trainer()
     first.train()
     (first.config.model_folder / "3_state.pth").unlink()
     capsys.readouterr()
-    continued = make_trainer(pretrained_model="latest", total_step=4)
+    resumed = make_trainer(pretrained_model="latest", total_step=4)
     assert "optimizers" in capsys.readouterr().err
-    assert torch.equal(continued.G.last[0].weight, first.G.last[0].weight)
-    assert torch.equal(continued.ema.network.last[0].weight, first.G.last[0].weight)
-    (first.config.sample_folder / "real.png").unlink()  # as where the weights came from elsewhere
-    assert continued.train() == 0
+    assert torch.equal(resumed.G.last[0].weight, first.G.last[0].weight)
+    assert torch.equal(resumed.ema.network.last[0].weight, first.G.last[0].weight)
+    (first.config.sample_folder / "real.png").unlink()  # as if the weights came from elsewhere
+    assert resumed.train() == 0
     assert (first.config.sample_folder / "real.png").exists()
 
 
-def test_continuing_with_other_options_says_so_and_uses_them(make_trainer, capsys):
+def test_resuming_with_other_options_names_and_uses_them(make_trainer, capsys):
     make_trainer().train()
     capsys.readouterr()
     trainer = make_trainer(pretrained_model="3", total_step=4, g_lr=0.5)
     assert "--g_lr 0.5 (was 0.0001)" in capsys.readouterr().out
-    trainer._take_step()
+    trainer.train_step()
     assert trainer.g_optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_a_finished_run_has_nothing_to_do(make_trainer):
+def test_resuming_a_finished_run_takes_no_step(make_trainer):
     make_trainer().train()
-    assert make_trainer(pretrained_model="latest").train() == 0
+    resumed = make_trainer(pretrained_model="latest")
+    before = weights_of(resumed)
+    assert resumed.train() == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(resumed).items())
 
 
-def test_a_checkpoint_by_the_clock(make_trainer):
+def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer):
+    first = make_trainer()
+    first.train()
+    resumed = make_trainer(pretrained_model="latest", batch_size=8, total_step=4, sample_step=4)
+    assert torch.equal(resumed.fixed_z, first.fixed_z)
+    resumed.train()
+    samples = [Image.open(first.config.sample_folder / f"{step}_ema.png").size for step in (3, 4)]
+    assert samples[0] == samples[1]
+
+
+def test_save_minutes_saves_by_the_clock(make_trainer):
     trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2, keep_weights=1)
     trainer.train()
     left = {path.name for path in trainer.config.model_folder.glob("*.pth")}
     assert left == {f"{step}_{part}.pth" for step in (4, 5) for part in ("G", "D", "state")} | {"3_G.pth", "3_D.pth"}
 
 
-def test_weights_that_are_not_finite_are_never_saved(make_trainer):
+def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
     first = make_trainer(model_save_step=0.2)
     first.train()
     trainer = make_trainer(model_save_step=0.2, pretrained_model="latest", total_step=9)
-    take_step = trainer._take_step
+    train_step = trainer.train_step
 
     def spoil():
-        stats = take_step()
-        if trainer.step == 4:
+        stats = train_step()
+        if trainer.step == 5:
             trainer.ema.network.last[0].bias.data[0] = float("nan")
         return stats
 
-    trainer._take_step = spoil
-    with pytest.raises(UserError, match=r"after step 5 a weight was not finite.*--pretrained_model 4"):
+    monkeypatch.setattr(trainer, "train_step", spoil)
+    with pytest.raises(UserError, match="--pretrained_model 4"):
         trainer.train()
-    assert checkpoint.steps(first.config.model_folder)[0] == 4
+    assert checkpoint.list_steps(first.config.model_folder)[0] == 4
 
 
-def test_a_checkpoint_of_another_version_of_the_program_shows_the_differences(make_trainer, capsys):
+def test_resuming_a_checkpoint_of_another_version_lists_the_changed_options(make_trainer, capsys):
     first = make_trainer()
     first.train()
     path = first.config.model_folder / "3_state.pth"
     state = torch.load(path, weights_only=True)
     del state["config"]["save_minutes"]
-    state["config"]["colour"] = "blue"
+    state["config"]["color"] = "blue"
     torch.save(state, path)
     make_trainer(pretrained_model="latest", total_step=4)
     out = capsys.readouterr().out
-    assert "colour blue (no longer an option)" in out and "--save_minutes 10.0 (new)" in out
+    assert "color blue" in out and "--save_minutes 10.0" in out
 
 
-def test_deterministic_takes_the_same_steps_on_a_cpu(make_trainer):
-    plain, strict = make_trainer(version="plain"), make_trainer(version="strict", deterministic=True)
+def test_deterministic_switches_torch_to_deterministic_algorithms(make_trainer):
     try:
+        strict = make_trainer(deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
-        strict.train()
+        strict.train_step()  # raises where an operation has no deterministic implementation
     finally:
         torch.use_deterministic_algorithms(False)
-    plain.train()
-    assert_same_weights(plain, strict)
+
+
+def test_bf16_resumes_bit_for_bit_and_stays_near_fp32(make_trainer):
+    exact = make_trainer(version="fp32")
+    whole = make_trainer(version="whole", total_step=4, precision="bf16")
+    losses = [exact.train_step()["d_loss"].item(), whole.train_step()["d_loss"].item()]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+    whole.train()
+    make_trainer(version="parts", total_step=2, precision="bf16").train()
+    resumed = make_trainer(version="parts", total_step=4, precision="bf16", pretrained_model="latest")
+    resumed.train()
+    assert_same_weights(whole, resumed)
+
+
+def test_the_null_recorder_has_every_method_of_the_recorder(make_trainer):
+    public = {name for name in dir(Recorder) if not name.startswith("_")}
+    assert public <= set(dir(NullRecorder))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
-def test_memory_and_open_files_stay_flat(make_trainer):
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat(make_trainer, monkeypatch):
     trainer = make_trainer(total_step=2000, sample_step=50, attn_step=200, model_save_step=20, log_step=5)
     seen = []
-    maintain = trainer.maintain
+    train_step = trainer.train_step
 
-    def watched(stats):
-        maintain(stats)
-        if trainer.step % 500 == 0:
+    def watched():
+        if trainer.step % 500 == 1:
             memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             seen.append((memory, len(os.listdir("/proc/self/fd"))))
+        return train_step()
 
-    trainer.maintain = watched
+    monkeypatch.setattr(trainer, "train_step", watched)
     trainer.train()
+    seen = seen[1:]  # the first is of step 1
     memory, files = zip(*seen, strict=True)
     assert max(memory) - memory[0] < 20, memory  # MiB
-    assert max(files) - files[0] <= 2, files  # a picture that is being written
+    assert max(files) - files[0] <= 2, files  # an image that is being written
 
 
-def test_the_best_by_fid_is_kept_and_the_run_goes_on_as_without_it(make_trainer, monkeypatch, capsys):
-    """Scores that fall, rise and fail: the second evaluation is the best, and step 2 is what `best` loads."""
+def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
+    """The second of four evaluations has the lowest FID; the last one fails."""
     scores = iter([9.0, 3.0, 5.0, UserError("the disk is full")])
 
-    def measure(config, G, z, loader):
+    def compute_metrics(config, G, z, loader):
         assert not G.training and z.shape == (config.metric_num, config.z_dim)
         G(z[:4])
         score = next(scores)
@@ -291,7 +347,7 @@ def test_the_best_by_fid_is_kept_and_the_run_goes_on_as_without_it(make_trainer,
             raise score
         return {"fid": score}
 
-    monkeypatch.setattr("trainer.measure", measure)
+    monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
     monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
     measured = make_trainer(metrics="fid", metric_step=1, metric_num=12, total_step=4, version="measured")
     plain = make_trainer(total_step=4, version="plain")
@@ -300,25 +356,32 @@ def test_the_best_by_fid_is_kept_and_the_run_goes_on_as_without_it(make_trainer,
     assert_same_weights(measured, plain)
     lines = (measured.config.log_folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line).get("fid") for line in lines] == [9.0, 3.0, 5.0, None]
-    assert "no metrics of step 4: the disk is full" in capsys.readouterr().err
+    assert "the disk is full" in capsys.readouterr().err
     best = checkpoint.load(measured.config.model_folder, "best", measured.config.architecture)
     assert best.step == 2
-    assert checkpoint.steps(measured.config.model_folder) == [4]  # `latest` is not the best one
+    assert checkpoint.list_steps(measured.config.model_folder) == [4]  # `latest` does not find the best one
 
-    scores = iter([4.0])  # better than the last, not than the best before the stop
-    continued = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
+    scores = iter([4.0])  # lower than the last, not than the lowest before the stop
+    resumed = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
                              pretrained_model="latest")  # fmt: skip
-    continued.train()
+    resumed.train()
     assert checkpoint.load(measured.config.model_folder, "best", measured.config.architecture).step == 2
     make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
 
 
-def test_a_run_leaves_a_report_and_an_explorer(make_trainer):
-    config = make_trainer().config
-    trainer = make_trainer()
+def test_the_last_lines_name_the_files_to_open_first(make_trainer, capsys):
+    trainer = make_trainer(version="named")
+    config = trainer.config
     trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    paths = [
+        config.log_folder / "report.html",
+        config.attn_folder / "3_explorer.html",
+        config.sample_folder / "3_ema.png",
+    ]
+    assert [line.strip() for line in lines[-3:]] == [str(path) for path in paths]
+    assert all(path.exists() for path in paths)
     report = (config.log_folder / "report.html").read_text(encoding="utf-8")
     assert "step 3 of 3" in report and "finished" in report
     assert f"../../attn_path/{config.version}/3_explorer.html" in report
-    assert (config.attn_folder / "3_explorer.html").exists()
     assert not list(config.log_folder.glob("*.tmp"))

@@ -1,1 +1,1 @@
-"""What a training run needs besides the networks: checkpoints, logs, several ranks, CUDA graphs."""
+"""What a training run uses beside the networks: checkpoints, result folders, log, distributed ranks, CUDA graph."""

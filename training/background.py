@@ -1,4 +1,4 @@
-"""Work that the training loop does not wait for: encoding pictures, writing files."""
+"""Work that the training loop does not wait for: encoding images, writing files."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Background:
-    """Runs jobs one after the other in a thread; at the end of a `with` block all are done, also after an error.
+    """Run jobs one after the other in a thread; the end of the `with` block waits for all, also after an error.
 
         with Background() as background:
-            background.submit(picture.save, path)
+            background.submit(image.save, path)
 
-    A job must not read what the loop changes: give it copies. What a job raises is raised by a later `submit`, or at
-    the end. At most `capacity` jobs wait; `submit` waits when there are more, so that memory stays bounded.
+    A job must not read what the loop changes: pass copies. An exception in a job is raised by a later `submit`, or at
+    the end. At most `capacity` jobs are pending; `submit` waits when there are more, which bounds memory.
     """
 
     def __init__(self, capacity: int = 8):
@@ -22,7 +22,7 @@ class Background:
         self._pending: deque[Future] = deque()
 
     def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Hands in a job."""
+        """Queue a job."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self.capacity):
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(job, *arguments))
@@ -31,8 +31,8 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        at_once = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C, or SystemExit
-        self._thread.shutdown(cancel_futures=at_once)
-        if kind is None:  # else the first error is on its way already
+        interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C, or SystemExit
+        self._thread.shutdown(cancel_futures=interrupted)
+        if kind is None:  # otherwise the first error is already being raised
             for future in self._pending:
                 future.result()

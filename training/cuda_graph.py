@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: recorded once, then replayed with one launch in place of some eight hundred."""
+"""The training step as a CUDA graph: captured once, then replayed with one launch in place of some eight hundred."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,86 +8,90 @@ from torch import Tensor
 
 from errors import UserError
 
-WARM_UP = 3  # eager steps before the recording: they set up what libraries set up lazily, and count as steps
+WARM_UP = 3  # eager steps before the capture, in which libraries do their lazy initialization; they count as steps
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Tensor]]
+Inputs = Sequence[Sequence[Tensor]]  # real batches, latents, mixing coefficients
 
 
-def can_capture(device: torch.device, wanted: str, adv_loss: str, processes: int) -> bool:
-    """Whether to record the step; says why not where that was to be expected.
+def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
+    """Return whether to capture the step; print the reason where `--cuda_graph auto` falls back to eager.
 
     Args:
-        wanted: `--cuda_graph`: auto, true or false.
+        cuda_graph: the option: auto, true or false.
+        world_size: number of ranks; an all-reduce of gradients is not captured.
 
     Raises:
-        UserError: true asks for what cannot be.
+        UserError: `--cuda_graph true` on several ranks.
     """
-    if device.type != "cuda" or wanted == "false":
+    if device.type != "cuda" or cuda_graph == "false":
         return False
-    obstacle = "wgan-gp draws random numbers in it" if adv_loss == "wgan-gp" else ""
-    obstacle = obstacle or ("processes exchange gradients in it" if processes > 1 else "")
-    if obstacle and wanted == "true":
-        raise UserError(f"--cuda_graph true: the step cannot be recorded, because {obstacle}")
-    if obstacle:
-        print(f"the step runs without a CUDA graph: {obstacle}")
-    return not obstacle
+    if world_size == 1:
+        return True
+    if cuda_graph == "true":
+        raise UserError("--cuda_graph true works in a single process only; use --cuda_graph auto")
+    print("CUDA graph disabled, running eagerly: gradients are all-reduced between ranks")
+    return False
 
 
 class GraphedStep:
-    """Runs `step(reals, noises)` by replaying its recording on new inputs; the results are those of `step` itself.
+    """Call `step` by replaying its capture on new inputs; the results are those of `step` itself.
 
-    The step must do the same work on the same memory every time: inputs of fixed shapes, parameters, statistics and
-    optimizer state changed in place, no value read back. The tensors that it returns are overwritten by the next call.
+    The step must do the same work on the same memory at every call: inputs of fixed shapes; parameters, statistics and
+    optimizer state updated in place; no random numbers drawn, no value read back. The tensors that it returns are
+    overwritten by the next call.
 
     Args:
-        step: takes real batches and noises, returns named 0-d tensors.
-        device: the GPU, which has to be the current one.
-        allow_fallback: where recording fails, say so and run `step` itself from then on, in place of raising.
+        step: takes real batches, latents and mixing coefficients (three lists); returns named 0-d tensors.
+        device: the GPU, which must be the current one.
+        fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead.
     """
 
-    def __init__(self, step: Step, device: torch.device, allow_fallback: bool = True):
+    def __init__(self, step: Callable[..., dict[str, Tensor]], device: torch.device, fallback: bool = True):
         self.step = step
-        self.allow_fallback = allow_fallback
+        self.fallback = fallback
         self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: Inputs = ()
+        self.results: dict[str, Tensor] = {}
         self.calls = 0
 
-    def __call__(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, *inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self._warm_up(reals, noises)
+            return self._warm_up(inputs)
         if self.calls == WARM_UP + 1:
-            self._record(reals, noises)
+            self._capture(inputs)
         if self.graph is None:
-            return self.step(reals, noises)
-        for mine, given in zip((*self.reals, *self.noises), (*reals, *noises), strict=True):
-            mine.copy_(given)
+            return self.step(*inputs)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            for target, source in zip(static, given, strict=True):
+                target.copy_(source)
         self.graph.replay()
         return self.results
 
-    def _warm_up(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
-        """An eager step on a stream of its own, as recording wants it."""
+    def _warm_up(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Run an eager step on a side stream, as capturing requires."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # of an optimizer that is not recorded yet
-            results = self.step(reals, noises)
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # the optimizer is not captured yet
+            results = self.step(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
-    def _record(self, reals: Sequence[Tensor], noises: Sequence[Tensor]) -> None:
-        """Records the step; recording runs nothing."""
-        self.reals = [torch.empty_like(tensor) for tensor in reals]  # in the layout of the inputs
-        self.noises = [torch.empty_like(tensor) for tensor in noises]
+    def _capture(self, inputs: Inputs) -> None:
+        """Capture the step; capturing executes nothing."""
+        self.inputs = [[torch.empty_like(tensor) for tensor in tensors] for tensors in inputs]  # keeps memory formats
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
-            # "thread_local": other threads may use CUDA meanwhile, the one that writes pictures among them.
+            # "thread_local": other threads may use CUDA meanwhile, such as the one that writes images.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.results = self.step(self.reals, self.noises)
+                self.results = self.step(*self.inputs)
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # torch leaves the recording one current
-            if not self.allow_fallback:
+            torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
+            if not self.fallback:
                 raise
-            print(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}")
+            reason = error.__context__ or error  # leaving the capture may raise a second, less specific error
+            print(f"CUDA graph disabled, running eagerly: {str(reason).splitlines()[0]}")
         else:
             self.graph = graph

@@ -116,11 +116,10 @@ class Ranks:
         """The largest of the processes' numbers."""
         return number if self.size == 1 else -self._smallest(-number)
 
-    def all_equal(self, count: Callable[[], int]) -> bool:
-        """Whether `count` gives the same number in all processes; does not ask a process alone."""
+    def all_equal(self, number: int) -> bool:
+        """Whether all ranks have the same number."""
         if self.size == 1:
             return True
-        number = count()
         return self._smallest(number) == self.max(number)
 
     @contextmanager
@@ -185,7 +184,7 @@ class SyncSchedule:
     def is_due(self, step: int) -> bool:
         return self._ranks.size == 1 or step >= self._next
 
-    def synced(self, step: int) -> None:
+    def done(self, step: int) -> None:
         """To be called by all after each meeting, also one that was held before it was due."""
         now, (step_then, then) = time.perf_counter(), self._last
         pace = (step - step_then) / (now - then)  # steps a second; too low if the meeting took long, but not for long

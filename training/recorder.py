@@ -1,6 +1,6 @@
-"""What a run shows and leaves behind: the progress bar, the log, pictures, checkpoints.
+"""What a run shows and writes: the progress bar, the log, images, checkpoints and the report.
 
-The trainer hands over tensors and goes on; whatever takes time is done in the background.
+The trainer passes tensors and goes on; whatever takes time happens in a background thread.
 """
 
 import dataclasses
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from errors import warn
 from parameter import Config, option_groups
 from training import checkpoint
 from training.background import Background
 from training.log import RunLog
+from training.run_folders import init_folders, lock_folders
 from utils import clone_tensors, memory_mib, refresh_seconds
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
@@ -27,115 +29,156 @@ from visuals.figures import attention_figures, sample_grid
 from visuals.report import Run, report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-POSTFIX = (
-    "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  "
-    "gamma {gamma/G_attn1:.3f} {gamma/G_attn2:.3f}"
-)
-REPORT_SECONDS = 60  # between two reports at least, more where they take long: checkpoints may come every few seconds
+POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  gamma"
+REPORT_SECONDS = 60  # between two reports at least, longer where they take long: checkpoints may be seconds apart
 
 
 class Recorder:
-    """Records a run from `step` on; used as a context, at whose end all is written.
+    """Record a run from `step` on, as a context that holds the run's folders and ends when everything is written.
 
-    Every method takes the number of finished steps first. Tensors may be on any device and may change afterwards only
-    where the method says that it copies them.
+    The methods take the number of finished steps first. Tensors may be on any device; those passed to `checkpoint` are
+    copied, others must not change afterwards.
+
+    Args:
+        step: finished steps at the start; log entries of later ones are dropped.
+        precision: of the training, for the report.
+        skipped: the images that could not be read, a line each.
+
+    Attributes:
+        saved_step: step of the newest checkpoint; at first that of the start.
+
+    Raises:
+        UserError: a folder is in use or cannot be written.
     """
 
-    def __init__(self, config: Config, step: int, device: torch.device, precision: str):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, step: int, device: torch.device, precision: str, skipped: Sequence[str]):
+        self.config, self.device, self.saved_step = config, device, step
+        self._is_new = step == 0
         self._run = _run(config, f"{device} in {precision}")
-        self._saved: int | None = None  # the newest checkpoint of this process
         self._report_due = -math.inf
+        self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
-        self._stack = ExitStack()
-        self._log = self._stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
-        self._background = self._stack.enter_context(Background())
-        self._bar = self._stack.enter_context(
-            tqdm(
-                total=config.total_step,
-                initial=step,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                mininterval=refresh_seconds(),
+        with ExitStack() as stack:  # closes what is open where a later line fails
+            stack.enter_context(lock_folders(config))
+            init_folders(config, step, skipped)
+            stack.push(self._finish)  # runs when all below is closed
+            self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
+            self._background = stack.enter_context(Background())
+            seconds = refresh_seconds()
+            self._bar = stack.enter_context(
+                tqdm(total=config.total_step, initial=step, bar_format=BAR, dynamic_ncols=True, mininterval=seconds)
             )
-        )
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        self._stack.__exit__(kind, *error)
-        at_once = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
-        if self._saved and not at_once:
-            self._write_report("stopped")
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar on to a step."""
+        """Move the progress bar to a step."""
         self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, values: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
-        """A line of numbers: of 0-d tensors, which leave the device here in one transfer, and others."""
-        numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) | others
+    def log(self, step: int, tensors: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
+        """Write a log entry: 0-d tensors, which leave the device here in one transfer, and other numbers."""
+        numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) | others
         now, (then, step_then) = time.perf_counter(), self._logged_at
         numbers["images_per_s"] = (step - step_then) * self.config.batch_size / (now - then)
         numbers["memory_mib"] = memory_mib(self.device)
         self._logged_at = (now, step)
         self._log.scalars(step, numbers)
-        self._bar.set_postfix_str(POSTFIX.format_map(numbers), refresh=False)
+        gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
+        self._bar.set_postfix_str(" ".join([POSTFIX.format_map(numbers), *gammas]), refresh=False)
 
-    def samples(self, step: int, name: str, images: Tensor) -> None:
-        """A grid of images (B, 3, S, S), `{step}_{name}.png`."""
-        self._background.submit(self._write_samples, step, name, images)
+    def real_images(self, images: Tensor) -> None:
+        """Write `real.png`, a grid of images (B, 3, S, S), for a new run or where there is none."""
+        path = self.config.sample_folder / "real.png"
+        if self._is_new or not path.exists():
+            sample_grid(images).save(path)
 
-    def attention(self, step: int, shown: Sequence[AttentionSample]) -> None:
-        """A figure for each attention layer."""
-        self._background.submit(self._write_attention, step, shown)
+    def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
+        """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`."""
+        self._background.submit(self._write_samples, step, images)
 
-    def explorer(self, step: int, shown: Sequence[AttentionSample]) -> None:
-        """A page on which every layer can be explored, `{step}_explorer.html`."""
-        self._background.submit(write_explorer, self.config.attn_folder, self.config.version, step, shown)
+    def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
+        """Write a figure for each attention layer, `{step}_{layer}.png`."""
+        self._background.submit(self._write_attention, step, samples)
 
-    def checkpoint(
-        self, name: int | Literal["best"], G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
-    ) -> None:
-        """A checkpoint of copies of these state dicts, under the number of its step or as the best one."""
-        self._background.submit(self._write_checkpoint, name, *clone_tensors([G, D, state]))
+    def explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
+        """Write the interactive page of the attention maps, `{step}_explorer.html`."""
+        self._background.submit(write_explorer, self.config.attn_folder, self.config.version, step, samples)
 
-    def _write_checkpoint(
-        self, name: int | Literal["best"], G: Mapping[str, Any], D: Mapping[str, Any], state: Mapping[str, Any]
-    ) -> None:
-        self._log.flush()  # a run that continues from here has all lines up to here
-        keep = self.config.keep_checkpoints, self.config.keep_weights
-        checkpoint.save(self.config.model_folder, name, G, D, state, *keep)
+    def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any]) -> None:
+        """Save a copy of a state under the number of its step, or as the best one."""
         if name != "best":
-            self._saved = name
-            if time.monotonic() >= self._report_due:
-                self._write_report("running")
+            self.saved_step, self._saved_at = name, time.monotonic()
+        self._background.submit(self._write_checkpoint, name, clone_tensors(state))
 
-    def _write_report(self, state: str) -> None:
-        """The report of the run up to its newest checkpoint."""
-        began = time.monotonic()
-        command = self.config.command(pretrained_model=str(self._saved))
-        page = report_page(self._run, self._saved, command, datetime.now(), state)
-        path = self.config.log_folder / "report.html"
-        path.with_suffix(".tmp").write_text(page, encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)  # whoever has it open may reload it at any time
-        ended = time.monotonic()
-        self._report_due = ended + max(REPORT_SECONDS, 50 * (ended - began))
+    def minutes_since_save(self) -> float:
+        """Return the minutes since the last numbered checkpoint, or since the start."""
+        return (time.monotonic() - self._saved_at) / 60
 
-    def _write_samples(self, step: int, name: str, images: Tensor) -> None:
-        grid = sample_grid(images)
-        grid.save(self.config.sample_folder / f"{step}_{name}.png")
-        self._log.image(step, f"samples/{name}", grid)
+    def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
+        for name, batch in images.items():
+            grid = sample_grid(batch)
+            grid.save(self.config.sample_folder / f"{step}_{name}.png")
+            self._log.image(step, f"samples/{name}", grid)
 
-    def _write_attention(self, step: int, shown: Sequence[AttentionSample]) -> None:
-        for name, figure in attention_figures(shown, step).items():
+    def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
+        for name, figure in attention_figures(samples, step).items():
             figure.save(self.config.attn_folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
 
+    def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any]) -> None:
+        self._log.flush()  # a run that resumes here finds all log entries up to here
+        keep = self.config.keep_checkpoints, self.config.keep_weights
+        checkpoint.save(self.config.model_folder, name, state, *keep)
+        if name != "best" and time.monotonic() >= self._report_due:
+            self._write_report(name, "running")
+
+    def _write_report(self, step: int, state: str) -> None:
+        """Write the report of the run up to its newest checkpoint."""
+        start = time.monotonic()
+        command = self.config.command_line(pretrained_model=str(step))
+        page = report_page(self._run, step, command, datetime.now(), state)
+        path = self.config.log_folder / "report.html"
+        try:
+            path.with_suffix(".tmp").write_text(page, encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
+        except OSError as error:
+            warn(f"cannot write {path}: {error.strerror}")
+        end = time.monotonic()
+        self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))
+
+    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
+        if self.saved_step and not interrupted:
+            self._write_report(self.saved_step, "stopped")
+
+
+class NullRecorder:
+    """The recorder of the ranks other than 0: the same methods, which write nothing."""
+
+    saved_step = 0
+
+    def __enter__(self) -> "NullRecorder":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def advance(self, *_: Any) -> None:
+        """Do nothing."""
+
+    log = real_images = samples = attention = explorer = checkpoint = advance
+
+    def minutes_since_save(self) -> float:
+        return 0.0
+
 
 def _run(config: Config, machine: str) -> Run:
-    """What the report says of a run at any step."""
+    """Return what the report says of a run at any step."""
     options = {
         title: {field.name: getattr(config, field.name) for field in fields}
         for title, fields in option_groups().items()

@@ -1,4 +1,4 @@
-"""Going on with an earlier run: which checkpoint is meant, what is different now, what to do after a divergence."""
+"""Resume a run: find its checkpoint, compare its options, advise after a non-finite loss."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from training.divergence import NonFiniteError
 
 
 def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
-    """The checkpoint that `--pretrained_model` asks for, None for a new run.
+    """Return the checkpoint that `--pretrained_model` names, None for a new run.
 
     Raises:
-        UserError: it is not there, cannot be read, or belongs to other networks.
+        UserError: there is none, it cannot be read, or it is of other networks.
     """
     wanted = config.pretrained_model
     if wanted == "auto":
-        wanted = "latest" if checkpoint.steps(config.model_folder) else None
+        wanted = "latest" if checkpoint.list_steps(config.model_folder) else None
     return checkpoint.load(config.model_folder, wanted, config.architecture) if wanted else None
 
 
 def changed_options(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """How the options of a checkpoint, maybe of another version of this program, differ from those of this run."""
+    """List how this run's options differ from those in a checkpoint, maybe of another version of this program."""
     current = dataclasses.asdict(config)
     changes = []
     for name in current | saved:
@@ -37,10 +37,10 @@ def changed_options(saved: Mapping[str, Any], config: Config) -> list[str]:
     return changes
 
 
-def advice(config: Config, error: NonFiniteError) -> str:
-    """What to do about a run that diverged."""
-    good = checkpoint.steps(config.model_folder)
-    if not good:
-        return f"the run diverged: {error}. Nothing was saved; begin anew with lower --g_lr and --d_lr"
-    command = config.command(pretrained_model=str(good[0]))
-    return f"the run diverged: {error}. Continue from the last good checkpoint, with lower --g_lr and --d_lr: {command}"
+def non_finite_message(config: Config, error: NonFiniteError) -> str:
+    """Return the error line of a run that diverged: what happened, and the command to resume with."""
+    steps = checkpoint.list_steps(config.model_folder)
+    if not steps:
+        return f"the run diverged: {error}. No checkpoint was saved: start again with lower --g_lr and --d_lr"
+    command = config.command_line(pretrained_model=str(steps[0]))
+    return f"the run diverged: {error}. Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"

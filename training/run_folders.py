@@ -1,4 +1,4 @@
-"""The folders of a run: can they be written, does another run write to them, what did an earlier one leave there?"""
+"""The folders of a run: check that it may write there, lock them, clear what earlier runs left."""
 
 import dataclasses
 import json
@@ -17,34 +17,34 @@ from utils import check_writable
 
 
 def check_folders(config: Config, step: int) -> None:
-    """Looks, before any work, whether a run that starts after `step` steps may write where it wants to.
+    """Check, before any work, that a run that starts after `step` steps may write to its folders.
 
     Raises:
-        UserError: a folder cannot be written, or holds the results of an earlier run that this one would overwrite.
+        UserError: a folder cannot be written, or has results of an earlier run that this one would overwrite.
     """
     for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
         check_writable(folder)
     if config.overwrite or config.pretrained_model == "auto":
         return
-    newer = [found for found in checkpoint.steps(config.model_folder) if found > step]
-    if step and newer:
+    later = [found for found in checkpoint.list_steps(config.model_folder) if found > step]
+    if step and later:
         warn(
-            f"{config.model_folder} has checkpoints after step {step}, up to {max(newer)}: until this run has passed "
-            "them, they are what --pretrained_model latest means; --overwrite true removes them"
+            f"{config.model_folder} has checkpoints after step {step}, up to {max(later)}: --pretrained_model latest "
+            "resumes from those until this run has passed them; --overwrite true deletes them"
         )
-    elif newer or (not step and _is_filled(config.log_folder / "metrics.jsonl")):
+    elif later or (not step and _is_nonempty(config.log_folder / "metrics.jsonl")):
         raise UserError(
-            f"version {config.version} has results of an earlier run: --pretrained_model latest continues it, "
-            "another --version keeps both, --overwrite true removes them"
+            f"--version {config.version} already has results: resume with --pretrained_model latest, choose another "
+            "--version, or delete them with --overwrite true"
         )
 
 
 @contextmanager
 def lock_folders(config: Config) -> Iterator[None]:
-    """Makes the folders and holds them for this process, as long as the context or, should it be killed, the process.
+    """Create the folders and lock them for this process until the context ends or the process dies.
 
     Raises:
-        UserError: another run holds one of them.
+        UserError: another run has locked one of them.
     """
     with ExitStack() as locks:
         for folder in config.folders.values():
@@ -53,45 +53,51 @@ def lock_folders(config: Config) -> Iterator[None]:
                 locks.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout as error:
                 raise UserError(
-                    f"another run is writing to {folder}: wait for its end, or choose another --version"
+                    f"another run is writing to {folder}: wait until it ends, or choose another --version"
                 ) from error
             except NotImplementedError:
-                warn(f"{folder} is on a file system without locks: see to it that no other run writes there")
+                warn(f"{folder} is on a file system without locks: make sure that no other run writes to it")
         yield
 
 
-def prepare(config: Config, step: int, skipped: Sequence[str]) -> None:
-    """Clears the folders for a run that starts after `step` steps, and writes down its configuration.
+def init_folders(config: Config, step: int, skipped: Sequence[str]) -> None:
+    """Prepare the locked folders for a run that starts after `step` steps, and write `config.json`.
 
-    What a killed save left goes; under --overwrite, so does all that an earlier run left of later steps. `skipped`
-    are the images that are left out; they are listed, with a warning.
+    Removes unfinished checkpoints, and under `--overwrite` the results of later steps. `skipped` names the images that
+    could not be read: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
     if config.overwrite:
-        _remove_later(config, step)
+        _remove_later_results(config, step)
     resolved = json.dumps(dataclasses.asdict(config), indent=2)
     (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
     path = config.log_folder / "skipped_images.txt"
     path.unlink(missing_ok=True)
     if skipped:
         path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        warn(f"{len(skipped)} images could not be read and are left out, see {path}")
+        warn(f"{len(skipped)} images could not be read and are skipped, see {path}")
 
 
-def _remove_later(config: Config, step: int) -> None:
-    """Removes what earlier runs left of steps after `step`, where their names tell; of a new run's version all."""
-    for folder in (config.model_folder, config.sample_folder, config.attn_folder):
+def _remove_later_results(config: Config, step: int) -> None:
+    """Remove results of steps after `step`, and for a new run those without a step too.
+
+    Only files and folders with names that this program writes: others in the folders are the user's.
+    """
+    for folder, names, remove in (
+        (config.model_folder, r"([0-9]+)_(?:G|D|state)\.pth", Path.unlink),
+        (config.sample_folder, r"([0-9]+)_(?:fake|ema)\.png", Path.unlink),
+        (config.sample_folder, r"test_([0-9]+)", shutil.rmtree),
+        (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
+    ):
         for path in folder.iterdir():
-            numbered = re.fullmatch(r"([0-9]+)_\w+\.(pth|png|html)", path.name)
-            tested = re.fullmatch(r"test_([0-9]+)", path.name)
-            if numbered and int(numbered[1]) > step:
-                path.unlink()
-            elif tested and int(tested[1]) > step:
-                shutil.rmtree(path)
+            match = re.fullmatch(names, path.name)
+            if match and int(match[1]) > step:
+                remove(path)
     if step == 0:
-        for path in (*config.log_folder.glob("events.out.tfevents.*"), *config.model_folder.glob("best_*.pth")):
-            path.unlink()
+        best = [config.model_folder / f"best_{part}.pth" for part in checkpoint.PARTS]
+        for path in (*best, *config.log_folder.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
 
 
-def _is_filled(path: Path) -> bool:
+def _is_nonempty(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0

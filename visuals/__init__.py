@@ -1,1 +1,1 @@
-"""What people look at: grids, attention figures, curves, the explorer and the report."""
+"""Images and pages for people: sample grids, attention figures, curves, the attention explorer, the run report."""

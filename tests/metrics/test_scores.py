@@ -15,7 +15,8 @@ from conftest import SmallExtractor, save_script
 from PIL import Image
 
 from errors import UserError
-from metrics.scores import evaluate, prepare
+from metrics.scores import check_requirements as prepare
+from metrics.scores import compute_scores as evaluate
 from utils import eval_mode
 from visuals.figures import to_pixels
 

@@ -4,30 +4,30 @@ import torch
 from networks.latents import sample_z, slerp
 
 
-def test_noise_is_a_function_of_the_seed():
+def test_z_is_a_function_of_the_seed():
     z = sample_z(3, 2000, 16, "cpu")
     assert torch.equal(z, sample_z(3, 2000, 16, "cpu"))
     assert not torch.equal(z, sample_z(4, 2000, 16, "cpu"))
     assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
 
 
-def test_truncated_noise_stays_within_and_is_spread_over_all_of_it():
+def test_truncated_z_fills_the_interval():
     z = sample_z(0, 2000, 16, "cpu", truncation=0.5)
     assert torch.equal(z, sample_z(0, 2000, 16, "cpu", truncation=0.5))
     assert z.abs().max() <= 0.5
     assert z.abs().max() > 0.49
-    assert (z.abs() == z.abs().max()).sum() < 10  # drawn anew, not clamped
+    assert (z.abs() == z.abs().max()).sum() < 10  # redrawn, not clamped
 
 
-def test_slerp_goes_from_start_to_end_on_an_arc():
+def test_slerp_moves_on_an_arc_at_constant_speed():
     start, end = sample_z(0, 2, 128, "cpu"), 2 * sample_z(1, 2, 128, "cpu")
-    way = slerp(start, end, 9)
-    assert way.shape == (2, 9, 128)
-    assert torch.allclose(way[:, 0], start, atol=1e-5)
-    assert torch.allclose(way[:, -1], end, atol=1e-5)
-    lengths = way.norm(dim=2)
-    assert torch.allclose(lengths.diff(dim=1), (lengths[:, -1:] - lengths[:, :1]) / 8, atol=1e-4)  # evenly
-    directions = way / lengths[..., None]
+    path = slerp(start, end, 9)
+    assert path.shape == (2, 9, 128)
+    assert torch.allclose(path[:, 0], start, atol=1e-5)
+    assert torch.allclose(path[:, -1], end, atol=1e-5)
+    lengths = path.norm(dim=2)
+    assert torch.allclose(lengths.diff(dim=1), (lengths[:, -1:] - lengths[:, :1]) / 8, atol=1e-4)  # linear
+    directions = path / lengths[..., None]
     angles = (directions[:, 1:] * directions[:, :-1]).sum(2).acos()
     assert torch.allclose(angles, angles[:, :1].expand_as(angles), atol=1e-4)
 
@@ -35,5 +35,5 @@ def test_slerp_goes_from_start_to_end_on_an_arc():
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_slerp_between_equal_directions_is_finite(factor):
     z = sample_z(0, 1, 8, "cpu")
-    way = slerp(z, factor * z, 3)
-    assert torch.allclose(way[0, 1], (1 + factor) / 2 * z[0], atol=1e-4)
+    path = slerp(z, factor * z, 3)
+    assert torch.allclose(path[0, 1], (1 + factor) / 2 * z[0], atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from training.background import Background
 
 
-def test_jobs_are_done_in_order_by_the_end():
+def test_all_jobs_run_in_order():
     done = []
     with Background() as background:
         for number in range(30):
@@ -14,7 +14,7 @@ def test_jobs_are_done_in_order_by_the_end():
     assert done == list(range(30))
 
 
-def test_submitting_does_not_wait_until_too_much_does():
+def test_submit_blocks_only_when_too_many_jobs_are_pending():
     gate = threading.Event()
     with Background(capacity=2) as background:
         start = time.monotonic()
@@ -30,7 +30,7 @@ def fail():
     raise OSError("disk full")
 
 
-def test_an_error_is_raised_by_a_later_submit_or_at_the_end():
+def test_an_error_in_a_job_is_raised_by_a_later_submit_or_at_the_end():
     with pytest.raises(OSError, match="disk full"), Background() as background:
         background.submit(fail)
     with pytest.raises(OSError, match="disk full"), Background(capacity=1) as background:
@@ -39,7 +39,7 @@ def test_an_error_is_raised_by_a_later_submit_or_at_the_end():
         pytest.fail("the error came too late")
 
 
-def test_an_error_of_the_loop_is_not_hidden():
+def test_an_error_in_the_block_is_raised_first():
     with pytest.raises(KeyError), Background() as background:
         background.submit(fail)
         raise KeyError

@@ -1,13 +1,23 @@
+import json
+import re
+
 import pytest
 
 from errors import UserError
-from training.run_folders import check_folders, lock_folders, prepare
+from training.run_folders import check_folders, init_folders, lock_folders
+
+# Names that resemble those of results, and are the user's.
+USERS_FILES = ("0_left.png", "9_G.png", "9_notes.html", "x9_G.pth", "9_G_copy.pth", "best.pth", "best_G_copy.pth")
 
 
-def test_a_second_run_is_refused_while_the_first_lives(make_config):
+def files(config):
+    return {path.name for folder in config.folders.values() for path in folder.iterdir()}
+
+
+def test_a_second_run_is_refused_until_the_first_ends(make_config):
     config = make_config()
     with lock_folders(config):
-        with pytest.raises(UserError, match="another run is writing"), lock_folders(make_config()):
+        with pytest.raises(UserError, match="--version"), lock_folders(make_config()):
             pass
         with lock_folders(make_config(version="other")):
             pass
@@ -15,26 +25,83 @@ def test_a_second_run_is_refused_while_the_first_lives(make_config):
         pass
 
 
-def test_results_are_not_overwritten_unasked(make_trainer):
+def test_results_are_not_overwritten_without_the_option(make_trainer):
     make_trainer(model_save_step=0.2).train()
     config = make_trainer().config
-    (config.log_folder / "events.out.tfevents.1").touch()
     with pytest.raises(UserError, match="--overwrite true"):
         check_folders(config, 0)
-    prepare(config, 0, [])
-    assert (config.model_folder / "3_G.pth").exists()
+    before = files(config)
+    init_folders(config, 0, [])
+    assert files(config) == before
 
-    config = make_trainer(overwrite=True).config
+
+def test_overwrite_removes_the_results_of_later_steps(make_trainer):
+    trainer = make_trainer(model_save_step=0.2, sample_step=1, attn_step=1, overwrite=True)
+    trainer.train()
+    config = trainer.config
+    for name in ("test_3", "test_2", "test_x"):
+        (config.sample_folder / name).mkdir()
+    for part in ("G", "D", "state"):
+        (config.model_folder / f"best_{part}.pth").touch()
+    (config.log_folder / "events.out.tfevents.1").touch()
+    before = files(config)
     check_folders(config, 0)
-    prepare(config, 2, [])
-    assert {path.name for path in config.model_folder.glob("*_G.pth")} == {"1_G.pth", "2_G.pth"}
-    prepare(config, 0, [])
-    for folder in config.folders.values():
-        assert not list(folder.glob("[0-9]*")) and not list(folder.glob("events*"))
-    assert (config.sample_folder / "real.png").exists()
+
+    init_folders(config, 2, [])
+    assert files(config) == {name for name in before if not re.match("3_|test_3", name)}
+    init_folders(config, 0, [])
+    left = {".lock", "real.png", "test_x", "config.json", "metrics.jsonl", "report.html"}
+    assert files(config) == left & before
 
 
-def test_newer_checkpoints_are_pointed_out(make_trainer, capsys):
+@pytest.mark.parametrize("step", [0, 5])
+def test_overwrite_keeps_the_users_files(make_config, step):
+    config = make_config(overwrite=True)
+    with lock_folders(config):
+        for folder in config.folders.values():
+            for name in USERS_FILES:
+                (folder / name).touch()
+            (folder / "9_left").mkdir()
+        (config.attn_folder / "9_fake.png").touch()  # names of another folder's results
+        (config.sample_folder / "9_G.pth").touch()
+        before = files(config)
+        init_folders(config, step, [])
+        assert files(config) - {"config.json"} == before
+
+
+def test_later_checkpoints_are_pointed_out(make_trainer, capsys):
     make_trainer(model_save_step=0.2).train()
     check_folders(make_trainer(pretrained_model="2").config, 2)
-    assert "--pretrained_model latest means" in capsys.readouterr().err
+    assert "--pretrained_model latest" in capsys.readouterr().err
+    check_folders(make_trainer(pretrained_model="3").config, 3)
+    assert "--pretrained_model latest" not in capsys.readouterr().err
+
+
+def test_auto_and_overwrite_ask_nothing(make_config):
+    config = make_config()
+    with lock_folders(config):
+        (config.log_folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=f"--version {config.version}"):
+        check_folders(config, 0)
+    check_folders(make_config(pretrained_model="auto"), 0)
+    check_folders(make_config(overwrite=True), 0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        check_folders(make_config(sample_path=str(tmp_path / "file")), 0)
+
+
+def test_the_configuration_and_skipped_images_are_written(make_config, capsys):
+    config = make_config(total_step=9)
+    with lock_folders(config):
+        init_folders(config, 0, ["a.png: truncated", "b.png: empty"])
+        assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 9
+        path = config.log_folder / "skipped_images.txt"
+        assert path.read_text().splitlines() == ["a.png: truncated", "b.png: empty"]
+        assert "skipped_images.txt" in capsys.readouterr().err
+        (config.model_folder / "5_G.tmp").touch()
+        init_folders(config, 0, [])
+        assert not path.exists()
+        assert not (config.model_folder / "5_G.tmp").exists()

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 from visuals.attention_stats import AttentionSample
 from visuals.figures import (
     CAPTION,
     GAP,
-    MARKS,
+    QUERY_COLORS,
     TILE,
-    animation,
     attention_figure,
     attention_figures,
     nearest_figure,
@@ -17,25 +17,26 @@ from visuals.figures import (
     progress_frames,
     query_points,
     sample_grid,
+    save_animation,
     to_pixels,
 )
 
 
-def test_pixels():
+def test_model_range_is_converted_to_pixels():
     images = torch.tensor([-1.0, 0.0, 1.0, 1.5]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert to_pixels(images)[0, :, :, 0].tolist() == [[0, 128], [255, 255]]
 
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (4, 2, 2), (5, 3, 2), (64, 8, 8)])
-def test_grid(count, columns, rows):
+def test_grid_is_nearly_square(count, columns, rows):
     images = torch.linspace(-1, 1, count).view(count, 1, 1, 1).expand(count, 3, 8, 8)
-    grid = sample_grid(images, gap=2)
+    grid = sample_grid(images)
     assert grid.size == (columns * 10 + 2, rows * 10 + 2)
     last = count - 1
     assert grid.getpixel((2 + last % columns * 10, 2 + last // columns * 10))[0] == to_pixels(images)[last, 0, 0, 0]
 
 
-def test_query_points_are_where_maps_differ_and_lie_apart():
+def test_query_points_have_distinctive_maps_and_keep_their_distance():
     maps = np.full((256, 256), 1 / 256)
     for point in (40, 100, 200):
         maps[point] = np.eye(256)[point]
@@ -47,40 +48,40 @@ def test_query_points_are_where_maps_differ_and_lie_apart():
             assert (rows[i] - rows[j]) ** 2 + (columns[i] - columns[j]) ** 2 >= 4
 
 
-def test_query_points_leave_the_border_out():
+def test_query_points_exclude_the_border():
     points = np.array(query_points(np.random.default_rng(0).dirichlet(np.ones(256), 256), 4))
     assert len(points) == 4
     assert (points // 16 >= 2).all() and (points // 16 < 14).all()
     assert (points % 16 >= 2).all() and (points % 16 < 14).all()
 
 
-def test_overlay_is_bright_where_the_map_is():
+def test_overlay_is_brightest_at_the_maximum():
     heat = np.zeros((4, 4))
     heat[1, 2] = 0.5
-    shown = np.asarray(overlay(Image.new("RGB", (64, 64), (100, 100, 100)), heat), int).sum(axis=2)
-    assert np.unravel_index(shown.argmax(), shown.shape)[0] // 16 == 1
-    assert np.unravel_index(shown.argmax(), shown.shape)[1] // 16 == 2
-    assert shown[56:, :8].std() == 0  # elsewhere the dimmed image alone
+    pixels = np.asarray(overlay(Image.new("RGB", (64, 64), (100, 100, 100)), heat), int).sum(axis=2)
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[0] // 16 == 1
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[1] // 16 == 2
+    assert pixels[56:, :8].std() == 0  # elsewhere only the darkened image
 
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32])
-def test_figure_marks_each_point_on_the_image_and_on_its_map(side):
+def test_figure_marks_each_query_on_the_image_and_on_its_map(side):
     torch.manual_seed(0)
     attention = torch.softmax(4 * torch.randn(2, side**2, side**2), -1)
     figure = attention_figure(torch.zeros(2, 3, 64, 64), attention, "title")
-    assert figure.width == (TILE + GAP) * (1 + len(MARKS)) + GAP
+    assert figure.width == (TILE + GAP) * (1 + len(QUERY_COLORS)) + GAP
     pixels = np.asarray(figure)[58 : 58 + TILE]  # the first image's row
 
-    def has(column, colour):
+    def has(column, color):
         tile = pixels[:, GAP + column * (TILE + GAP) : GAP + column * (TILE + GAP) + TILE]
-        return (tile == colour).all(axis=2).any()
+        return (tile == color).all(axis=2).any()
 
-    for index, colour in enumerate(MARKS):
-        assert has(0, colour)
-        assert [has(column, colour) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
+    for index, color in enumerate(QUERY_COLORS):
+        assert has(0, color)
+        assert [has(column, color) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
 
 
-def test_figures_show_g_on_generated_and_d_on_real_images():
+def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():
     maps = torch.full((1, 16, 16), 1 / 16)
     black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
@@ -91,22 +92,29 @@ def test_figures_show_g_on_generated_and_d_on_real_images():
     assert list(attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
 
 
-def test_columns_of_a_grid():
+def test_grid_equals_torchvision_s():
+    images = torch.rand(7, 3, 16, 16) * 2 - 1
+    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
+    expected = make_grid(pixels, nrow=5, padding=2).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(sample_grid(images, columns=5)), expected)
+
+
+def test_number_of_columns():
     assert sample_grid(torch.zeros(10, 3, 32, 32), columns=5).size == (5 * 34 + 2, 2 * 34 + 2)
 
 
-def test_an_animation_shows_every_frame_in_turn(tmp_path):
-    colours = [(200, 30, 40), (30, 200, 40), (30, 40, 200)]
-    animation(tmp_path / "a.gif", [Image.new("RGB", (20, 10), colour) for colour in colours], seconds=0.2)
+def test_animation_has_every_frame_in_order(tmp_path):
+    colors = [(200, 30, 40), (30, 200, 40), (30, 40, 200)]
+    save_animation(tmp_path / "a.gif", [Image.new("RGB", (20, 10), color) for color in colors], seconds=0.2)
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.n_frames, gif.info["loop"]) == (3, 0)
-        for index, colour in enumerate(colours):
+        for index, color in enumerate(colors):
             gif.seek(index)
-            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - colour).max() <= 8
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - color).max() <= 8
             assert gif.info["duration"] == (1500 if index == 2 else 200)
 
 
-def test_progress_leaves_out_damaged_grids_and_other_sizes(tmp_path):
+def test_progress_skips_damaged_grids_and_other_sizes(tmp_path):
     for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32))):
         Image.new("RGB", size, (step, step, step)).save(tmp_path / f"{step}.png")
     (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
@@ -116,7 +124,7 @@ def test_progress_leaves_out_damaged_grids_and_other_sizes(tmp_path):
     assert progress_frames({}) == []
 
 
-def test_nearest_figure_has_a_row_for_each_sample():
+def test_nearest_figure_has_a_row_per_sample():
     samples, near = torch.full((2, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
     figure = np.asarray(nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
     for row in range(2):

@@ -1,4 +1,4 @@
-"""Images to batches. Every dataset is decoded once into a uint8 cache, which is memory-mapped from then on.
+"""From images to batches. Every dataset is decoded once into a uint8 cache, which is memory-mapped from then on.
 
     loader = get_loader(find_source("toy"), image_size=64, batch_size=64)
     real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
@@ -15,12 +15,11 @@ import signal
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ def get_loader(
     device: str | torch.device = "cpu",
 ) -> "Loader":
     """Return an opened `Loader` of `source`; arguments and errors are those of `Loader`."""
-    loader = Loader(
+    return Loader(
         source,
         image_size,
         batch_size,
@@ -57,8 +56,7 @@ def get_loader(
         seed=seed,
         hflip=hflip,
         device=device,
-    )
-    return loader.open()
+    ).open()
 
 
 class Loader:
@@ -72,16 +70,16 @@ class Loader:
         batch_size: images per batch.
         cache_path: folder of the caches.
         num_workers: decoding processes while the cache is built; 0 decodes in this process.
-        seed: of the order of the images and of the flips.
+        seed: determines the order of the images and which are flipped.
         hflip: flip half of the images horizontally.
         device: where the batches are returned.
 
-    Attributes, once `open` was called:
+    Attributes, both empty before `open`:
         images: all images (N, S, S, 3) in uint8, on the GPU where they fit, otherwise memory-mapped.
         skipped: a line with name and reason for each image that could not be read.
 
     Raises:
-        UserError: there are fewer images than one batch.
+        UserError: the source has fewer items than one batch.
     """
 
     def __init__(
@@ -107,10 +105,10 @@ class Loader:
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def open(self) -> "Loader":
-        """Open the cache, which is built first where there is none; does nothing if it is open already.
+        """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: no image, or fewer than one batch, could be read, or the cache cannot be written.
+            UserError: fewer images than one batch could be read, or the cache cannot be written.
         """
         if len(self.images):
             return self
@@ -128,7 +126,7 @@ class Loader:
         return self
 
     def checksum(self) -> int:
-        """Return the CRC32 of up to 256 images and of their number: other images, or another order, have another."""
+        """Return a CRC32 of up to 256 images and of the number of images, to compare the data of two processes."""
         count = len(self.images)
         return zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
 
@@ -136,14 +134,14 @@ class Loader:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All batches from position 0 on, without end."""
+        """Iterate over the batches from position 0 on, without end."""
         return map(self.batch, itertools.count())
 
     def batch(self, position: int, shard: slice = slice(None)) -> Tensor:
         """Return batch number `position`, counted from the start of training.
 
         Args:
-            shard: the part of the batch to return.
+            shard: the rows of the batch to return.
 
         Returns:
             (B, 3, S, S) float32 in [-1, 1], channels last in memory.
@@ -186,13 +184,7 @@ def to_model_range(pixels: Tensor) -> Tensor:
 
 
 def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, list[str]]:
-    """Open the cache of a source; build it first where it is missing or damaged.
-
-    Args:
-        source: the images.
-        size: height and width in pixels.
-        cache_path: folder of the caches; created if missing.
-        num_workers: decoding processes; 0 decodes in this one.
+    """Open the cache of a source, or build it if it is missing or damaged. The arguments are those of `Loader`.
 
     Returns:
         A memory-mapped uint8 array (N, size, size, 3), and a line for each image that could not be read.
@@ -201,34 +193,29 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         UserError: no image could be read, or the cache cannot be written.
     """
     folder = cache_path / f"{source.name}_{size}_{source.fingerprint}"
-    cached = _read_cache(folder, size)
-    if cached is None:
-        try:
-            _build_cache(source, size, folder, num_workers)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the image cache {folder}: {error.strerror or error}; set --cache_path to another folder"
-            ) from error
-        cached = _read_cache(folder, size)
-    return cached
+    try:
+        return _read_cache(folder, size) or _build_cache(source, size, folder, num_workers)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the image cache {folder}: {error.strerror or error}; set --cache_path to another folder"
+        ) from error
 
 
 def _read_cache(folder: Path, size: int) -> tuple[np.ndarray, list[str]] | None:
     """Return a complete cache, or None."""
+    path = folder / "images.bin"
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        if info["format"] != FORMAT:
-            return None
         shape = (info["count"], size, size, 3)
-        if (folder / "images.bin").stat().st_size != np.prod(shape, dtype=np.int64):
+        if info["format"] != FORMAT or path.stat().st_size != np.prod(shape, dtype=np.int64):
             return None
-        images = np.memmap(folder / "images.bin", dtype=np.uint8, mode="c", shape=shape)  # "c": torch wants it writable
-        return images, info["skipped"]
+        return np.memmap(path, np.uint8, mode="c", shape=shape), info["skipped"]  # "c": torch warns of read-only arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> None:
+def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> tuple[np.ndarray, list[str]]:
+    """Write the cache under a temporary name, rename it, and open it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_builds(folder)
     if _read_cache(folder, size) is None:  # missing or damaged; another process may have built it meanwhile
@@ -246,6 +233,7 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> N
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    return _read_cache(folder, size)
 
 
 def _remove_stale_builds(folder: Path) -> None:
@@ -257,32 +245,39 @@ def _remove_stale_builds(folder: Path) -> None:
 
 
 def _decode(source: Source, size: int, path: Path, num_workers: int) -> tuple[int, list[str]]:
-    """Decode all images of a source into a file.
+    """Write the readable images of a source to a file, in order.
 
     Returns:
         The number of images, and a line for each image that could not be read.
     """
     path.touch()
+    image_bytes = size * size * 3
+    count, skipped = 0, []
     starts = range(0, len(source.items), CHUNK)
-    counts: list[int] = []
-    skipped: list[str] = []
+    chunks = _decode_chunks(source, size, path, starts, num_workers)
     with tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar:
-        for count, failures in _decode_chunks(source, size, path, starts, num_workers):
-            bar.update(min(CHUNK, len(source.items) - CHUNK * len(counts)))
-            counts.append(count)
+        for start, (written, failures) in zip(starts, chunks, strict=True):
+            if start > count:  # unreadable images have left a gap: move the chunk to the end of the ones before it
+                with open(path, "r+b") as file:
+                    file.seek(start * image_bytes)
+                    chunk = file.read(written * image_bytes)
+                    file.seek(count * image_bytes)
+                    file.write(chunk)
+            count += written
             skipped += failures
-    if not sum(counts):
+            bar.update(written + len(failures))
+    if not count:
         raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
     with open(path, "r+b") as file:
-        _compact(file, starts, counts, size * size * 3)
+        file.truncate(count * image_bytes)
         os.fsync(file.fileno())
-    return sum(counts), skipped
+    return count, skipped
 
 
 def _decode_chunks(
-    source: Source, size: int, path: Path, starts: Sequence[int], num_workers: int
+    source: Source, size: int, path: Path, starts: range, num_workers: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """Run `decode_chunk` on the chunks of `source` that start at these items; each writes to its place in the file."""
+    """Run `decode_chunk` on the chunks of `source` that start at these items, and return its results in order."""
     decode = partial(decode_chunk, source.decode, size, path)
     chunks = [source.items[start : start + CHUNK] for start in starts]
     if num_workers == 0 or len(chunks) == 1:
@@ -297,22 +292,6 @@ def _decode_chunks(
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         yield from pool.map(decode, starts, chunks)
-
-
-def _compact(file: BinaryIO, starts: Sequence[int], counts: Sequence[int], image_bytes: int) -> None:
-    """Close the gaps of unreadable images: move each chunk to the end of the one before it, and truncate the file.
-
-    Chunk i has `counts[i]` images from image number `starts[i]` on.
-    """
-    end = 0
-    for start, count in zip(starts, counts, strict=True):
-        if start > end:
-            file.seek(start * image_bytes)
-            chunk = file.read(count * image_bytes)
-            file.seek(end * image_bytes)
-            file.write(chunk)
-        end += count
-    file.truncate(end * image_bytes)
 
 
 def _check_size(images: int, batch_size: int) -> None:

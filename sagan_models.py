@@ -1,14 +1,14 @@
-"""The two networks of SAGAN (arXiv 1805.08318), with the layer names and state-dict keys of the 2018 reference.
+"""The two networks, with the layer names and state-dict keys of the 2018 reference (heykeetae/Self-Attention-GAN).
 
     images = Generator()(torch.randn(16, 128))              # (16, 3, 64, 64) in [-1, 1]
     logits = Discriminator()(images)                        # (16,)
     images, attn1, attn2 = Generator()(z, return_attention=True)
 
-Both hold their layers in the order they run in, so that the constructor reads as the network and `_run` walks it.
+DCGAN stacks with spectral norm on every hidden convolution and two self-attention layers (arXiv 1805.08318) each; the
+paper's own networks are ResNets. The attention layers' 1x1 convolutions and the last layers have no spectral norm.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ IMAGE_SIZES = (32, 64, 128, 256)
 
 
 class SelfAttention(nn.Module):
-    """Every position of a feature map looks at every other (paper section 3).
+    """Self-attention over all positions of a feature map (paper section 3).
 
-    ``out = gamma * (v A^T) + x`` with ``A = softmax(q^T k)`` over the keys, not scaled by sqrt(d); gamma is learned
-    and starts at 0, so that the layer starts as the identity.
+    ``out = gamma * (v A^T) + x`` with ``A = softmax(q^T k)`` over the keys, not scaled by sqrt(d). gamma is learned and
+    starts at 0, so that the layer starts as the identity.
 
     Args:
         channels: C of the input, a multiple of 8; queries and keys have C/8 channels.
@@ -38,10 +38,10 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> out (B, C, H, W) and, when asked for, the map A (B, N, N), else None; N = H * W.
+        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N) if asked for, else None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i looks at position j. The path without the map is faster; the path with it
-        can be differentiated twice.
+        ``A[b, i, j]`` is how much position i attends to position j. The path without the map is faster; the path with
+        it can be differentiated twice.
         """
         batch, channels, height, width = x.shape
         convolutions = (self.query_conv, self.key_conv, self.value_conv)
@@ -58,38 +58,7 @@ class SelfAttention(nn.Module):
         return torch.addcmul(x, self.gamma.to(x.dtype), out), attention
 
 
-class _Layers(nn.Module):
-    """A network whose children run one after the other, in the order in which they were registered."""
-
-    def _run(self, x: Tensor, return_attention: bool, sizes: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """The output, and the maps of the attention layers where they were asked for.
-
-        `sizes` are those of the batches that x consists of, where it is several on end.
-        """
-        maps = []
-        for layer in self.children():
-            if isinstance(layer, SelfAttention):
-                x, attention = layer(x, return_attention)
-                maps.append(attention)
-            elif isinstance(layer, _Block):
-                x = layer(x, sizes)
-            else:
-                x = layer(x)
-        return x, maps
-
-
-class _Block(nn.Sequential):
-    """A spectral-normed convolution and what follows it."""
-
-    def forward(self, x: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-        convolution, *rest = self
-        x = convolution(x, sizes)
-        for layer in rest:
-            x = layer(x)
-        return x
-
-
-class Generator(_Layers):
+class Generator(nn.Module):
     """z to images: ``log2(image_size) - 2`` upsampling blocks, attention at 16x16 and 32x32 (8x8 and 16x16 at size 32).
 
     Args:
@@ -103,25 +72,31 @@ class Generator(_Layers):
 
     def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64):
         super().__init__()
-        blocks = _count_blocks(image_size, conv_dim)
-        attention_at = (8, 16) if image_size == 32 else (16, 32)
-        width, size = conv_dim * 2 ** (blocks - 1), 4
-        self.l1 = _up_block(z_dim, width, stride=1, padding=0)  # (B, width, 4, 4)
-        for index in range(2, blocks + 1):
+        self.num_blocks = _count_blocks(image_size, conv_dim)
+        self.attention_sizes = (8, 16) if image_size == 32 else (16, 32)
+        width, size = conv_dim * 2 ** (self.num_blocks - 1), 4
+        self.l1 = _up_block(z_dim, width, stride=1, padding=0)
+        for index in range(2, self.num_blocks + 1):
             width, size = width // 2, size * 2
             self.add_module(f"l{index}", _up_block(2 * width, width, stride=2, padding=1))
-            if size in attention_at:
-                self.add_module(f"attn{attention_at.index(size) + 1}", SelfAttention(width))
+            if size in self.attention_sizes:
+                self.add_module(f"attn{self.attention_sizes.index(size) + 1}", SelfAttention(width))
         self.last = nn.Sequential(nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
 
     def forward(self, z: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also both maps, (B, N, N) each."""
-        images, maps = self._run(z.reshape(*z.shape[:2], 1, 1), return_attention)
+        x, maps = z.reshape(*z.shape[:2], 1, 1), []  # (B, z_dim, 1, 1)
+        for index in range(1, self.num_blocks + 1):
+            x = getattr(self, f"l{index}")(x)  # at size 64: (B, 512, 4, 4), (B, 256, 8, 8), ... (B, 64, 32, 32)
+            if x.shape[2] in self.attention_sizes:
+                x, attention = getattr(self, f"attn{len(maps) + 1}")(x, return_attention)  # the same shape; (B, N, N)
+                maps.append(attention)
+        images = self.last(x)  # (B, 3, S, S)
         return (images, *maps) if return_attention else images
 
 
-class Discriminator(_Layers):
-    """Images to logits: the generator's mirror, attention at 8x8 and 4x4.
+class Discriminator(nn.Module):
+    """Images to logits: the mirror image of the generator, with attention at 8x8 and 4x4.
 
     Args:
         image_size: 32, 64, 128 or 256.
@@ -133,27 +108,26 @@ class Discriminator(_Layers):
 
     def __init__(self, image_size: int = 64, conv_dim: int = 64):
         super().__init__()
-        blocks = _count_blocks(image_size, conv_dim)
+        self.num_blocks = _count_blocks(image_size, conv_dim)
+        self.attention_sizes = (8, 4)
         width, size = conv_dim, image_size // 2
-        self.l1 = _down_block(3, width)  # (B, width, S/2, S/2)
-        for index in range(2, blocks + 1):
+        self.l1 = _down_block(3, width)
+        for index in range(2, self.num_blocks + 1):
             width, size = width * 2, size // 2
             self.add_module(f"l{index}", _down_block(width // 2, width))
-            if size in (8, 4):
-                self.add_module("attn1" if size == 8 else "attn2", SelfAttention(width))
+            if size in self.attention_sizes:
+                self.add_module(f"attn{self.attention_sizes.index(size) + 1}", SelfAttention(width))
         self.last = nn.Sequential(nn.Conv2d(width, 1, 4))
 
-    def forward(self, *batches: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
-        """x (B, 3, S, S) -> logits (B,); with return_attention also both maps, (B, 64, 64) and (B, 16, 16).
-
-        Several batches, ``real_logits, fake_logits = D(real, fake)``, run as one, with the results of one forward after
-        the other: nothing here but spectral norm looks beyond an image, and that keeps a sigma for each.
-        """
-        x = batches[0] if len(batches) == 1 else torch.cat(batches)
-        out, maps = self._run(x, return_attention, [len(batch) for batch in batches])
-        logits = out.flatten()  # (B, 1, 1, 1) -> (B,)
-        if len(batches) > 1:
-            return logits.split([len(batch) for batch in batches])
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """x (B, 3, S, S) -> logits (B,); with return_attention also both maps, (B, 64, 64) and (B, 16, 16)."""
+        maps = []
+        for index in range(1, self.num_blocks + 1):
+            x = getattr(self, f"l{index}")(x)  # at size 64: (B, 64, 32, 32), (B, 128, 16, 16), ... (B, 512, 4, 4)
+            if x.shape[2] in self.attention_sizes:
+                x, attention = getattr(self, f"attn{len(maps) + 1}")(x, return_attention)  # the same shape; (B, N, N)
+                maps.append(attention)
+        logits = self.last(x).flatten()  # (B, 1, 1, 1) -> (B,)
         return (logits, *maps) if return_attention else logits
 
 
@@ -167,23 +141,23 @@ def _count_blocks(image_size: int, conv_dim: int) -> int:
 
 def _up_block(inputs: int, outputs: int, stride: int, padding: int) -> nn.Sequential:
     convolution = nn.ConvTranspose2d(inputs, outputs, 4, stride, padding)
-    return _Block(SpectralNorm(convolution), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(SpectralNorm(convolution), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _down_block(inputs: int, outputs: int) -> nn.Sequential:
-    return _Block(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
+    return nn.Sequential(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
 
 
 @torch.no_grad()
 def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
-    """What a log shows of a network: gamma of each attention layer, sigma of each spectral norm, 0-d and detached.
+    """Return gamma of each attention layer and sigma of each spectral norm of a network, for its log: 0-d, detached.
 
-    They are named as in "gamma/G_attn1" and "sigma/G_l1", with `prefix` in place of "G".
+    Names are such as "gamma/G_attn1" and "sigma/G_l1", with `prefix` in place of "G".
     """
     values = {}
     for name, layer in network.named_modules():
         if isinstance(layer, SelfAttention):
-            values[f"gamma/{prefix}_{name}"] = layer.gamma[0]
+            values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
         elif isinstance(layer, SpectralNorm):
             values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma()
     return values

@@ -1,9 +1,7 @@
-"""Spectral normalisation: divide a layer's weight by an estimate of its largest singular value.
+"""Spectral normalization: divide a layer's weight by an estimate of its largest singular value.
 
 Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv 1802.05957, algorithm 1.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +14,19 @@ def _normalize(vector: Tensor) -> Tensor:
 
 
 class SpectralNorm(nn.Module):
-    """Wraps a layer so that it runs with ``W / sigma(W)`` in place of its weight ``W``.
+    """Wrap a layer so that it runs with ``W / sigma`` in place of its weight ``W``; sigma is computed in fp32.
 
-    ``W`` is seen as a matrix of ``W.shape[0]`` rows, for transposed convolutions too, as the reference has it.
-    Each forward in training mode takes ``power_iterations`` steps of power iteration on the vectors u (rows) and
-    v (the rest); in evaluation they stay as they are. Gradients flow through ``W`` in sigma and not through u, v.
-    Sigma is computed in fp32 under autocast too.
-
-    Several batches can go through as one: ``layer(x, sizes=[len(a), len(b)])`` with x = a and b on end gives what
-    ``layer(a)`` and then ``layer(b)`` give, each with the sigma of its own power iteration. The layer has to be linear
-    but for a bias, as convolutions are: then scaling a batch by 1 / sigma is scaling the weight.
+    ``W`` is seen as a matrix of ``W.shape[0]`` rows, for transposed convolutions too, as in the reference. A forward in
+    training mode first takes ``power_iterations`` steps of power iteration on the vectors u (rows) and v (columns); in
+    evaluation mode they do not change. Sigma is ``u . (W v)``, with gradients through W and not through u and v.
 
     The state dict has the reference's keys: ``module.<name>_bar`` (the weight, a parameter), ``module.<name>_u`` and
-    ``module.<name>_v`` (buffers here, so that no optimizer can touch them).
+    ``module.<name>_v`` (buffers, so that no optimizer can update them).
 
     Args:
         module: the layer to wrap; its parameter ``name`` is replaced.
-        name: the parameter to normalise.
-        power_iterations: steps of power iteration for each forward, at least 1.
+        name: the parameter to normalize.
+        power_iterations: steps per forward, at least 1.
 
     Raises:
         ValueError: ``power_iterations`` is less than 1.
@@ -54,63 +47,33 @@ class SpectralNorm(nn.Module):
         module.register_buffer(name + "_u", _normalize(torch.randn(rows)))
         module.register_buffer(name + "_v", _normalize(torch.randn(columns)))
 
-    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight, u and v."""
-        return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))
-
-    @torch.no_grad()
-    def _power_iteration(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Advances u and v by power iteration; returns this forward's own copies of them, and ``W v``.
-
-        Copies, because a second forward before the backward moves the buffers on, and autograd needs the vectors
-        that this forward used.
-        """
-        _, u_buffer, v_buffer = self._state()
-        u = u_buffer
-        for _ in range(self.power_iterations):
-            v = _normalize(torch.mv(matrix.t(), u))
-            product = torch.mv(matrix, v)
-            u = _normalize(product)
-        torch._foreach_copy_([u_buffer, v_buffer], [u, v])
-        return u, v, product
-
-    def sigma(self) -> Tensor:
-        """The current estimate of the largest singular value, a 0-d tensor; u and v stay as they are."""
-        weight, u, v = self._state()
-        return torch.dot(u.clone(), torch.mv(weight.flatten(1), v.clone()))
-
-    def forward(self, x: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-        weight = self._state()[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer with its weight divided by sigma."""
+        weight, _, _ = self._weight_u_v()
         with torch.autocast(weight.device.type, enabled=False):
-            sigmas = [self._next_sigma() for _ in sizes or (1,)]
-        if len(sigmas) == 1:
-            weight = weight / sigmas[0]
-        else:
-            scale = torch.cat([(1 / sigma).expand(size) for sigma, size in zip(sigmas, sizes, strict=True)])
-            x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        setattr(self.module, self.name, weight)
+            if self.training:
+                self._power_iteration()
+            setattr(self.module, self.name, weight / self.sigma())
         try:
             return self.module(x)
         finally:
-            delattr(self.module, self.name)  # it belongs to this forward's graph: kept, it would stop deepcopy
+            delattr(self.module, self.name)  # it belongs to this forward's graph, which deepcopy cannot copy
 
-    def _next_sigma(self) -> Tensor:
-        """Sigma of one forward, after its power iteration; differentiable in the weight."""
-        if not self.training:
-            return self.sigma()
-        matrix = self._state()[0].flatten(1)  # (rows, columns)
-        return _Sigma.apply(matrix, *self._power_iteration(matrix))
+    def sigma(self) -> Tensor:
+        """Return the current estimate of the largest singular value, a 0-d tensor with a gradient to the weight."""
+        weight, u, v = self._weight_u_v()
+        # Copies: a second forward before the backward changes the buffers, and autograd needs this forward's vectors.
+        u, v = u.clone(), v.clone()
+        return torch.dot(u, torch.mv(weight.flatten(1), v))
 
+    @torch.no_grad()
+    def _power_iteration(self) -> None:
+        """Update u and v in place."""
+        weight, u, v = self._weight_u_v()
+        matrix = weight.flatten(1)  # (rows, columns)
+        for _ in range(self.power_iterations):
+            v.copy_(_normalize(torch.mv(matrix.t(), u)))
+            u.copy_(_normalize(torch.mv(matrix, v)))
 
-class _Sigma(torch.autograd.Function):
-    """``u . (W v)``, differentiable in W, from a ``W v`` that is there already: W is read once less."""
-
-    @staticmethod
-    def forward(ctx, matrix: Tensor, u: Tensor, v: Tensor, product: Tensor) -> Tensor:
-        ctx.save_for_backward(u, v)
-        return torch.dot(u, product)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        u, v = ctx.saved_tensors
-        return torch.outer(grad * u, v), None, None, None
+    def _weight_u_v(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))

@@ -113,7 +113,7 @@ class Trainer:
         with self._autocast():
             with torch.no_grad():
                 fake = self.G_ddp(z).float()
-            real_logits, fake_logits = (logits.float() for logits in self.D_ddp(real, fake))
+            real_logits, fake_logits = self.D_ddp(real).float(), self.D_ddp(fake).float()
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
         stats = {
             "d_loss_real": loss_real,

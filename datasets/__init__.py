@@ -1,1 +1,1 @@
-"""Where images come from, and how each is decoded."""
+"""Image sources: find a dataset and decode its images."""

@@ -1,9 +1,9 @@
-"""Where images come from: `find_source` looks for a data set and says how to decode it.
+"""Find a dataset and decode its images.
 
     source = find_source("folder", "~/cats")
-    image = source.decode(source.items[0], 64)   # a Pillow image, RGB, 64x64
+    image = source.decode(source.items[0], 64)   # an RGB Pillow image, 64x64
 
-Nothing heavy is imported at the top: worker processes start with this module, and most need no torch.
+Worker processes import this module, so that torch and torchvision are imported only in the functions that need them.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ from PIL import Image, ImageOps
 from datasets.toy_faces import draw_face
 from errors import UserError
 
-CELEB_CROP = 160  # the reference's
+CELEB_CROP = 160  # pixels, as in the reference
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LSUN_CLASS = "church_outdoor_train"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set not yet decoded.
+    """A dataset that is not decoded yet.
 
     Attributes:
         name: short, for file names and messages.
         items: what to decode, in order: file names, numbers or keys.
-        decode: takes an item and a size in pixels, returns an RGB Pillow image of that size; can be pickled.
+        decode: function of an item and a size in pixels; returns an RGB Pillow image of that size. Can be pickled.
         fingerprint: changes whenever the decoded pixels may change.
     """
 
@@ -52,17 +52,18 @@ def find_source(
     toy_num: int = 10_000,
     seed: int = 0,
 ) -> Source:
-    """Looks for a data set; reads file names, sizes and dates only.
+    """Return the source of a dataset. Reads file names, sizes and dates only.
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
-        image_path: where to look.
-        crop_size: side of the centre square cut from celeb (None: 160) and folder images (None: the largest).
-        download: fetch celeb or cifar10 first, where it is missing.
-        toy_num, seed: how many toy faces, and which.
+        image_path: folder of the data.
+        crop_size: side of the center square cut from celeb (None: 160) and folder images (None: the largest square).
+        download: download celeb or cifar10 if it is missing.
+        toy_num: number of toy faces.
+        seed: of the toy faces.
 
     Raises:
-        UserError: nothing usable is there; says what was expected.
+        UserError: the data is missing or unreadable; the message describes the expected files.
     """
     root = Path(image_path).expanduser()
     match dataset:
@@ -75,71 +76,27 @@ def find_source(
         case "cifar10":
             return _cifar10(root, download)
         case "toy":
-            return Source("toy", range(toy_num), ToyDecoder(seed), _digest([seed, toy_num]))
-    raise ValueError(f"unknown data set {dataset!r}")
-
-
-@dataclass(frozen=True)
-class FileDecoder:
-    """Decodes image files below `root`: upright, RGB, centre square of side `crop` (None: the largest), resized."""
-
-    root: str
-    crop: int | None
-
-    def __call__(self, name: str, size: int) -> Image.Image:
-        path = os.path.join(self.root, name)
-        if not os.path.isfile(path):  # a pipe would keep its reader waiting
-            raise OSError("not a file")
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # copies only what it turns
-            return resize(crop_center(to_rgb(image), self.crop), size)
-
-
-@dataclass(frozen=True)
-class ToyDecoder:
-    seed: int
-
-    def __call__(self, index: int, size: int) -> Image.Image:
-        return draw_face(self.seed, index, size)
-
-
-@dataclass(frozen=True)
-class LsunDecoder:
-    """LSUN's churches, resized without a crop as the reference does."""
-
-    folder: str
-
-    def __call__(self, key: bytes, size: int) -> Image.Image:
-        with _open_lsun(self.folder).begin(buffers=False) as transaction:
-            return resize(to_rgb(Image.open(io.BytesIO(transaction.get(key)))), size)
-
-
-@dataclass(frozen=True)
-class Cifar10Decoder:
-    root: str
-
-    def __call__(self, index: int, size: int) -> Image.Image:
-        return resize(_open_cifar10(self.root)[index][0], size)
+            return Source("toy", range(toy_num), partial(draw_face, seed), _digest([seed, toy_num]))
+    raise ValueError(f"unknown dataset {dataset!r}")
 
 
 def decode_chunk(
     decode: Callable[[Any, int], Image.Image], size: int, path: Path, first: int, items: Sequence
 ) -> tuple[int, list[str]]:
-    """Decodes some items into a file of uint8 images (size, size, 3), from image number `first` of the file on.
+    """Decode some items into a file of uint8 images (size, size, 3), starting at image number `first` of the file.
 
-    What a worker process runs: it is here so that the process need not import torch, and it writes to the file itself
-    so that the pixels need not pass through another process.
+    Worker processes run this. It writes to the file itself, because sending the pixels to another process is slower.
 
     Returns:
-        How many images it wrote, and a line of name and reason for each item that cannot be read.
+        The number of images written, and a line with name and reason for each item that cannot be read.
     """
     images, failures = [], []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of very large images and of damaged EXIF data, which do not matter here
+        warnings.simplefilter("ignore")  # Pillow warns of very large images and damaged EXIF data; neither matters here
         for item in items:
             try:
                 images.append(np.asarray(decode(item, size)))
-            except Exception as error:  # a damaged file can make Pillow's readers raise nearly anything
+            except Exception as error:  # Pillow's readers raise nearly any type for a damaged file
                 line = f"{item}: {type(error).__name__}: {error}".replace("\n", "\\n")
                 failures.append(line.encode("utf-8", "backslashreplace").decode())
     with open(path, "r+b") as file:
@@ -149,21 +106,19 @@ def decode_chunk(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: 16-bit and float greys are scaled to 8 bits, transparency is laid over white."""
-    if image.mode.startswith("I;16") or image.mode == "I":
+    """Convert any Pillow mode to RGB: grays of 16 bits or of floats in [0, 1] to 8 bits, transparency to white."""
+    if image.mode.startswith("I"):  # I and the I;16 family
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     elif image.mode == "F":
-        low, high = image.getextrema()
-        scale = 255 / (high - low) if high > low else 0
-        image = image.point(lambda value: value * scale - low * scale).convert("L")
+        image = image.point(lambda value: value * 255).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
 
 
 def crop_center(image: Image.Image, side: int | None) -> Image.Image:
-    """The centre square of the given side, or the largest that the image has; never pads."""
+    """Return the center square of the given side, at most the largest square (None) of the image; never pads."""
     width, height = image.size
     side = min(side or width, width, height)
     left, top = round((width - side) / 2), round((height - side) / 2)  # rounded as torchvision's CenterCrop
@@ -171,31 +126,31 @@ def crop_center(image: Image.Image, side: int | None) -> Image.Image:
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
-    """To size x size, antialiased bilinear: what torchvision's Resize does to a Pillow image."""
+    """Resize to size x size pixels, antialiased bilinear, as torchvision's Resize does with a Pillow image."""
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _celeb(root: Path, crop: int, download: bool) -> Source:
     by_hand = (
-        f"Fetch img_align_celeba.zip (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, 'Align&Cropped Images') "
-        f"and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
+        f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
+        f"'Align&Cropped Images') and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
     )
     layouts = [root / "celeba" / "img_align_celeba", root / "CelebA", root / "img_align_celeba"]
     if root.name == "img_align_celeba":
         layouts.append(root)
-    found = next((folder for folder in layouts if next(iter(_walk(str(folder))), None)), None)
+    found = next((folder for folder in layouts if any(_walk(str(folder)))), None)
     if found is None and download:
         from torchvision.datasets import CelebA
 
         try:
             CelebA(str(root), split="all", download=True)
-        except Exception as error:  # Google Drive's quota, no network, gdown missing: all end in the same advice
+        except Exception as error:  # Google Drive's quota, no network, gdown missing: the advice is the same
             raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
         found = layouts[0]
     if found is None:
         raise UserError(
             f"no CelebA in {root}: expected {layouts[0]}/*.jpg (torchvision's layout) or {layouts[1]}/*/*.jpg "
-            f"(the reference's). {by_hand}, point --image_path at it, or try --dataset toy, which needs no data"
+            f"(the reference's). {by_hand}, set --image_path to its folder, or use --dataset toy, which needs no data"
         )
     return _folder("celeb", found, crop)
 
@@ -203,18 +158,21 @@ def _celeb(root: Path, crop: int, download: bool) -> Source:
 def _folder(name: str, root: Path, crop: int | None) -> Source:
     if not root.is_dir():
         raise UserError(
-            f"--image_path {root} is not a folder; point it at your images, or try --dataset toy, which needs no data"
+            f"--image_path {root} is not a folder; set it to a folder of images, "
+            f"or use --dataset toy, which needs no data"
         )
     files = sorted(_walk(str(root)))
     if not files:
-        raise UserError(f"no image in {root} or below it (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return Source(
-        name, [file for file, _, _ in files], FileDecoder(str(root.absolute()), crop), _digest([crop, *files])
-    )
+        raise UserError(f"no image in {root} or its subfolders (looked for {' '.join(IMAGE_SUFFIXES)})")
+    decode = partial(_decode_file, str(root.absolute()), crop)
+    return Source(name, [file for file, _, _ in files], decode, _digest([crop, *files]))
 
 
 def _walk(root: str) -> Iterable[tuple[str, int, int]]:
-    """Every image file below root: relative name, size, modification time in ns. Links to folders are followed once."""
+    """Yield relative name, size and modification time in ns of every image file below a folder.
+
+    Links to folders are followed, each folder once.
+    """
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         identity = os.path.realpath(folder)
@@ -225,8 +183,18 @@ def _walk(root: str) -> Iterable[tuple[str, int, int]]:
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 path = os.path.join(folder, name)
-                status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link fails when decoded
+                status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # dangling links fail when decoded
                 yield os.path.relpath(path, root), status.st_size, status.st_mtime_ns
+
+
+def _decode_file(root: str, crop: int | None, name: str, size: int) -> Image.Image:
+    """Decode an image file below `root`: rotated as its EXIF data says, center square of side `crop`, resized."""
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):  # reading from a pipe would block
+        raise OSError("not a file")
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # in place, so that only rotated images are copied
+        return resize(crop_center(to_rgb(image), crop), size)
 
 
 def _lsun(root: Path) -> Source:
@@ -244,7 +212,22 @@ def _lsun(root: Path) -> Source:
     except lmdb.Error as error:
         raise UserError(f"{data} cannot be read: {error}") from error
     status = data.stat()
-    return Source("lsun", keys, LsunDecoder(str(folder)), _digest([len(keys), status.st_size, status.st_mtime_ns]))
+    fingerprint = _digest([len(keys), status.st_size, status.st_mtime_ns])
+    return Source("lsun", keys, partial(_decode_lsun, str(folder)), fingerprint)
+
+
+@lru_cache(maxsize=1)
+def _open_lsun(folder: str):
+    """Open the database without torchvision's LSUN, which caches keys in the current folder and mixes up datasets."""
+    import lmdb
+
+    return lmdb.open(folder, max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
+
+
+def _decode_lsun(folder: str, key: bytes, size: int) -> Image.Image:
+    """Decode an LSUN image, resized without a crop, as in the reference."""
+    with _open_lsun(folder).begin(buffers=False) as transaction:
+        return resize(to_rgb(Image.open(io.BytesIO(transaction.get(key)))), size)
 
 
 def _cifar10(root: Path, download: bool) -> Source:
@@ -252,19 +235,10 @@ def _cifar10(root: Path, download: bool) -> Source:
         count = len(_open_cifar10(str(root), download))
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
         raise UserError(
-            f"no CIFAR-10 in {root} ({_first_line(error)}): --download true fetches it, or unpack "
-            f"cifar-10-python.tar.gz there by hand"
+            f"no CIFAR-10 in {root} ({_first_line(error)}): use --download true, or unpack cifar-10-python.tar.gz there"
         ) from error
-    # Nothing of the files is in the fingerprint: torchvision has checked their MD5 sums.
-    return Source("cifar10", range(count), Cifar10Decoder(str(root)), _digest([count]))
-
-
-@lru_cache(maxsize=1)
-def _open_lsun(folder: str):
-    """Not torchvision's LSUN: that leaves a pickled list of keys in the current folder and mixes up data sets by it."""
-    import lmdb
-
-    return lmdb.open(folder, max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
+    # The fingerprint needs nothing of the files, because torchvision checks their MD5 sums.
+    return Source("cifar10", range(count), partial(_decode_cifar10, str(root)), _digest([count]))
 
 
 @lru_cache(maxsize=1)
@@ -272,6 +246,10 @@ def _open_cifar10(root: str, download: bool = False):
     from torchvision.datasets import CIFAR10
 
     return CIFAR10(root, download=download)
+
+
+def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:
+    return resize(_open_cifar10(root)[index][0], size)
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -1,1 +1,1 @@
-"""How good generated images are: FID and its relatives, face rate, nearest training images."""
+"""Quality of generated images: FID and related scores, face-detection rate, nearest training images."""

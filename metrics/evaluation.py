@@ -1,4 +1,4 @@
-"""`--metrics` of a generator, as the options say: in training and in `--train false`."""
+"""The metrics that `--metrics` lists, in training and in `--train false`."""
 
 from pathlib import Path
 
@@ -6,34 +6,40 @@ import torch
 from torch import Tensor
 
 from data_loader import Loader
-from metrics import scores as metrics
+from metrics.scores import check_requirements, compute_scores
 from parameter import Config
 from sagan_models import Generator
 
 
 def check_metrics(config: Config, device: torch.device) -> None:
-    """Makes sure, before any work, that `compute_metrics` will find the libraries and weights that it needs.
+    """Check, before any work, that `compute_metrics` will find its libraries and weights; downloads missing weights.
 
     Raises:
-        UserError: it would not.
+        UserError: a library, weights or the feature extractor is missing or unusable.
     """
     if config.metrics:
-        scores.check_requirements(
+        check_requirements(
             config.metrics.split(","),
             image_size=config.imsize,
             device=device,
             cache_path=Path(config.cache_path).expanduser(),
-            feature_extractor=_extractor(config),
+            feature_extractor=_feature_extractor(config),
         )
 
 
 def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> dict[str, float]:
-    """The metrics of what G makes of noise z (N, z_dim), against the loader's images; see metrics.py.
+    """Compute the metrics of G's images of z (N, z_dim) against the loader's images; see `metrics/scores.py`.
+
+    Args:
+        config: the options.
+        G: in evaluation mode.
+        z: an image is generated for each; also the maximum number of real images.
+        loader: opened.
 
     Raises:
-        UserError: something that they need cannot be had.
+        UserError: see `compute_scores`.
     """
-    return scores.compute_scores(
+    return compute_scores(
         lambda start, count: G(z[start : start + count]),
         loader.images,
         config.metrics.split(","),
@@ -42,9 +48,9 @@ def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> 
         device=z.device,
         cache_path=Path(config.cache_path).expanduser(),
         real_name=f"{loader.source.name}_{loader.source.fingerprint}",
-        feature_extractor=_extractor(config),
+        feature_extractor=_feature_extractor(config),
     )
 
 
-def _extractor(config: Config) -> Path | None:
+def _feature_extractor(config: Config) -> Path | None:
     return Path(config.feature_extractor).expanduser() if config.feature_extractor else None

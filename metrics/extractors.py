@@ -1,164 +1,110 @@
-"""The networks whose features --metrics compares: Inception and VGG16, whose weights are fetched, or one of the user's.
+"""Feature extractors for FID and related scores: Inception and VGG16 with their weights, or a TorchScript file.
 
-for extractor in find_extractors(["fid", "prc"], 64, torch.device("cpu"), Path("cache"), None): ...
+torch-fidelity is an optional dependency: import this module only for metrics that need it.
 """
 
 import hashlib
-import http.client
-import re
 import socket
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch_fidelity import (  # fails here, at import, with versions before 0.4, which have no precision and recall
+    KEY_METRIC_F_SCORE,
+    KEY_METRIC_FID,
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    FeatureExtractorBase,
+    GenerativeModelBase,
+)
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torchvision.models import VGG16_Weights
+from tqdm import tqdm
 
-from errors import UserError, require
-from utils import is_out_of_memory
+from errors import UserError
 
-DOWNLOAD_TIMEOUT = 10  # seconds without a byte
+RESULT_NAMES = {
+    KEY_METRIC_FID: "fid",
+    KEY_METRIC_KID_MEAN: "kid",
+    KEY_METRIC_KID_STD: "kid_std",
+    KEY_METRIC_ISC_MEAN: "isc",
+    KEY_METRIC_ISC_STD: "isc_std",
+    KEY_METRIC_PRECISION: "precision",
+    KEY_METRIC_RECALL: "recall",
+    KEY_METRIC_F_SCORE: "f_score",
+}
+DOWNLOAD_TIMEOUT = 10  # seconds without data
 
 
 class Extractor(NamedTuple):
-    """A network that turns images into features, and the metrics to compute from them."""
+    """A feature extractor in torch-fidelity's registry, and the metrics to compute from its features."""
 
-    name: str  # torch-fidelity's, also part of the names of cached files
+    name: str  # in the registry, and in the names of cached files
     metrics: list[str]
     weights: Path
-    kind: type | None  # None: one of torch-fidelity's own
+
+
+class ImageSource(GenerativeModelBase):
+    """Images in the form of a torch-fidelity generator: it ignores z and returns the next images by position.
+
+    Args:
+        read: read(start, count) returns images start ... start + count - 1, (count, 3, S, S) uint8.
+        count: number of images, added to the bar's total when the first are read; none are read from a cache hit.
+    """
+
+    z_size, z_type, num_classes = 1, "normal", 0
+
+    def __init__(self, read: Callable[[int, int], Tensor], count: int, bar: tqdm):
+        super().__init__()
+        self.read, self.count, self.bar = read, count, bar
+        self.position = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.position == 0:
+            self.bar.total += self.count
+        images = self.read(self.position, len(z)).to(z.device)
+        self.position += len(z)
+        self.bar.update(len(z))
+        return images
 
 
 def find_extractors(
-    names: Sequence[str], image_size: int, device: torch.device, cache_path: Path, feature_extractor: Path | None
+    metrics: Sequence[str], image_size: int, device: torch.device, cache_path: Path, feature_extractor: Path | None
 ) -> list[Extractor]:
-    """The extractors that these metrics need, ready to run; weights that are not there yet go into `cache_path`.
+    """Return the extractors that these metrics need; downloads missing weights into `cache_path`.
 
     Raises:
-        UserError: torch-fidelity, weights or the extractor cannot be had or used.
+        UserError: weights are damaged or can be neither found nor downloaded, or the TorchScript file is unusable.
     """
-    wanted = [name for name in names if name != "faces"]
-    if not wanted:
-        return []
-    require("torch_fidelity", "KEY_METRIC_PRECISION", "torch-fidelity>=0.4", wanted)
     if feature_extractor is not None:
-        return [_own_extractor(feature_extractor, wanted, image_size, device)]
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-    from torchvision.models import VGG16_Weights
-
+        return [_torchscript_extractor(feature_extractor, list(metrics), image_size, device)]
     extractors = []
-    for name, url, metrics in (
-        ("inception-v3-compat", URL_INCEPTION_V3, [metric for metric in wanted if metric != "prc"]),
-        ("vgg16", VGG16_Weights.IMAGENET1K_V1.url, [metric for metric in wanted if metric == "prc"]),
+    for name, url, wanted in (
+        ("inception-v3-compat", URL_INCEPTION_V3, [metric for metric in metrics if metric != "prc"]),
+        ("vgg16", VGG16_Weights.IMAGENET1K_V1.url, [metric for metric in metrics if metric == "prc"]),
     ):
-        if metrics:
-            extractors.append(Extractor(name, metrics, _weights(url, metrics, cache_path), None))
+        if wanted:
+            extractors.append(Extractor(name, wanted, _find_weights(url, wanted, cache_path)))
     return extractors
 
 
-def _weights(url: str, names: Sequence[str], cache_path: Path) -> Path:
-    """The file of that address: from the cache, else from torch hub's folder, else downloaded into the cache."""
-    file = url.rsplit("/", 1)[1]
-    digits = re.search(r"-([0-9a-f]{8})\.", file)[1]  # torch hub's custom: how its SHA-256 begins
-    for path in (cache_path / file, Path(torch.hub.get_dir()) / "checkpoints" / file):
-        if path.exists():
-            if not _sha256(path).startswith(digits):  # torch-fidelity runs code that is in it
-                raise UserError(f"{path} is damaged: its SHA-256 should begin with {digits}; fetch {url} anew")
-            return path
-    path = cache_path / file
-    timeout = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch hub has none of its own
-        cache_path.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digits)  # under a temporary name until it is whole
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(
-            f"--metrics {','.join(names)} needs {file}, which cannot be downloaded ({reason}): "
-            f"fetch {url} yourself and put it into {cache_path}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _own_extractor(path: Path, metrics: list[str], image_size: int, device: torch.device) -> Extractor:
-    """Loads a TorchScript file, which runs what is in it, and tries it on two pictures.
-
-    Raises:
-        UserError: it is none, or does not give features for images.
-    """
+def _torchscript_extractor(path: Path, metrics: list[str], image_size: int, device: torch.device) -> Extractor:
+    """Check a TorchScript file and enter it into torch-fidelity's registry, from which it creates its extractors."""
+    device = device if device.type == "cuda" else torch.device("cpu")  # all that torch-fidelity runs on
     name = f"torchscript-{_sha256(path)[:16]}"
-    where = device if device.type == "cuda" else torch.device("cpu")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        if damaged:
-            raise UserError(f"--feature_extractor {path} is damaged: the checksum of {damaged} in it is wrong")
-        script = torch.jit.load(str(path), map_location=where).eval()
-    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        reason = _last_line(error).split(". ")[0]
-        raise UserError(f"--feature_extractor {path} is no TorchScript file, or a damaged one: {reason}") from error
-    shape = (2, 3, image_size, image_size)
-    pictures = torch.arange(int(np.prod(shape)), device=where).remainder(256).byte().view(shape)
-    _features(script, path, pictures)
-    return Extractor(name, metrics, path, _extractor_type(script, path))
+    _check_torchscript(path, image_size, device)
 
-
-def _features(script: Callable[[Tensor], Any], path: Path, images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) uint8 -> features (B, F) float32.
-
-    Raises:
-        UserError: the file at `path`, which `script` is from, fails or gives something else.
-    """
-    try:
-        features = script(images)
-    except (RuntimeError, torch.jit.Error) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--feature_extractor {path} fails on uint8 images {tuple(images.shape)}: {_last_line(error)}"
-        ) from error
-    is_tensor = isinstance(features, Tensor)
-    if not is_tensor or features.dim() != 2 or len(features) != len(images) or features.shape[1] < 2:
-        found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__
-        raise UserError(
-            f"--feature_extractor {path} must give features ({len(images)}, F) with F >= 2 for {len(images)} images, "
-            f"not {found}"
-        )
-    features = features.float()
-    if not features.isfinite().all():
-        raise UserError(f"--feature_extractor {path} gives features that are not finite")
-    return features
-
-
-def _last_line(error: Exception) -> str:
-    """What matters in a message of TorchScript's, which is a page long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _extractor_type(script: Callable[[Tensor], Any], path: Path) -> type:
-    """torch-fidelity makes extractors itself, so it needs a class: one that holds this script."""
-    from torch_fidelity import FeatureExtractorBase
-
-    class ScriptExtractor(FeatureExtractorBase):
+    class TorchScriptExtractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **options: Any):  # all options of calculate_metrics
             super().__init__(name, features_list)
+            self.script = torch.jit.load(str(path), map_location=device)
 
         @staticmethod
         def get_provided_features_list() -> tuple[str, ...]:
@@ -169,21 +115,60 @@ def _extractor_type(script: Callable[[Tensor], Any], path: Path) -> type:
             return "features"
 
         def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (_features(script, path, images),)
+            return (self.script(images).float(),)
 
-    return ScriptExtractor
+    FEATURE_EXTRACTORS_REGISTRY[name] = TorchScriptExtractor  # register_feature_extractor accepts a name only once
+    return Extractor(name, metrics, path)
 
 
-@contextmanager
-def registered(extractor: Extractor) -> Iterator[None]:
-    """torch-fidelity finds extractors by name: makes one of the user's known to it for this once."""
-    from torch_fidelity import registry
+def _check_torchscript(path: Path, image_size: int, device: torch.device) -> None:
+    """Load the file, which runs the code in it, and try it on two images.
 
-    if extractor.kind is None:
-        yield
-        return
-    registry.register_feature_extractor(extractor.name, extractor.kind)
+    Raises:
+        UserError: it cannot be loaded, fails, or does not return finite features (B, F), F >= 2.
+    """
+    images = torch.arange(2 * 3 * image_size**2, device=device).byte().view(2, 3, image_size, image_size)
     try:
-        yield
+        features = torch.jit.load(str(path), map_location=device).eval()(images)
+    except (ValueError, RuntimeError, torch.jit.Error) as error:
+        reason = str(error).strip().splitlines()[-1].split(". ")[0]  # what precedes and follows is many lines
+        raise UserError(
+            f"--feature_extractor {path} fails to load or to run on uint8 images {tuple(images.shape)}: {reason}"
+        ) from error
+    is_tensor = isinstance(features, Tensor)
+    if not is_tensor or features.dim() != 2 or len(features) != 2 or features.shape[1] < 2:
+        found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__
+        raise UserError(f"--feature_extractor {path} must return features (2, F), F >= 2, for 2 images, got {found}")
+    if not features.isfinite().all():
+        raise UserError(f"--feature_extractor {path} returns NaN or Inf")
+
+
+def _find_weights(url: str, metrics: Sequence[str], cache_path: Path) -> Path:
+    """Return the path of the file at `url`: in `cache_path` or in torch.hub's folder, else downloaded to `cache_path`."""
+    file = url.rsplit("/", 1)[1]
+    digits = Path(file).stem.rsplit("-", 1)[1]  # of its SHA-256, by torch.hub's naming convention
+    for path in (cache_path / file, Path(torch.hub.get_dir(), "checkpoints", file)):
+        if path.exists():
+            if not _sha256(path).startswith(digits):  # such as a partial download; torch.hub checks only its own
+                raise UserError(f"{path} is damaged (SHA-256 does not begin with {digits}): download {url} again")
+            return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
+    try:
+        cache_path.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cache_path / file), digits)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--metrics {','.join(metrics)} needs {file}, and its download failed ({error}): "
+            f"download {url} yourself and put it into {cache_path}"
+        ) from error
     finally:
-        del registry.FEATURE_EXTRACTORS_REGISTRY[extractor.name]
+        socket.setdefaulttimeout(timeout)
+    return cache_path / file
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Is it memorising? The training images that are nearest to what a generator makes."""
+"""Training images nearest to generated ones in pixel space: a check for memorization."""
 
 from typing import NamedTuple
 
@@ -12,19 +12,19 @@ CHUNK = 2048  # training images compared at a time
 
 
 class Nearest(NamedTuple):
-    """For each of K queries the M nearest training images, nearest first."""
+    """The M nearest training images of each of K queries, nearest first."""
 
     indices: Tensor  # (K, M), into the training images
-    distances: Tensor  # (K, M): root mean square over pixels and channels, of values in [-1, 1]
+    distances: Tensor  # (K, M), root-mean-square error over pixels and channels, of values in [-1, 1]
 
 
 def nearest_images(queries: Tensor, images: Tensor, count: int) -> Nearest:
-    """Compares pixels with every training image.
+    """Compare each query with every training image.
 
     Args:
         queries: (K, 3, S, S) in [-1, 1].
         images: (N, S, S, 3) uint8, may be memory-mapped; only `CHUNK` of them are in memory as floats.
-        count: M, how many to return for each query, at most N.
+        count: M, number of neighbors to return for each query, at most N.
     """
     queries = queries.flatten(1).float()  # (K, 3 * S * S)
     best = Nearest(

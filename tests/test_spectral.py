@@ -23,25 +23,20 @@ def test_sigma_converges_to_the_largest_singular_value(make):
     assert layer.sigma().item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-4)
 
 
-def test_it_agrees_with_torch_s_own_spectral_norm():
-    """From the same u and v; torch names the weight's first dimension `dim=0`, too."""
+def test_values_and_gradients_agree_with_torch_s_own_spectral_norm():
+    """In evaluation mode, from the same u and v: in training, torch updates them in the other order."""
     torch.manual_seed(0)
-    ours = SpectralNorm(nn.Conv2d(6, 10, 3))
-    theirs = nn.Conv2d(6, 10, 3)
-    theirs.load_state_dict({"weight": ours.module.weight_bar, "bias": ours.module.bias})
-    theirs = nn.utils.parametrizations.spectral_norm(theirs, dim=0)
-    norm = theirs.parametrizations.weight[0]
-    norm._u.copy_(ours.module.weight_u)
-    norm._v.copy_(ours.module.weight_v)
-    for _ in range(3):
-        x = inputs_for(ours.module)
-        outputs = ours(x), theirs(x)
-        torch.testing.assert_close(*outputs)
-        weights = ours.module.weight_bar, theirs.parametrizations.weight.original
-        gradients = [
-            torch.autograd.grad(out.square().sum(), weight)[0] for out, weight in zip(outputs, weights, strict=True)
-        ]
-        torch.testing.assert_close(*gradients)
+    ours, plain = SpectralNorm(nn.Conv2d(6, 10, 3)).eval(), nn.Conv2d(6, 10, 3)
+    plain.load_state_dict({"weight": ours.module.weight_bar, "bias": ours.module.bias})
+    theirs = nn.utils.parametrizations.spectral_norm(plain, dim=0).eval()
+    theirs.parametrizations.weight[0]._u.copy_(ours.module.weight_u)
+    theirs.parametrizations.weight[0]._v.copy_(ours.module.weight_v)
+    x = inputs_for(ours.module)
+    torch.testing.assert_close(ours(x), theirs(x))
+    weights = ours.module.weight_bar, theirs.parametrizations.weight.original
+    gradients = [torch.autograd.grad(layer(x).square().sum(), weight)
+                 for layer, weight in zip((ours, theirs), weights, strict=True)]  # fmt: skip
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_rows_of_a_transposed_convolution_are_its_input_channels():

@@ -69,7 +69,7 @@ def save(folder: Path, name: Name, state: Mapping[str, Any], keep_checkpoints: i
     except OSError as error:
         raise UserError(
             f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Earlier checkpoints are intact: "
-            "free some space, then resume with --pretrained_model latest"
+            "free space or permit writing, then resume with --pretrained_model latest"
         ) from error
     finally:
         for path in temporary.values():

@@ -1,49 +1,34 @@
-"""How the program speaks to its user about what went wrong: one line on stderr."""
+"""Errors and warnings for the user: one line on stderr. `main.py` prints the errors and chooses the exit codes."""
 
-import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from types import ModuleType
 
 
 class UserError(Exception):
-    """Something the user can put right. `main.py` prints the message as one line and exits with code 2.
-
-    Everything else that is raised is a bug of ours and keeps its traceback.
-    """
+    """A mistake that the user can correct; the message says how."""
 
 
 class PeerFailed(Exception):
-    """Another process of the run failed and says why: this one ends without a word."""
+    """Another rank failed and prints why; this one ends silently."""
+
+
+class RankLost(Exception):
+    """The connection to another rank is lost."""
 
 
 def warn(message: str) -> None:
-    """Something the user should know and need not act on at once."""
+    """Print a warning: something the user should know but need not act on at once."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """What is printed inside is dropped where torchrun started this process as another than the first."""
+    """Discard what is printed inside on ranks other than 0."""
     with ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(null))
         yield
-
-
-def require(module: str, attribute: str, package: str, names: Sequence[str]) -> ModuleType:
-    """Imports a library that --metrics of these names need, and not every user has.
-
-    Raises:
-        UserError: it is not there, or a version without the attribute by which those that will do are known.
-    """
-    try:
-        library = importlib.import_module(module)
-        getattr(library, attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
-    return library

@@ -23,7 +23,6 @@ from networks.latents import sample_z, slerp
 from parameter import Config
 from sagan_models import Discriminator, Generator
 from training import checkpoint
-from training.log import read_curves
 from utils import (
     SEED_INTERPOLATION,
     SEED_METRICS,
@@ -43,7 +42,7 @@ from visuals.attention_stats import (
     mean_attention_stats,
     uniform_attention_stats,
 )
-from visuals.curves import line_chart
+from visuals.curves import line_chart, read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import attention_figures, nearest_figure, progress_frames, sample_grid, save_animation, to_pixels
 

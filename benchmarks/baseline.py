@@ -1,9 +1,9 @@
-"""The step to beat: SAGAN's networks and update the way the 2018 reference and its many copies write them.
+"""Baseline of benchmarks/step.py: SAGAN's networks and updates as the 2018 reference and its many copies write them.
 
-Eager fp32, contiguous, plain Adam; every forward builds the full attention maps and returns them; the fakes are not
-detached in the discriminator's update, and the generator's update computes the discriminator's gradients too. Only its
-errors are left out (spectral norm keeps each forward's own vectors), so that its losses equal ours:
-`tests/test_benchmarks.py` holds it to that. At imsize 64 only, like the reference.
+Eager fp32, contiguous memory, plain (not fused) Adam; every forward computes and returns the full attention maps; fake
+images are not detached in the update of D, and the update of G computes the gradients of D too. One error of the
+reference is not repeated: its spectral norm overwrites the vectors u and v of an earlier forward, before backward has
+used them. The losses therefore equal this repository's; `tests/test_benchmarks.py` checks that. Image size 64 only.
 """
 
 import torch
@@ -95,7 +95,7 @@ class Discriminator(nn.Module):
 
 
 class Baseline:
-    """Both networks and their optimizers; `d_step` and `g_step` take and return what `Trainer`'s do."""
+    """Both networks and their optimizers. `d_step` and `g_step` have the signatures of those of `Trainer`."""
 
     def __init__(self, device: str = "cpu", z_dim: int = 128, conv_dim: int = 64):
         self.G, self.D = Generator(z_dim, conv_dim).to(device), Discriminator(conv_dim).to(device)

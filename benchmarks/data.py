@@ -1,9 +1,9 @@
-"""How fast images come: decoding into the cache, opening the cache, gathering batches.
+"""Measure the speed of decoding into the cache, of opening the cache and of gathering batches.
 
-    python benchmarks/data.py                                     # 2,000 noise images of CelebA's size
-    python benchmarks/data.py --image_path data/CelebA            # your own
+    python benchmarks/data.py                                     # 20,000 noise images of CelebA's size
+    python benchmarks/data.py --image_path data/CelebA            # your own images
 
-Decoding is compared with what Pillow alone does on one core, times the number of workers.
+Decoding is compared with the speed of Pillow alone on one core, times the number of workers.
 """
 
 import argparse
@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.sources import Source, find_source
 
-SAMPLE = 5000  # images, from all over the data, for the rate of one core
+SAMPLE = 5000  # evenly spaced images for the rate of one core
 BATCHES = 500
-CROP = 160  # pixels; CelebA's centre
+CROP = 160  # pixels, as for CelebA
 
 
 def write_images(folder: Path, count: int) -> None:
-    """JPEG files of CelebA's size, 178x218, as hard to decode as photographs."""
+    """Write JPEG files of CelebA's size, 178x218, which take as long to decode as photographs."""
     random = np.random.default_rng(0)
     for index in range(count):
         coarse = random.integers(0, 256, (28, 23, 3), dtype=np.uint8)
@@ -34,12 +34,12 @@ def write_images(folder: Path, count: int) -> None:
         )
 
 
-def one_core(source: Source, size: int) -> float:
-    """Images/s that Pillow alone opens, decodes, crops and resizes in this process."""
+def one_core(source: Source, folder: str, size: int) -> float:
+    """Return the images/s that Pillow alone opens, decodes, crops and resizes in this process."""
     items = source.items[:: max(1, len(source.items) // SAMPLE)]
     start = time.perf_counter()
     for item in items:
-        with Image.open(Path(source.decode.root) / item) as image:
+        with Image.open(Path(folder) / item) as image:
             left, top = (image.width - CROP) / 2, (image.height - CROP) / 2
             square = image.convert("RGB").crop((left, top, left + CROP, top + CROP))
             square.resize((size, size), Image.Resampling.BILINEAR)
@@ -47,11 +47,11 @@ def one_core(source: Source, size: int) -> float:
 
 
 def main() -> None:
-    from data_loader import get_loader, open_cache  # not at the top: worker processes read this file too
+    from data_loader import get_loader, open_cache  # not at the top: worker processes import this file, not torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_path", help="a folder of images in place of noise")
-    parser.add_argument("--images", type=int, default=20_000, help="how many noise images")
+    parser.add_argument("--image_path", help="folder of images; without it, noise images are written")
+    parser.add_argument("--images", type=int, default=20_000, help="number of noise images")
     parser.add_argument("--imsize", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=2)
@@ -61,14 +61,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not arguments.image_path:
             write_images(Path(scratch), arguments.images)
-        source = find_source("folder", arguments.image_path or scratch, crop_size=CROP)
-        before = one_core(source, arguments.imsize)
+        folder = arguments.image_path or scratch
+        source = find_source("folder", folder, crop_size=CROP)
+        before = one_core(source, folder, arguments.imsize)
 
         cache = Path(scratch) / "cache"
         start = time.perf_counter()
         images, _ = open_cache(source, arguments.imsize, cache, arguments.num_workers)
         rate = len(images) / (time.perf_counter() - start)
-        single = (before + one_core(source, arguments.imsize)) / 2  # the machine may have changed its pace
+        single = (before + one_core(source, folder, arguments.imsize)) / 2  # the machine's speed may have changed
         start = time.perf_counter()
         open_cache(source, arguments.imsize, cache)
         opened = time.perf_counter() - start
@@ -80,7 +81,7 @@ def main() -> None:
         start = time.perf_counter()
         for position in range(BATCHES):
             batch = loader.batch(position)
-        batch.sum().item()  # waits for the device
+        batch.sum().item()  # wait for the device
         gather = (time.perf_counter() - start) / BATCHES
 
     workers = arguments.num_workers

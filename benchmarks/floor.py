@@ -1,8 +1,10 @@
-"""The least time that a step can take on a machine: its matrix work at the machine's matrix rate, or its memory traffic
-at the machine's copy rate, whichever is longer. Both rates are measured, in each precision.
+"""Estimate the floor of a machine: a lower bound on the time of a training step.
 
-Traffic counts what no order of operations avoids: what the forward keeps for the backward, written once and read once
-(half of it in bf16), and Adam's seven passes over the parameters.
+It is the larger of two times: the step's matrix FLOP at the machine's matrix rate, and its memory traffic at the
+machine's copy rate. Both rates are measured, the matrix rate in each precision.
+
+Traffic counts what no order of operations avoids: what the forward saves for the backward, written once and read once
+(half of it in bf16), and seven passes of Adam over the parameters.
 """
 
 import time
@@ -17,22 +19,22 @@ REPEATS = 10
 
 
 class Rates(NamedTuple):
-    """What a machine can do: matrix FLOP/s by precision, copied bytes/s (read and written)."""
+    """Peak rates of a machine: matrix FLOP/s by precision, and bytes/s of a copy, reads and writes both counted."""
 
     matrix: dict[str, float]
     copy: float
 
 
 class Work(NamedTuple):
-    """What a step asks for: matrix FLOP, bytes kept for the backward in fp32, parameters."""
+    """Work of a step: matrix FLOP, bytes saved for the backward in fp32, and number of parameters."""
 
     flop: float
-    kept_bytes: int
+    saved_bytes: int
     parameters: int
 
 
 def machine_rates(device: str) -> Rates:
-    """Measures a device: the faster of a matrix product and a convolution, because libraries differ in the two."""
+    """Measure a device. The matrix rate is that of a product or a convolution: libraries differ in which is faster."""
     on_cuda = device == "cuda"
     side, batch = (8192, 1024) if on_cuda else (2048, 64)
     matrix = {}
@@ -51,32 +53,33 @@ def machine_rates(device: str) -> Rates:
 
 
 def step_work(step: Callable[[], Any]) -> Work:
-    """Counts what one fp32 step asks for."""
-    kept: dict[int, int] = {}
+    """Count the work of one fp32 step."""
+    saved: dict[int, int] = {}  # bytes of each storage by its address
     parameters: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        (parameters if isinstance(tensor, torch.nn.Parameter) else kept)[pointer] = tensor.untyped_storage().nbytes()
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        (parameters if isinstance(tensor, torch.nn.Parameter) else saved)[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
         step()
-    return Work(counter.get_total_flops(), sum(kept.values()), sum(parameters.values()) // 4)
+    return Work(counter.get_total_flops(), sum(saved.values()), sum(parameters.values()) // 4)
 
 
 def floors_ms(work: Work, rates: Rates) -> dict[str, float]:
-    """The floor in ms by precision."""
+    """Return the floor in ms by precision."""
     floors = {}
     for precision, matrix in rates.matrix.items():
-        kept = work.kept_bytes * (0.5 if precision == "bf16" else 1)
-        traffic = 2 * kept + 7 * 4 * work.parameters
+        saved = work.saved_bytes * (0.5 if precision == "bf16" else 1)
+        traffic = 2 * saved + 7 * 4 * work.parameters
         floors[precision] = max(work.flop / matrix, traffic / rates.copy) * 1e3
     return floors
 
 
 def _seconds(function: Callable[..., Any], *inputs: torch.Tensor, device: str) -> float:
-    """The shortest of some runs."""
+    """Return the shortest time of `REPEATS` calls."""
     times = []
     for _ in range(REPEATS):
         if device == "cuda":

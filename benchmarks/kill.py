@@ -1,14 +1,15 @@
-"""Kills real runs with SIGKILL at random times, continues them, and compares the end with a run that was left alone.
+"""Kill training runs with SIGKILL at random times, resume them, and compare the results with an uninterrupted run.
 
     python benchmarks/kill.py --trials 100
     python benchmarks/kill.py --trials 20 --processes 2
 
-Each trial begins in an empty folder (its cache build can be killed too), is killed once or twice, and is given the
-same command, with `--pretrained_model auto`, until it ends. It survived if it ended; it is identical if the final
-weights, average, optimizers, samples and lines of metrics.jsonl are, bit for bit. Needs fork: Linux or macOS.
+Each trial starts in an empty folder, so that the kill can hit the cache build too. It is killed once or twice and then
+resumed with the same command (`--pretrained_model auto`). It survived if it exits with 0. It is identical if the final
+checkpoint (weights, EMA, optimizers, fixed z), the sample images and the log entries are, bit for bit.
+Needs fork: Linux or macOS.
 
-With `--processes`, a run is that many under `torchrun --max_restarts=1`; one of them is killed once, and nothing is
-given again. It has fewer steps, because processes take seconds to start. Needs Linux.
+With `--processes N`, a run has N ranks under `torchrun --max_restarts=1`. One rank is killed once per trial, and
+torchrun restarts all of them. These runs have fewer steps, because starting takes seconds. Needs Linux.
 """
 
 import argparse
@@ -23,8 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,16 +40,13 @@ OPTIONS = shlex.split(
     "--batch_size 4 --log_step 1 --sample_step 5 --model_save_step 0.04 --pretrained_model auto"
 )
 STEPS, PROCESSES_STEPS = 60, 24
-# Not a function of the seed: the clock and the machine.
-UNSTEADY = ("images_per_s", "memory_mib")
+NONDETERMINISTIC = ("images_per_s", "memory_mib")  # keys of a log entry that depend on the machine
 
 
 def train(folder: Path, steps: int = STEPS) -> None:
-    """The body of a run's process."""
+    """Train in `folder`; the target of a run's process."""
     os.chdir(folder)
     sys.argv = ["main.py", *OPTIONS, "--total_step", str(steps)]
-    import torch
-
     from main import main
 
     torch.set_num_threads(1)
@@ -52,31 +55,24 @@ def train(folder: Path, steps: int = STEPS) -> None:
         sys.exit(main())
 
 
-def start(context: Any, folder: Path) -> Any:
+def start(context: BaseContext, folder: Path) -> BaseProcess:
     process = context.Process(target=train, args=(folder,))
     process.start()
     return process
 
 
 def result(folder: Path, steps: int = STEPS) -> dict[str, Any]:
-    """What a finished run left, without what is not a function of the seed."""
-    import torch
-
-    from training.divergence import iter_tensors
-
-    path = next(path for path in folder.glob("models/*/*_state.pth") if path.name.startswith(f"{steps}_"))
-    state = torch.load(path, weights_only=True)
+    """Return everything in the results of a finished run that must be a function of its options and the seed."""
+    state = torch.load(next(folder.glob(f"models/*/{steps}_state.pth")), weights_only=True)
+    tensors = [leaf.numpy().tobytes() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     lines = next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines()
-    metrics = [{key: value for key, value in json.loads(line).items() if key not in UNSTEADY} for line in lines]
-    pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("samples/*/*.png"))}
-    # The checksums of G and D are in the state; its own tensors are compared by their bytes.
-    parts = [state[name] for name in ("ema", "fixed_z", "g_optimizer", "d_optimizer")]
-    tensors = [tensor.numpy().tobytes() for tensor in iter_tensors(parts)]
-    return {"weights": state["sha256"], "tensors": tensors, "metrics": metrics, "pictures": pictures}
+    entries = [{key: value for key, value in json.loads(line).items() if key not in NONDETERMINISTIC} for line in lines]
+    images = {path.name: path.read_bytes() for path in sorted(folder.glob("samples/*/*.png"))}
+    return {"tensors": tensors, "entries": entries, "images": images}
 
 
-def trial(context: Any, folder: Path, seconds: float) -> bool:
-    """Kills and continues a run; whether it ended. `seconds` is how long a run takes."""
+def trial(context: BaseContext, folder: Path, seconds: float) -> bool:
+    """Kill a run at random within `seconds`, the duration of a whole run, and resume it. Return whether it survived."""
     for _ in range(random.randint(1, 2)):
         process = start(context, folder)
         time.sleep(random.uniform(0, seconds))
@@ -88,14 +84,13 @@ def trial(context: Any, folder: Path, seconds: float) -> bool:
 
 
 def run_trials(trials: int, seed: int = 0) -> tuple[int, int]:
-    """Returns how many trials survived, and how many were identical."""
+    """Return how many trials survived, and how many were identical."""
     random.seed(seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer", "tester", "data_loader"])  # so that a kill does not hit imports only
+    context.set_forkserver_preload(["trainer", "tester", "data_loader"])  # so that few kills hit the imports
     survived = identical = 0
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole"
-        for _ in range(2):  # the first one also starts the server
+        for _ in range(2):  # the second run is timed; the first one also starts the fork server
             whole = Path(tempfile.mkdtemp(dir=scratch))
             began = time.perf_counter()
             start(context, whole).join()

@@ -1,14 +1,15 @@
-"""What training costs beyond its steps: data, then logging, sampling and saving at their defaults.
+"""Measure what training costs beyond its steps: data, then logging, sampling and saving at their defaults.
 
     python benchmarks/loop.py
 
-In one process, in turn: steps on fixed inputs, steps on data, and whole training runs that go on from each other. The
-shares are of the first one's speed. Every run has a sample grid for each 100 steps, ten lines of the log for each, and
-one checkpoint; it is 100 steps long on a CPU, 2,000 on a GPU.
+Three kinds of work run in turn in one process: steps on fixed inputs, steps on data, and whole training runs, each of
+which resumes from the previous one. Percentages are relative to the speed of the first kind. Every run writes a sample
+grid per 100 steps, ten log entries per 100 steps, and one checkpoint; it has 100 steps on a CPU, 2,000 on a GPU.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import statistics
 import sys
@@ -17,18 +18,68 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_loader import get_loader
+from datasets.sources import find_source
+from parameter import Config
+from trainer import Trainer
+from utils import resolve_device, tune_malloc
+
+
+def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str, float]:
+    """Return the ms per step of each kind of work, the median over `rounds`.
+
+    Args:
+        config: its batch size, sizes, precision and result folders are used; its dataset is not.
+        steps: steps per round of the first two kinds.
+        run_steps: steps per training run.
+    """
+    fixed, fed, whole = (build_trainer(config, run_steps) for _ in range(3))
+    real, z = fixed.loader.batch(0), torch.randn(2, config.batch_size, config.z_dim, device=fixed.device)
+
+    def fixed_step() -> None:
+        fixed.updates([real], list(z), [])
+        fixed.ema.update(fixed.step)
+
+    def run() -> None:
+        whole.config = dataclasses.replace(config, total_step=whole.step + run_steps)
+        with contextlib.redirect_stdout(io.StringIO()):
+            whole.train()
+
+    kinds: dict[str, tuple[Callable[[], object], int, int]] = {  # function, calls per round, steps per call
+        "steps only": (fixed_step, steps, 1),
+        "with data": (fed.train_step, steps, 1),
+        "whole run": (run, 1, run_steps),
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for function, _, _ in kinds.values():
+        function()  # warm up
+    for _ in range(rounds):
+        for name, (function, calls, steps_per_call) in kinds.items():
+            times[name].append(seconds(function, calls, fixed.device) / (calls * steps_per_call) * 1e3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def build_trainer(config: Config, run_steps: int) -> Trainer:
+    source = find_source("toy", toy_num=run_steps * config.batch_size)  # one epoch per run: one checkpoint
+    cache, size = config.cache_path, config.batch_size
+    return Trainer(get_loader(source, config.imsize, size, cache_path=cache, device=config.device), config)
+
+
+def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Return the time of `calls` calls, until the device is idle."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def main() -> None:
-    import torch
-
-    from data_loader import get_loader
-    from datasets.sources import find_source
-    from parameter import Config
-    from trainer import Trainer
-    from utils import resolve_device, tune_malloc
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -38,50 +89,17 @@ def main() -> None:
     tune_malloc()
     device = resolve_device(arguments.device)
     steps, run_steps = (2000, 2000) if device.type == "cuda" else (20, 100)
-
     with tempfile.TemporaryDirectory() as scratch:
-        paths = {name: f"{scratch}/{name}" for name in ("sample_path", "attn_path", "model_save_path", "log_path")}
-        options = dict(device=str(device), batch_size=arguments.batch_size, precision=arguments.precision) | paths
-        source = find_source("toy", toy_num=run_steps * arguments.batch_size)  # an epoch is a run: one checkpoint
-
-        def build() -> Trainer:
-            loader = get_loader(source, 64, arguments.batch_size, cache_path=f"{scratch}/cache", device=str(device))
-            return Trainer(loader, Config(**options))
-
-        alone, fed, whole = build(), build(), build()
-        reals, noises = [alone.loader.batch(0)], [alone._noise() for _ in range(2)]
-
-        def take_step_alone() -> None:
-            alone.run_updates(reals, noises)
-            alone.ema.update(alone.step)
-
-        def run() -> None:
-            whole.config = Config(**options, total_step=whole.step + run_steps)
-            with contextlib.redirect_stdout(io.StringIO()):
-                whole.train()
-
-        def milliseconds(work: Callable[[], object], calls: int, steps_a_call: int) -> float:
-            start = time.perf_counter()
-            for _ in range(calls):
-                work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - start) / (calls * steps_a_call) * 1e3
-
-        kinds = {
-            "steps alone": (take_step_alone, steps, 1),
-            "with data": (fed._take_step, steps, 1),
-            "a whole run": (run, 1, run_steps),
-        }
-        times: dict[str, list[float]] = {name: [] for name in kinds}
-        for work, _, _ in kinds.values():
-            work()  # warm up
-        for _ in range(arguments.rounds):
-            for name, what in kinds.items():
-                times[name].append(milliseconds(*what))
-        base = statistics.median(times["steps alone"])
-        for name, found in times.items():
-            print(f"{name:<12} {statistics.median(found):9.2f} ms a step   {base / statistics.median(found):.1%}")
+        folders = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
+        config = Config(
+            device=str(device),
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            **{name: str(Path(scratch, name)) for name in folders},
+        )
+        times = measure(config, steps, run_steps, arguments.rounds)
+    for name, ms in times.items():
+        print(f"{name:<11} {ms:9.2f} ms per step   {times['steps only'] / ms:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""How training grows with the number of processes: images a second at 1 ... N, and the share of N times one's.
+"""Measure how training scales with the number of processes: images/s with 1 ... N, and the efficiency.
 
-    python benchmarks/scaling.py                            # as many as there are GPUs, else CPU cores
+    python benchmarks/scaling.py                            # up to the number of GPUs, else of CPU cores
     python benchmarks/scaling.py --processes 1,2,4,8 --batch_size 64 --per_process true
 
-`--batch_size` is that of all together ("the same work, sooner"), or with `--per_process true` of each ("more work in
-the same time"). Each count is a torchrun of the whole program, `main.py`; the rate is the median of the log's, without
-the first line, so that data, logging and the talk between processes are in it. "Side by side" is the sum of as many
-runs with a process each: what the machine gives to processes that do not wait for each other. On GPUs add
-`--cuda_graph false`, or single processes replay a recorded step, which several together cannot.
+`--batch_size` is the global batch size (strong scaling), or with `--per_process true` that of each process (weak
+scaling). Other options are passed to `main.py`, which torchrun starts for each number of processes. The rate is the
+median of the logged ones without the first, so it includes data, logging and communication; the efficiency is the rate
+divided by N times that of one process. The last column is the sum over N independent runs of one process each, which
+do not communicate: the difference to it is the communication overhead. On GPUs add `--cuda_graph false`, because
+several processes run eagerly.
 """
 
 import argparse
@@ -19,19 +20,28 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-LINE = 5  # steps between two lines of the log
+LOG_STEP = 5
 
 
 def images_per_s(processes: int, batch_size: int, together: bool, steps: int, others: list[str], cache: Path) -> float:
-    """The rate of one run of that many processes, or of that many runs side by side.
+    """Return the rate of one run of that many processes, or the sum over that many independent runs.
+
+    Args:
+        batch_size: of all processes or runs together.
+        together: one run of several processes; False starts independent runs, each on a GPU of its own.
+        others: more options of `main.py`.
 
     Raises:
-        SystemExit: a run failed; with what it said.
+        SystemExit: a run failed; with its output.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if together else []
     runs = 1 if together else processes
-    options = f"--dataset toy --toy_num 2048 --batch_size {batch_size // runs} --total_step {steps} --log_step {LINE}"
+    options = (
+        f"--dataset toy --toy_num 2048 --batch_size {batch_size // runs} --total_step {steps} --log_step {LOG_STEP}"
+    )
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *options.split(), "--cache_path", str(cache), *others]
     with tempfile.TemporaryDirectory() as scratch:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes)))).split(",")
@@ -50,24 +60,23 @@ def images_per_s(processes: int, batch_size: int, together: bool, steps: int, ot
 
 
 def logged_rate(folder: Path) -> float:
-    """The median of the rates in the log of the run in a folder."""
+    """Return the median rate in the log of a finished run, without the first entry."""
     lines = next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines()
     return statistics.median(json.loads(line)["images_per_s"] for line in lines[1:])
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", help="such as 1,2,4; default 1, 2, 4 ... up to all GPUs or cores")
+    parser.add_argument("--processes", help="such as 1,2,4; default: 1, 2, 4, ... up to the number of GPUs or cores")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--per_process", choices=("true", "false"), default="false")
     parser.add_argument("--steps", type=int, default=30)
     arguments, others = parser.parse_known_args()
     most = torch.cuda.device_count() or os.cpu_count() or 1
-    counts = [int(word) for word in arguments.processes.split(",")] if arguments.processes else \
-        [2**power for power in range(most.bit_length())]  # fmt: skip
-    print("| processes | batch of all | images/s | efficiency | side by side |\n|---|---|---|---|---|")
+    counts = [2**power for power in range(most.bit_length())]
+    if arguments.processes:
+        counts = [int(word) for word in arguments.processes.split(",")]
+    print("| processes | global batch | images/s | efficiency | independent runs |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
         one = None
         for count in counts:
@@ -75,8 +84,8 @@ def main() -> None:
             rest = arguments.steps, others, Path(cache)
             rate = images_per_s(count, batch, True, *rest)
             one = one or rate / count
-            apart = images_per_s(count, batch, False, *rest) if count > 1 else rate
-            print(f"| {count} | {batch} | {rate:.1f} | {rate / (count * one):.0%} | {apart:.1f} |", flush=True)
+            independent = images_per_s(count, batch, False, *rest) if count > 1 else rate
+            print(f"| {count} | {batch} | {rate:.1f} | {rate / (count * one):.0%} | {independent:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

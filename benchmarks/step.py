@@ -1,11 +1,14 @@
-"""How fast a training step is: ours in each precision and mode, against a textbook step and the machine's floor.
+"""Measure the time per training step: this repository in each precision and mode, a baseline, and the machine's floor.
 
     python benchmarks/step.py                                           # batch 64 at 64x64
     python benchmarks/step.py --batch_size 16,256 --imsize 64,128 --json results.json
 
-Every contender lives in a process of its own (allocator and thread settings belong to a process), started once and
-asked for some steps in turn, A B C A B C ..., so that the machine's drift hits all alike. Times are medians over all
-rounds, the spread is the distance between the quartiles. See benchmarks/floor.py for the floor.
+Each contender runs in a process of its own, because allocator and thread settings are per process, and takes blocks of
+steps in turn, A B C A B C ..., so that drift of the machine affects all of them. The first step of a block is not
+counted. A step right after waiting for the other contenders is slower than those that follow it, and the baseline's is
+slowed most (4.4 s in place of 3.1 to 3.6 s on two CPU cores), so that counting it would overstate the speedup.
+
+Reported are the median and the interquartile range (IQR) of all counted steps. See benchmarks/floor.py for the floor.
 """
 
 import argparse
@@ -15,16 +18,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from baseline import Baseline
+from floor import floors_ms, machine_rates, step_work
+
+from parameter import Config
+from trainer import Trainer
+from utils import memory_mib, tune_malloc
 
 
 class Setting(NamedTuple):
-    """What a table is about."""
+    """What the rows of one table have in common."""
 
     device: str
     imsize: int
@@ -32,7 +44,7 @@ class Setting(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One way to run the step."""
+    """One way to run the step: `name` is "baseline" or "ours", `mode` is "eager" or "graph"."""
 
     name: str
     precision: str
@@ -40,9 +52,9 @@ class Contender(NamedTuple):
 
 
 def contenders(setting: Setting, only: str = "") -> list[Contender]:
-    """What there is to compare, or those whose words, as in "ours bf16 graph", contain `only`.
+    """Return the contenders in this setting whose fields, joined as in "ours bf16 graph", contain `only`.
 
-    The textbook step exists at 64x64 only.
+    The baseline exists at 64x64 only.
     """
     on_cuda = setting.device == "cuda"
     found = [Contender("baseline", "fp32", "eager")] if setting.imsize == 64 else []
@@ -52,13 +64,7 @@ def contenders(setting: Setting, only: str = "") -> list[Contender]:
 
 
 def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
-    """A function that takes one step on fixed inputs, the same for all contenders."""
-    import torch
-    from baseline import Baseline
-
-    from parameter import Config
-    from trainer import Trainer
-
+    """Return a function that takes one step on fixed inputs, which are the same for all contenders."""
     torch.manual_seed(0)
     device, size = torch.device(setting.device), setting.batch_size
     real = torch.rand(size, 3, setting.imsize, setting.imsize).mul(2).sub(1).to(device)
@@ -68,32 +74,38 @@ def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
         baseline = Baseline(setting.device)
         return lambda: baseline.d_step(real, z) | baseline.g_step(z2)
     graph = "true" if contender.mode == "graph" else "false"
-    config = Config(**setting._asdict(), precision=contender.precision, cuda_graph=graph)
-    trainer = Trainer(None, config)
-    real = real.contiguous(memory_format=torch.channels_last)  # as the loader gives it
+    trainer = Trainer(None, Config(**setting._asdict(), precision=contender.precision, cuda_graph=graph))
+    real = real.contiguous(memory_format=torch.channels_last)  # as the loader returns it
 
     def step() -> dict[str, torch.Tensor]:
-        stats = trainer.run_updates([real], [z, z2])
+        stats = trainer.updates([real], [z, z2], [])
         trainer.ema.update(trainer.step)
         return stats
 
     return step
 
 
-def synchronize(device: str) -> None:
-    """Waits until the device is idle; a CPU always is."""
-    if device == "cuda":
-        import torch
+def time_block(step: Callable[[], Any], block: int, device: str) -> list[float]:
+    """Take `block` steps and return the ms of each but the first.
 
+    On a GPU, events mark the end of each step: waiting for the device after every step would add the launch latency.
+    """
+    if device == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(block)]
+        for event in events:
+            step()
+            event.record()
         torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+    ends = []
+    for _ in range(block):
+        step()
+        ends.append(time.perf_counter())
+    return [(end - begin) * 1e3 for begin, end in pairwise(ends)]
 
 
 def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int, block: int) -> None:
-    """A contender's process: answers each request with the ms per step of a block of steps, and 0 with its memory."""
-    import torch
-
-    from utils import memory_mib, tune_malloc
-
+    """Run a contender's process: answer True with the times of a block, and False with the peak memory, then end."""
     if contender.name == "ours":
         tune_malloc()
     step = build_step(contender, setting)
@@ -101,74 +113,76 @@ def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int
         step()
     pipe.send("ready")
     while pipe.recv():
-        synchronize(setting.device)
-        start = time.perf_counter()
-        for _ in range(block):
-            step()
-        synchronize(setting.device)
-        pipe.send((time.perf_counter() - start) / block * 1e3)
+        pipe.send(time_block(step, block, setting.device))
     pipe.send(memory_mib(torch.device(setting.device)))
 
 
 def measure(setting: Setting, found: list[Contender], rounds: int, warm_up: int, block: int) -> list[dict[str, Any]]:
-    """Contenders in one setting: a record for each."""
+    """Return a record per contender, of `rounds` blocks of `block` steps each after `warm_up` steps."""
     context = multiprocessing.get_context("spawn")
     running = []
     for contender in found:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, contender, setting, warm_up, block), daemon=True)
-        process.start()
-        theirs.close()  # so that a contender that dies is noticed
+        context.Process(target=serve, args=(theirs, contender, setting, warm_up, block), daemon=True).start()
+        theirs.close()  # so that `recv` raises if the process dies
         running.append((contender, ours, []))
         ours.recv()
     for _ in range(rounds):
         for _, pipe, times in running:
             pipe.send(True)
-            times.append(pipe.recv())
+            times += pipe.recv()
     records = []
     for contender, pipe, times in running:
         pipe.send(False)
-        low, middle, high = statistics.quantiles(times, n=4)
-        records.append(setting._asdict() | contender._asdict() | {
-            "ms_per_step": middle, "spread_ms": high - low, "images_per_s": setting.batch_size / middle * 1e3,
-            "peak_mib": pipe.recv()})  # fmt: skip
+        low, median, high = statistics.quantiles(times, n=4)
+        records.append(
+            setting._asdict()
+            | contender._asdict()
+            | {"ms_per_step": median, "iqr_ms": high - low, "images_per_s": setting.batch_size / median * 1e3}
+            | {"peak_mib": pipe.recv()}
+        )
     return records
 
 
 def add_ratios(records: list[dict[str, Any]], floors: dict[str, float]) -> None:
-    """To each record of a setting: how many times faster than the baseline, and the floor's share of its time."""
+    """Add to each record of a setting the speedup over the baseline, and the floor as a fraction of the time."""
     baseline = next((record["ms_per_step"] for record in records if record["name"] == "baseline"), None)
     for record in records:
-        record["ratio"] = baseline / record["ms_per_step"] if baseline else None
-        record["floor_share"] = floors[record["precision"]] / record["ms_per_step"]
+        record["speedup"] = baseline / record["ms_per_step"] if baseline else None
+        record["floor_fraction"] = floors[record["precision"]] / record["ms_per_step"]
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The records of a setting as a Markdown table."""
-    lines = ["| step | ms/step (spread) | images/s | ratio | of the floor | peak MiB |", "|---|---|---|---|---|---|"]
+    """Format the records of a setting as a Markdown table."""
+    lines = ["| step | ms per step (IQR) | images/s | speedup | floor / time | peak MiB |", "|---|---|---|---|---|---|"]
     for r in records:
-        name = r["name"] if r["name"] == "baseline" else f"ours, {r['precision']}, {r['mode']}"
-        ratio = f"{r['ratio']:.2f}x" if r["ratio"] else "-"
-        lines.append(f"| {name} | {r['ms_per_step']:.2f} ({r['spread_ms']:.2f}) | {r['images_per_s']:.0f} | {ratio} "
-                     f"| {r['floor_share']:.0%} | {r['peak_mib']:.0f} |")  # fmt: skip
+        name = "baseline" if r["name"] == "baseline" else f"this repository, {r['precision']}, {r['mode']}"
+        speedup = f"{r['speedup']:.2f}" if r["speedup"] else "-"
+        lines.append(
+            f"| {name} | {r['ms_per_step']:.2f} ({r['iqr_ms']:.2f}) | {r['images_per_s']:.0f} | {speedup} "
+            f"| {r['floor_fraction']:.0%} | {r['peak_mib']:.0f} |"
+        )
     return "\n".join(lines)
 
 
-def main() -> None:
-    import torch
-    from floor import floors_ms, machine_rates, step_work
+def parse_arguments() -> argparse.Namespace:
+    def integers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
 
     has_cuda = torch.cuda.is_available()
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu")
-    parser.add_argument("--imsize", type=numbers, default=[64], help="one or more, with commas")
-    parser.add_argument("--batch_size", type=numbers, default=[64], help="one or more, with commas")
-    parser.add_argument("--only", default="", help='contenders whose words contain this, such as "ours bf16"')
-    parser.add_argument("--rounds", type=int, default=20 if has_cuda else 7, help="times each contender is asked")
-    parser.add_argument("--json", type=Path, help="write one record a row to this file")
-    arguments = parser.parse_args()
-    warm_up, block = (10, 20) if arguments.device == "cuda" else (2, 1)
+    parser.add_argument("--imsize", type=integers, default=[64], help="one or more, separated by commas")
+    parser.add_argument("--batch_size", type=integers, default=[64], help="one or more, separated by commas")
+    parser.add_argument("--only", default="", help='contenders whose fields contain this, such as "ours bf16"')
+    parser.add_argument("--rounds", type=int, default=20 if has_cuda else 7, help="blocks per contender")
+    parser.add_argument("--json", type=Path, help="write one record per row to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warm_up, block = (10, 20) if arguments.device == "cuda" else (2, 4)
 
     rates = machine_rates(arguments.device)
     for precision, matrix in rates.matrix.items():
@@ -180,8 +194,10 @@ def main() -> None:
             setting = Setting(arguments.device, imsize, batch_size)
             work = step_work(build_step(Contender("ours", "fp32", "eager"), setting))
             if setting.device == "cuda":
-                torch.cuda.empty_cache()  # the contenders are other processes, and need the memory
-            print(f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP a step\n")
+                torch.cuda.empty_cache()  # the contenders are other processes and need the memory
+            print(
+                f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP per step\n"
+            )
             found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
             add_ratios(found, floors_ms(work, rates))
             print(table(found), flush=True)

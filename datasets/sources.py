@@ -157,10 +157,7 @@ def _celeb(root: Path, crop: int, download: bool) -> Source:
 
 def _folder(name: str, root: Path, crop: int | None) -> Source:
     if not root.is_dir():
-        raise UserError(
-            f"--image_path {root} is not a folder; set it to a folder of images, "
-            f"or use --dataset toy, which needs no data"
-        )
+        raise UserError(f"--image_path {root} is not a folder of images (--dataset toy needs none)")
     files = sorted(_walk(str(root)))
     if not files:
         raise UserError(f"no image in {root} or its subfolders (looked for {' '.join(IMAGE_SUFFIXES)})")
@@ -169,11 +166,8 @@ def _folder(name: str, root: Path, crop: int | None) -> Source:
 
 
 def _walk(root: str) -> Iterable[tuple[str, int, int]]:
-    """Yield relative name, size and modification time in ns of every image file below a folder.
-
-    Links to folders are followed, each folder once.
-    """
-    seen = set()
+    """Yield (relative name, size, modification time in ns) of the image files below a folder; each folder once."""
+    seen = set()  # a link may lead to a folder above it
     for folder, subfolders, names in os.walk(root, followlinks=True):
         identity = os.path.realpath(folder)
         if identity in seen:
@@ -237,7 +231,7 @@ def _cifar10(root: Path, download: bool) -> Source:
         raise UserError(
             f"no CIFAR-10 in {root} ({_first_line(error)}): use --download true, or unpack cifar-10-python.tar.gz there"
         ) from error
-    # The fingerprint needs nothing of the files, because torchvision checks their MD5 sums.
+    # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
     return Source("cifar10", range(count), partial(_decode_cifar10, str(root)), _digest([count]))
 
 
@@ -253,10 +247,8 @@ def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:
 
 
 def _digest(parts: Iterable[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(repr(part).encode() + b"\n")
-    return digest.hexdigest()
+    text = "".join(f"{part!r}\n" for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

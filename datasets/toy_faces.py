@@ -1,7 +1,6 @@
-"""Faces drawn by Pillow: data for a first run, with ties across the image that attention can find.
+"""Procedurally drawn toy faces: data for a first run, with long-range dependencies for attention to learn.
 
-Every face is symmetric; its two eyes share a colour, its brows share the hair's. Face `index` of `seed` is the same
-picture everywhere, at any size.
+Every face is symmetric; its two eyes have one color, and its brows have the color of the hair.
 """
 
 import colorsys
@@ -9,26 +8,33 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw
 
-SUPERSAMPLING = 2  # drawn larger, then reduced: smooth edges
+SUPERSAMPLING = 2  # faces are drawn at twice the size and reduced, for smooth edges
 
 
 def draw_face(seed: int, index: int, size: int) -> Image.Image:
-    """An RGB Pillow image of size x size pixels, a pure function of its arguments."""
+    """Draw face number `index` of a seed as an RGB Pillow image of size x size pixels.
+
+    The result depends only on the arguments, and is the same face at every size. The function is long because the parts
+    draw their random numbers from one generator in turn: their order determines the pixels.
+    """
     random = np.random.default_rng([seed, index])
     canvas = size * SUPERSAMPLING
-    image = Image.new("RGB", (canvas, canvas), _colour(random, (0, 1), (0.1, 0.5), (0.3, 0.9)))
+    image = Image.new("RGB", (canvas, canvas), _color(random, (0, 1), (0.1, 0.5), (0.3, 0.9)))
     draw = ImageDraw.Draw(image)
 
     middle = random.uniform(0.45, 0.55)  # the axis of symmetry
     skin_tone = (random.uniform(0.04, 0.1), random.uniform(0.3, 0.6), random.uniform(0.5, 0.98))
     skin, shade = _rgb(*skin_tone), _rgb(skin_tone[0], skin_tone[1], skin_tone[2] * 0.8)
-    hair = _colour(random, (0, 0.13), (0.3, 0.9), (0.1, 0.8))
-    iris = _colour(random, (0, 1), (0.6, 1), (0.4, 0.9))
+    hair = _color(random, (0, 0.13), (0.3, 0.9), (0.1, 0.8))
+    iris = _color(random, (0, 1), (0.6, 1), (0.4, 0.9))
     half_width, half_height = random.uniform(0.23, 0.29), random.uniform(0.31, 0.37)
     chin = 0.54 + half_height
 
+    def box(left: float, top: float, right: float, bottom: float) -> list[float]:
+        return [left * canvas, top * canvas, right * canvas, bottom * canvas]
+
     def ellipse(x: float, y: float, rx: float, ry: float, fill: tuple[int, int, int]) -> None:
-        draw.ellipse([(x - rx) * canvas, (y - ry) * canvas, (x + rx) * canvas, (y + ry) * canvas], fill=fill)
+        draw.ellipse(box(x - rx, y - ry, x + rx, y + ry), fill=fill)
 
     def pair(dx: float, y: float, rx: float, ry: float, fill: tuple[int, int, int]) -> None:
         ellipse(middle - dx, y, rx, ry, fill)
@@ -38,33 +44,16 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     hair_length = random.choice([0.0, 0.2, 0.42])
     ellipse(middle, 0.42, half_width * 1.22, half_height * 1.05, hair)
     if hair_length:
-        draw.rectangle(
-            [
-                (middle - half_width * 1.22) * canvas,
-                0.42 * canvas,
-                (middle + half_width * 1.22) * canvas,
-                (0.42 + hair_length) * canvas,
-            ],
-            fill=hair,
-        )
-    draw.rectangle([(middle - 0.1) * canvas, 0.7 * canvas, (middle + 0.1) * canvas, canvas], fill=shade)
-    ellipse(middle, 1.08, 0.42, 0.17, _colour(random, (0, 1), (0.4, 1), (0.3, 0.9)))
+        draw.rectangle(box(middle - half_width * 1.22, 0.42, middle + half_width * 1.22, 0.42 + hair_length), fill=hair)
+    draw.rectangle(box(middle - 0.1, 0.7, middle + 0.1, 1), fill=shade)
+    ellipse(middle, 1.08, 0.42, 0.17, _color(random, (0, 1), (0.4, 1), (0.3, 0.9)))
 
-    # The face, with a fringe cut by its own outline.
+    # The face, and a fringe within its outline.
     ellipse(middle, 0.54, half_width, half_height, skin)
     pair(half_width, 0.55, 0.035, 0.06, skin)
     fringe = random.uniform(0.22, 0.34)
-    draw.chord(
-        [
-            (middle - half_width) * canvas,
-            (0.54 - half_height) * canvas,
-            (middle + half_width) * canvas,
-            (0.54 - half_height + 2 * fringe) * canvas,
-        ],
-        180,
-        360,
-        fill=hair,
-    )
+    top = 0.54 - half_height
+    draw.chord(box(middle - half_width, top, middle + half_width, top + 2 * fringe), 180, 360, fill=hair)
 
     eye_dx, eye_y, eye_size = random.uniform(0.095, 0.125), random.uniform(0.48, 0.52), random.uniform(0.04, 0.055)
     pair(eye_dx, eye_y, eye_size * 1.25, eye_size, (250, 250, 250))
@@ -73,24 +62,15 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     pair(eye_dx, eye_y - eye_size - 0.035, eye_size * 1.3, 0.014, hair)  # brows
 
     ellipse(middle, 0.62, 0.028, 0.045, shade)  # nose
-    smile, lips = random.uniform(0.02, 0.06), _colour(random, (0.94, 1), (0.5, 0.8), (0.5, 0.85))
+    smile, lips = random.uniform(0.02, 0.06), _color(random, (0.94, 1), (0.5, 0.8), (0.5, 0.85))
     mouth_width = random.uniform(0.07, 0.12)
-    draw.chord(
-        [
-            (middle - mouth_width) * canvas,
-            (chin - 0.16 - smile) * canvas,
-            (middle + mouth_width) * canvas,
-            (chin - 0.16 + smile) * canvas,
-        ],
-        0,
-        180,
-        fill=lips,
-    )
+    mouth = box(middle - mouth_width, chin - 0.16 - smile, middle + mouth_width, chin - 0.16 + smile)
+    draw.chord(mouth, 0, 180, fill=lips)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def _colour(random: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> tuple[int, int, int]:
-    """An RGB colour drawn from ranges of hue, saturation and value, each in [0, 1]."""
+def _color(random: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> tuple[int, int, int]:
+    """Draw an RGB color from ranges of hue, saturation and value, each within [0, 1]."""
     return _rgb(*(random.uniform(*limits) for limits in (hue, saturation, value)))
 
 

@@ -18,13 +18,7 @@ def check_metrics(config: Config, device: torch.device) -> None:
         UserError: a library, weights or the feature extractor is missing or unusable.
     """
     if config.metrics:
-        check_requirements(
-            config.metrics.split(","),
-            image_size=config.imsize,
-            device=device,
-            cache_path=Path(config.cache_path).expanduser(),
-            feature_extractor=_feature_extractor(config),
-        )
+        check_requirements(config.metrics.split(","), config.imsize, device, _feature_extractor(config))
 
 
 def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> dict[str, float]:

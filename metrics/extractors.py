@@ -1,4 +1,4 @@
-"""Feature extractors for FID and related scores: Inception and VGG16 with their weights, or a TorchScript file.
+"""Feature extractors for FID and related scores: torch-fidelity's Inception and VGG16, or a TorchScript file.
 
 torch-fidelity is an optional dependency: import this module only for metrics that need it.
 """
@@ -7,23 +7,16 @@ import hashlib
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity import (  # fails here, at import, with versions before 0.4, which have no precision and recall
-    KEY_METRIC_F_SCORE,
-    KEY_METRIC_FID,
-    KEY_METRIC_ISC_MEAN,
-    KEY_METRIC_ISC_STD,
-    KEY_METRIC_KID_MEAN,
-    KEY_METRIC_KID_STD,
-    KEY_METRIC_PRECISION,
-    KEY_METRIC_RECALL,
-    FeatureExtractorBase,
-    GenerativeModelBase,
-)
+from torch_fidelity import FeatureExtractorBase, GenerativeModelBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.metric_fid import KEY_METRIC_FID
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD
+from torch_fidelity.metric_prc import KEY_METRIC_F_SCORE, KEY_METRIC_PRECISION, KEY_METRIC_RECALL  # new in 0.4
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision.models import VGG16_Weights
 from tqdm import tqdm
@@ -43,20 +36,12 @@ RESULT_NAMES = {
 DOWNLOAD_TIMEOUT = 10  # seconds without data
 
 
-class Extractor(NamedTuple):
-    """A feature extractor in torch-fidelity's registry, and the metrics to compute from its features."""
-
-    name: str  # in the registry, and in the names of cached files
-    metrics: list[str]
-    weights: Path
-
-
 class ImageSource(GenerativeModelBase):
     """Images in the form of a torch-fidelity generator: it ignores z and returns the next images by position.
 
     Args:
         read: read(start, count) returns images start ... start + count - 1, (count, 3, S, S) uint8.
-        count: number of images, added to the bar's total when the first are read; none are read from a cache hit.
+        count: number of images per extractor, added to the bar's total when an extractor reads the first.
     """
 
     z_size, z_type, num_classes = 1, "normal", 0
@@ -70,35 +55,33 @@ class ImageSource(GenerativeModelBase):
         if self.position == 0:
             self.bar.total += self.count
         images = self.read(self.position, len(z)).to(z.device)
-        self.position += len(z)
+        self.position = (self.position + len(z)) % self.count  # the next extractor begins at the first image
         self.bar.update(len(z))
         return images
 
 
-def find_extractors(
-    metrics: Sequence[str], image_size: int, device: torch.device, cache_path: Path, feature_extractor: Path | None
-) -> list[Extractor]:
-    """Return the extractors that these metrics need; downloads missing weights into `cache_path`.
+def prepare_extractor(
+    metrics: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None
+) -> str | None:
+    """Return the name in torch-fidelity's registry of the TorchScript file `feature_extractor`.
+
+    Without one, return None, for torch-fidelity's defaults, and download those of their weights that are missing.
 
     Raises:
-        UserError: weights are damaged or can be neither found nor downloaded, or the TorchScript file is unusable.
+        UserError: weights are damaged or cannot be downloaded, or the TorchScript file is unusable.
     """
     if feature_extractor is not None:
-        return [_torchscript_extractor(feature_extractor, list(metrics), image_size, device)]
-    extractors = []
-    for name, url, wanted in (
-        ("inception-v3-compat", URL_INCEPTION_V3, [metric for metric in metrics if metric != "prc"]),
-        ("vgg16", VGG16_Weights.IMAGENET1K_V1.url, [metric for metric in metrics if metric == "prc"]),
-    ):
-        if wanted:
-            extractors.append(Extractor(name, wanted, _find_weights(url, wanted, cache_path)))
-    return extractors
+        return _register_torchscript(feature_extractor, image_size, device)
+    if "prc" in metrics:
+        _fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, metrics)
+    if set(metrics) - {"prc"}:
+        _fetch_weights(URL_INCEPTION_V3, metrics)
+    return None
 
 
-def _torchscript_extractor(path: Path, metrics: list[str], image_size: int, device: torch.device) -> Extractor:
-    """Check a TorchScript file and enter it into torch-fidelity's registry, from which it creates its extractors."""
-    device = device if device.type == "cuda" else torch.device("cpu")  # all that torch-fidelity runs on
-    name = f"torchscript-{_sha256(path)[:16]}"
+def _register_torchscript(path: Path, image_size: int, device: torch.device) -> str:
+    device = device if device.type == "cuda" else torch.device("cpu")  # torch-fidelity supports no others
+    name = f"torchscript-{_sha256(path)[:16]}"  # also in the names of cached features
     _check_torchscript(path, image_size, device)
 
     class TorchScriptExtractor(FeatureExtractorBase):
@@ -118,53 +101,44 @@ def _torchscript_extractor(path: Path, metrics: list[str], image_size: int, devi
             return (self.script(images).float(),)
 
     FEATURE_EXTRACTORS_REGISTRY[name] = TorchScriptExtractor  # register_feature_extractor accepts a name only once
-    return Extractor(name, metrics, path)
+    return name
 
 
 def _check_torchscript(path: Path, image_size: int, device: torch.device) -> None:
-    """Load the file, which runs the code in it, and try it on two images.
-
-    Raises:
-        UserError: it cannot be loaded, fails, or does not return finite features (B, F), F >= 2.
-    """
+    """Load the file, which runs the code in it, and try it on two images."""
     images = torch.arange(2 * 3 * image_size**2, device=device).byte().view(2, 3, image_size, image_size)
     try:
         features = torch.jit.load(str(path), map_location=device).eval()(images)
     except (ValueError, RuntimeError, torch.jit.Error) as error:
-        reason = str(error).strip().splitlines()[-1].split(". ")[0]  # what precedes and follows is many lines
+        reason = str(error).strip().splitlines()[-1].split(". ")[0]  # without TorchScript's stack and torch's advice
+        raise UserError(f"--feature_extractor {path} does not load or run: {reason}") from error
+    is_matrix = isinstance(features, Tensor) and features.dim() == 2 and len(features) == 2 and features.shape[1] >= 2
+    if not (is_matrix and features.isfinite().all()):
         raise UserError(
-            f"--feature_extractor {path} fails to load or to run on uint8 images {tuple(images.shape)}: {reason}"
-        ) from error
-    is_tensor = isinstance(features, Tensor)
-    if not is_tensor or features.dim() != 2 or len(features) != 2 or features.shape[1] < 2:
-        found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__
-        raise UserError(f"--feature_extractor {path} must return features (2, F), F >= 2, for 2 images, got {found}")
-    if not features.isfinite().all():
-        raise UserError(f"--feature_extractor {path} returns NaN or Inf")
+            f"--feature_extractor {path} must return features (B, F), F >= 2, all finite, of images (B, 3, S, S) uint8"
+        )
 
 
-def _find_weights(url: str, metrics: Sequence[str], cache_path: Path) -> Path:
-    """Return the path of the file at `url`: in `cache_path` or in torch.hub's folder, else downloaded to `cache_path`."""
-    file = url.rsplit("/", 1)[1]
-    digits = Path(file).stem.rsplit("-", 1)[1]  # of its SHA-256, by torch.hub's naming convention
-    for path in (cache_path / file, Path(torch.hub.get_dir(), "checkpoints", file)):
-        if path.exists():
-            if not _sha256(path).startswith(digits):  # such as a partial download; torch.hub checks only its own
-                raise UserError(f"{path} is damaged (SHA-256 does not begin with {digits}): download {url} again")
-            return path
+def _fetch_weights(url: str, metrics: Sequence[str]) -> None:
+    """Download a file into torch.hub's folder, where torch-fidelity looks for it, or check the one that is there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    digits = path.stem.rsplit("-", 1)[1]  # of the file's SHA-256, by torch.hub's naming convention
+    if path.exists():
+        if not _sha256(path).startswith(digits):  # such as a partial download; torch.hub checks only its own
+            raise UserError(f"{path} is damaged (its SHA-256 does not begin with {digits}): download {url} again")
+        return
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
     try:
-        cache_path.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(cache_path / file), digits)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digits)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--metrics {','.join(metrics)} needs {file}, and its download failed ({error}): "
-            f"download {url} yourself and put it into {cache_path}"
+            f"--metrics {','.join(metrics)} needs {path.name}, and its download failed ({error}): "
+            f"download {url} yourself and put it into {path.parent}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return cache_path / file
 
 
 def _sha256(path: Path) -> str:

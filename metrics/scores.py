@@ -3,21 +3,23 @@
     scores = compute_scores(generate, loader.images, ["fid", "faces"], num_images=10_000, batch_size=64, ...)
 
 Protocol. `num_images` images of the EMA generator (of G with `--use_ema false`) in evaluation mode, of z drawn from
-the seed, rounded to uint8, are compared with `num_images` real images: evenly spaced over the training set, all of
-them if there are fewer, cropped and resized as in training, without flips. Arithmetic is float32 for any
-`--precision`. torch-fidelity computes
+the seed, rounded to uint8, are compared with `num_images` real images from all over the training set (the first of
+every N // num_images images of N, in the order of the files; all if there are fewer), cropped and resized as in
+training, without flips. Arithmetic is float32 for any `--precision`. torch-fidelity computes
 
 - fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation) and isc (mean over 10
   splits; isc_std) from the Inception network of the original FID, with its own resize to 299x299;
 - precision, recall and f_score (prc) from VGG16, with its own resize to 224x224, by 3 nearest neighbors.
+
+The weights of both are downloaded once, into torch.hub's folder (`$TORCH_HOME/hub/checkpoints`).
 
 With `--feature_extractor`, a TorchScript file, all of these use it instead: images (B, 3, S, S) uint8 in, features
 (B, F) out, F >= 2; isc takes the features as logits. Loading such a file runs the code in it: use only files that you
 trust.
 
 faces is the face-detection rate: the fraction of generated images in which OpenCV's frontal-face cascade finds a face.
-faces_real is that of the real images, as a reference, because the detector misses some faces: 0.96 on CelebA at 64x64,
-and 0 on noise.
+faces_real is that of the real images, as a reference, because the detector misses some faces: it finds 0.96 on CelebA
+at 64x64, and 0 on noise.
 
 FID falls as the number of images grows: compare values of equal `num_images` only. 10,000 or more are customary; below
 2,048, the number of Inception features, prefer KID, which is unbiased.
@@ -26,25 +28,24 @@ torch-fidelity and opencv-python-headless are optional dependencies, imported on
 """
 
 import glob
+import importlib
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
 from utils import progress
 
-if TYPE_CHECKING:
-    from metrics.extractors import Extractor
-
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
+OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.faces": "opencv-python-headless<5"}
 ISC_SPLITS = 10
 MIN_IMAGES = ISC_SPLITS  # one image for each split; the other metrics need fewer
 KID_SUBSET_SIZE = 1000
@@ -60,7 +61,7 @@ class Images(NamedTuple):
 
 def compute_scores(
     generate: ImageFn,
-    real: Tensor | np.ndarray,
+    real: Tensor,
     names: Sequence[str],
     *,
     num_images: int,
@@ -80,7 +81,7 @@ def compute_scores(
         num_images: number of generated images, and maximum number of real images.
         batch_size: images per batch of the generator and the extractors; scores do not depend on it.
         device: of the extractors; those that are neither CUDA nor CPU are replaced by the CPU.
-        cache_path: folder of downloaded weights; what is computed from real images is cached in its folder `metrics`.
+        cache_path: what is computed from the real images is cached in its folder `metrics`.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
         feature_extractor: a TorchScript file to use instead of Inception and VGG16.
 
@@ -91,33 +92,26 @@ def compute_scores(
         UserError: a library, weights or the extractor is missing or unusable, there are too few images, the cache
             cannot be written, or generated images are not finite.
     """
-    if min(num_images, len(real)) < MIN_IMAGES:
-        raise UserError(
-            f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {min(num_images, len(real))}"
-        )
-    cache = cache_path / "metrics"
-    real = torch.as_tensor(real)
+    fewest = min(num_images, len(real))
+    if fewest < MIN_IMAGES:
+        raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
     real = real[:: max(1, len(real) // num_images)][:num_images]  # a view
-    key = f"{real_name}_{real.shape[1]}px_{len(real)}"
     fakes = Images(lambda start, count: _to_uint8(generate(start, count)), num_images)
     reals = Images(lambda start, count: real[start : start + count].permute(0, 3, 1, 2).contiguous(), len(real))
+    cache, key = cache_path / "metrics", f"{real_name}_{real.shape[1]}px_{len(real)}"
     scores: dict[str, float] = {}
     with preserve_global_state(device), _report_write_errors(cache):
-        extractors = _find_extractors(names, real.shape[1], device, cache_path, feature_extractor)
         if "faces" in names:
             scores |= _face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")
-        for extractor in extractors:
-            scores |= _feature_scores(extractor, fakes, reals, batch_size, device, cache, key)
+        if feature_metrics := [name for name in names if name != "faces"]:
+            extractors = _import_optional("metrics.extractors", feature_metrics)
+            extractor = extractors.prepare_extractor(feature_metrics, real.shape[1], device, feature_extractor)
+            scores |= _feature_scores(feature_metrics, extractor, fakes, reals, batch_size, device, cache, key)
     return scores
 
 
 def check_requirements(
-    names: Sequence[str],
-    *,
-    image_size: int,
-    device: torch.device,
-    cache_path: Path,
-    feature_extractor: Path | None = None,
+    names: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None = None
 ) -> None:
     """Check that `compute_scores` will find all it needs, before hours of training; downloads missing weights.
 
@@ -125,9 +119,11 @@ def check_requirements(
         UserError: a library, weights or the extractor is missing or unusable.
     """
     with preserve_global_state(device):
-        _find_extractors(names, image_size, device, cache_path, feature_extractor)
         if "faces" in names:
-            _import_face_rate()
+            _import_optional("metrics.faces", ["faces"])
+        if feature_metrics := [name for name in names if name != "faces"]:
+            extractors = _import_optional("metrics.extractors", feature_metrics)
+            extractors.prepare_extractor(feature_metrics, image_size, device, feature_extractor)
 
 
 @contextmanager
@@ -166,30 +162,13 @@ def _report_write_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {cause.strerror}; --cache_path puts it elsewhere") from error
 
 
-@contextmanager
-def _optional_dependency(package: str, names: Sequence[str]) -> Iterator[None]:
-    """Raise a `UserError` that says what to install where an import fails."""
+def _import_optional(module: str, names: Sequence[str]) -> ModuleType:
+    """Import a module that needs an optional dependency, or raise a `UserError` that says what to install."""
     try:
-        yield
+        return importlib.import_module(module)
     except ImportError as error:
+        package = OPTIONAL_DEPENDENCIES[module]
         raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
-
-
-def _find_extractors(
-    names: Sequence[str], image_size: int, device: torch.device, cache_path: Path, feature_extractor: Path | None
-) -> list["Extractor"]:
-    names = [name for name in names if name != "faces"]
-    if not names:
-        return []
-    with _optional_dependency("torch-fidelity>=0.4", names):
-        from metrics.extractors import find_extractors
-    return find_extractors(names, image_size, device, cache_path, feature_extractor)
-
-
-def _import_face_rate() -> Callable[..., float]:
-    with _optional_dependency("opencv-python-headless<5", ["faces"]):
-        from metrics.faces import face_rate
-    return face_rate
 
 
 def _to_uint8(images: Tensor) -> Tensor:
@@ -201,8 +180,8 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 
 def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) -> dict[str, float]:
-    """Return the face-detection rates; that of the real images is kept in the file `cached`."""
-    face_rate = _import_face_rate()
+    """Return the face-detection rates; that of the real images is cached in a file."""
+    face_rate = _import_optional("metrics.faces", ["faces"]).face_rate
     scores = {"faces": face_rate(*fakes, batch_size, "faces")}
     try:
         scores["faces_real"] = float(cached.read_text(encoding="utf-8"))
@@ -213,33 +192,38 @@ def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) ->
 
 
 def _feature_scores(
-    extractor: "Extractor", fakes: Images, reals: Images, batch_size: int, device: torch.device, cache: Path, key: str
+    names: Sequence[str],
+    extractor: str | None,
+    fakes: Images,
+    reals: Images,
+    batch_size: int,
+    device: torch.device,
+    cache: Path,
+    key: str,
 ) -> dict[str, float]:
-    """Run torch-fidelity for the metrics of one extractor; it caches the features of the real images under `key`."""
+    """Run torch-fidelity; it caches the features of the real images in files whose names begin with `key`."""
     from torch_fidelity import calculate_metrics
 
     from metrics.extractors import RESULT_NAMES, ImageSource
 
-    for path in cache.glob(f"{glob.escape(key)}-{extractor.name}-*.pt"):
-        if not zipfile.is_zipfile(path):  # cut off, as by a power failure: torch-fidelity would fail to load it
+    for path in cache.glob(f"{glob.escape(key)}-*.pt"):
+        if not zipfile.is_zipfile(path):  # cut off by a power failure: torch-fidelity's error would not name the file
             path.unlink()
-    wanted = extractor.metrics
-    with progress(None, ", ".join(wanted), "img", total=0) as bar:
+    with progress(None, ", ".join(names), "img", total=0) as bar:
         results = calculate_metrics(
             input1=ImageSource(*fakes, bar),
             input1_model_num_samples=fakes.count,
-            input2=None if wanted == ["isc"] else ImageSource(*reals, bar),  # isc needs no real images
+            input2=None if names == ["isc"] else ImageSource(*reals, bar),  # isc needs no real images
             input2_model_num_samples=reals.count,
             input2_cache_name=key,
-            fid="fid" in wanted,
-            kid="kid" in wanted,
-            isc="isc" in wanted,
-            prc="prc" in wanted,
+            fid="fid" in names,
+            kid="kid" in names,
+            isc="isc" in names,
+            prc="prc" in names,
             isc_splits=ISC_SPLITS,
             kid_subset_size=min(KID_SUBSET_SIZE, fakes.count, reals.count),
             prc_batch_size=PRC_BATCH_SIZE,
-            feature_extractor=extractor.name,
-            feature_extractor_weights_path=str(extractor.weights),
+            feature_extractor=extractor,
             cuda=device.type == "cuda",
             batch_size=batch_size,
             cache_root=str(cache),

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import get_loader, open_cache
+from data_loader import Loader, get_loader, open_cache
 from datasets.sources import Source, find_source
 from errors import UserError
 
 
 @pytest.fixture
 def toy(tmp_path):
-    """A loader of 10 toy faces in batches of 4: two batches an epoch."""
+    """A function that opens a loader of 10 toy faces in batches of 4, so two batches per epoch."""
     return lambda **options: get_loader(
         find_source("toy", toy_num=10), 32, 4, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)
     )
@@ -31,7 +31,7 @@ def cache_folder(tmp_path):
     return folder
 
 
-def test_batches_are_scaled_as_the_reference_scales(toy):
+def test_batches_are_scaled_as_in_the_reference(toy):
     batch = toy().batch(0)
     assert batch.shape == (4, 3, 32, 32)
     assert batch.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_batches_are_scaled_as_the_reference_scales(toy):
         assert min((image - candidate).abs().max() for candidate in expected) < 1e-6
 
 
-def test_an_epoch_shows_each_image_at_most_once_and_each_epoch_is_new(toy):
+def test_an_epoch_has_no_image_twice_and_epochs_differ_in_order(toy):
     loader = toy()
     assert len(loader) == 2
     epochs = [torch.cat([loader.batch(2 * epoch), loader.batch(2 * epoch + 1)]) for epoch in range(3)]
@@ -52,61 +52,75 @@ def test_an_epoch_shows_each_image_at_most_once_and_each_epoch_is_new(toy):
 
 
 def test_a_batch_is_a_function_of_seed_and_position(toy):
-    walked, jumped = iter(toy()), toy()
-    batches = [next(walked) for _ in range(6)]
+    in_order, at_random = iter(toy()), toy()
+    batches = [next(in_order) for _ in range(6)]
     for position in (5, 0, 3):
-        assert torch.equal(jumped.batch(position), batches[position])
+        assert torch.equal(at_random.batch(position), batches[position])
+        assert torch.equal(at_random.batch(position, slice(1, 3)), batches[position][1:3])
     assert not torch.equal(toy(seed=1).batch(5), batches[5])
 
 
-def test_checksum_tells_images_and_their_number(tmp_path):
+def test_the_cache_is_built_by_open_and_by_nothing_else(tmp_path):
+    loader = Loader(find_source("toy", toy_num=10), 32, 4, cache_path=tmp_path / "cache", num_workers=0)
+    assert len(loader.images) == len(loader.skipped) == len(loader) == 0
+    assert not (tmp_path / "cache").exists()
+    assert loader.open() is loader
+    images = loader.images
+    assert images.shape == (10, 32, 32, 3) and images.dtype == torch.uint8
+    shutil.rmtree(tmp_path / "cache")
+    assert loader.open().images is images
+    assert not (tmp_path / "cache").exists()
+
+
+def test_checksum_depends_on_the_images_and_their_number(tmp_path):
     def checksum(count, seed):
-        return get_loader(find_source("toy", toy_num=count, seed=seed), 8, 4, cache_path=tmp_path).checksum()
+        source = find_source("toy", toy_num=count, seed=seed)
+        return get_loader(source, 8, 4, cache_path=tmp_path, num_workers=0).checksum()
 
     assert checksum(600, 0) == checksum(600, 0)
     assert len({checksum(600, 0), checksum(600, 1), checksum(601, 0), checksum(20, 0)}) == 4
 
 
-def test_hflip_mirrors_about_half_reproducibly(toy):
+def test_hflip_flips_about_half_of_the_images_reproducibly(toy):
     plain, flipped = toy(), toy(hflip=True)
-    mirrored = 0
+    count = 0
     for position in range(20):
         for image, other in zip(plain.batch(position), flipped.batch(position), strict=True):
             assert torch.equal(other, image) or torch.equal(other, image.flip(2))
-            mirrored += not torch.equal(other, image)
-    assert 20 < mirrored < 60
+            count += not torch.equal(other, image)
+    assert 20 < count < 60
     assert torch.equal(toy(hflip=True).batch(7), flipped.batch(7))
 
 
-def test_second_start_opens_the_cache_and_decodes_nothing(toy, tmp_path, monkeypatch):
+def test_an_existing_cache_is_opened_without_decoding(toy, tmp_path, monkeypatch):
     first = toy().batch(0)
     monkeypatch.setattr(data_loader, "_build_cache", None)
     assert torch.equal(toy().batch(0), first)
 
 
-def test_worker_processes_give_the_same_cache(tmp_path):
+def test_worker_processes_write_the_same_cache(tmp_path):
     source = find_source("toy", toy_num=600)  # three chunks
     alone, _ = open_cache(source, 32, tmp_path / "alone", num_workers=0)
     parallel, _ = open_cache(source, 32, tmp_path / "parallel", num_workers=2)
     assert np.array_equal(alone, parallel)
 
 
-def test_a_cache_that_another_process_built_meanwhile_stays(toy, tmp_path, monkeypatch):
-    decode_all = data_loader._decode_all
+def test_a_cache_built_meanwhile_by_another_process_is_kept(toy, tmp_path, monkeypatch):
+    decode = data_loader._decode
     inodes = []
 
     def slower(*arguments):
-        monkeypatch.setattr(data_loader, "_decode_all", decode_all)
-        toy().batch(0)
+        monkeypatch.setattr(data_loader, "_decode", decode)
+        toy()
         inodes.extend(path.stat().st_ino for path in (tmp_path / "cache").iterdir() if "building" not in path.name)
-        return decode_all(*arguments)
+        return decode(*arguments)
 
-    monkeypatch.setattr(data_loader, "_decode_all", slower)
-    toy().batch(0)
+    monkeypatch.setattr(data_loader, "_decode", slower)
+    toy()
     assert inodes == [cache_folder(tmp_path).stat().st_ino]
 
 
-def test_cache_is_keyed_by_size_crop_and_files(tmp_path):
+def test_each_size_and_crop_has_its_own_cache(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")
     for size, crop in ((32, None), (64, None), (32, 16)):
@@ -129,27 +143,27 @@ def replace(path, old, new):
     lambda folder: (folder / "info.json").write_text("[]"),
     lambda folder: (folder / "info.json").write_text("3"),
     lambda folder: replace(folder / "info.json", '"format": 1', '"format": 0'),
-    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [0]'),
+    lambda folder: replace(folder / "info.json", '"count": 10', '"count": 9'),
 ])  # fmt: skip
 def test_a_damaged_cache_is_rebuilt(toy, tmp_path, damage):
     first = toy().batch(0)
-    whole = (cache_folder(tmp_path) / "info.json").read_bytes()
+    info = (cache_folder(tmp_path) / "info.json").read_bytes()
     damage(cache_folder(tmp_path))
     assert torch.equal(toy().batch(0), first)
-    assert (cache_folder(tmp_path) / "info.json").read_bytes() == whole
+    assert (cache_folder(tmp_path) / "info.json").read_bytes() == info
 
 
 def test_a_killed_build_leaves_no_cache(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        toy().batch(0)
+        toy()
     monkeypatch.undo()
     assert not list((tmp_path / "cache").iterdir())
     assert toy().batch(0).shape == (4, 3, 32, 32)
 
 
-def test_what_a_killed_process_left_is_cleared_away_when_it_is_old(toy, tmp_path):
-    toy().batch(0)
+def test_stale_builds_are_removed(toy, tmp_path):
+    toy()
     folder = cache_folder(tmp_path)
     for age, name in ((0, "live"), (2 * data_loader.STALE_SECONDS, "dead")):
         leftover = folder.with_name(f"{folder.name}.building-{name}")
@@ -158,7 +172,7 @@ def test_what_a_killed_process_left_is_cleared_away_when_it_is_old(toy, tmp_path
         for path in (leftover / "images.bin", leftover):
             os.utime(path, (time.time() - age,) * 2)
     shutil.rmtree(folder)
-    toy().batch(0)
+    toy()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".building-live"}
 
 
@@ -173,8 +187,8 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
     (tmp_path / "images" / "text.jpg").write_text("not an image")
     (tmp_path / "images" / "empty.png").touch()
     os.symlink(tmp_path / "nowhere", tmp_path / "images" / "dangling.jpg")
-    whole = (tmp_path / "images" / "good0.png").read_bytes()
-    (tmp_path / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "images" / "good0.png").read_bytes()
+    (tmp_path / "images" / "cut.png").write_bytes(content[: len(content) // 2])
     loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"),
                         num_workers=0)  # fmt: skip
     assert sorted(line.split(":")[0] for line in loader.skipped) == ["cut.png", "dangling.jpg", "empty.png", "text.jpg"]
@@ -188,7 +202,7 @@ def noise(*shape):
 
 
 def bomb(path):
-    """A PNG whose header says 20000 x 20000 and whose pixels would unpack to a gigabyte."""
+    """Write a PNG whose header says 20000 x 20000, more than a gigabyte of pixels."""
     noise(8, 8).save(path)
     content = bytearray(path.read_bytes())
     content[16:24] = struct.pack(">II", 20000, 20000)
@@ -225,47 +239,46 @@ BAD = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_hostile_images_are_converted_or_skipped(tmp_path, workers):
+def test_unusual_images_are_converted_and_unreadable_ones_skipped(tmp_path, workers):
     for name, make in (GOOD | BAD).items():
         (tmp_path / "images").mkdir(exist_ok=True)
         make(tmp_path / "images" / name)
     noise(40, 40, 3).save(tmp_path / "images" / "secret.png")
     (tmp_path / "images" / "secret.png").chmod(0)
-    unreadable = {"secret.png"} if not os.access(tmp_path / "images" / "secret.png", os.R_OK) else set()  # root may
+    readable = os.access(tmp_path / "images" / "secret.png", os.R_OK)  # root may read it
+    bad = BAD.keys() | (set() if readable else {"secret.png"})
     source = find_source("folder", str(tmp_path / "images"))
-    source = dataclasses.replace(source, items=source.items * 15)  # more than a worker's chunk
+    source = dataclasses.replace(source, items=source.items * 15)  # more than one chunk
     images, skipped = open_cache(source, 32, tmp_path / "cache", workers)
-    expected = {
-        name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for name in BAD.keys() | unreadable
-    }
+    expected = {name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for name in bad}
     assert {line.split(":")[0] for line in skipped} == expected
-    assert len(skipped) == 15 * len(expected)
-    assert len(images) == 15 * (len(GOOD) + 1 - len(unreadable))
-    good = [name for name in source.items if name not in BAD.keys() | unreadable]
+    assert len(skipped) == 15 * len(bad)
+    assert len(images) == 15 * (len(GOOD) + readable)
+    good = [name for name in source.items if name not in bad]
     for index, name in enumerate(good):  # in order, without a gap
         assert np.array_equal(images[index], np.asarray(source.decode(name, 32))), name
 
 
-def test_fewer_images_than_a_batch_is_refused_at_once(tmp_path):
-    with pytest.raises(UserError, match="10 images"):
-        get_loader(find_source("toy", toy_num=10), 32, 11, cache_path=str(tmp_path))
+def test_fewer_images_than_one_batch_are_an_error(tmp_path):
+    with pytest.raises(UserError, match="--batch_size to 10 "):
+        Loader(find_source("toy", toy_num=10), 32, 11, cache_path=str(tmp_path))
     make_images(tmp_path / "images", good=2)
     (tmp_path / "images" / "text.jpg").write_text("not an image")
-    loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 3, cache_path=str(tmp_path), num_workers=0)
-    with pytest.raises(UserError, match="2 images"):
-        loader.batch(0)
+    loader = Loader(find_source("folder", str(tmp_path / "images")), 32, 3, cache_path=str(tmp_path), num_workers=0)
+    with pytest.raises(UserError, match="--batch_size to 2 "):
+        loader.open()
 
 
 def fail(item, size):
     raise OSError("broken")
 
 
-def test_nothing_readable_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="none of the 3 images"):
+def test_no_readable_image_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="a: OSError: broken"):
         open_cache(Source("folder", ["a", "b", "c"], fail, "x"), 32, tmp_path / "cache", 0)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="--cache_path"):
         open_cache(find_source("toy", toy_num=2), 32, tmp_path / "cache", 0)

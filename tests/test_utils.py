@@ -1,32 +1,98 @@
 import os
+import platform
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from errors import UserError
 from sagan_models import Generator
-from utils import EMA, StopSignals, check_writable, derive_seed, eval_mode, memory_mib, resolve_device, tune_malloc
+from utils import (
+    EMA,
+    StopSignals,
+    check_writable,
+    derive_seed,
+    eval_mode,
+    evenly_spaced,
+    files_by_step,
+    memory_mib,
+    no_param_grads,
+    resolve_device,
+    resolve_precision,
+    set_learning_rate,
+)
 
 
-def test_devices():
-    assert resolve_device("cpu").type == "cpu"
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="--device auto"):
-        resolve_device("cuda:99")
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes torch report these devices."""
+
+    def report(gpus=0, capability=(8, 0), mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield report
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_one():
-    with pytest.raises(UserError, match="--device cuda"):
-        resolve_device("cuda")
+@pytest.mark.parametrize("devices, name, local_rank, expected", [
+    (dict(gpus=2), "auto", None, "cuda:0"), (dict(mps=True), "auto", None, "cpu"), (dict(), "auto", None, "cpu"),
+    (dict(gpus=2), "cuda", None, "cuda:0"), (dict(gpus=2), "cuda:1", None, "cuda:1"),
+    (dict(gpus=2), "cpu", None, "cpu"), (dict(gpus=2), "auto", 1, "cuda:1"), (dict(gpus=2), "cuda", 1, "cuda:1"),
+    (dict(gpus=2), "cpu", 1, "cpu"),
+])  # fmt: skip
+def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
+    machine(**devices)
+    assert resolve_device(name, local_rank) == torch.device(expected)
+    assert not capsys.readouterr().err
 
 
-def test_writable_folders(tmp_path):
+@pytest.mark.parametrize("devices, name, local_rank", [
+    (dict(), "cuda", None), (dict(gpus=2), "cuda:2", None), (dict(), "mps", None),
+    (dict(gpus=2), "auto", 2), (dict(gpus=2), "cuda:1", 1), (dict(mps=True), "mps", 0),
+])  # fmt: skip
+def test_an_unavailable_device_is_a_user_error(machine, devices, name, local_rank):
+    machine(**devices)
+    with pytest.raises(UserError, match="--device"):
+        resolve_device(name, local_rank)
+
+
+def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
+    machine(mps=True)
+    assert resolve_device("mps").type == "mps"
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, device, capability, expected", [
+    ("auto", "cpu", None, "fp32"), ("auto", "cuda", (8, 0), "bf16"), ("auto", "cuda", (7, 5), "fp32"),
+    ("tf32", "cuda", (9, 0), "tf32"), ("bf16", "cuda", (8, 0), "bf16"), ("bf16", "cpu", None, "bf16"),
+    ("fp32", "cuda", (7, 5), "fp32"),
+])  # fmt: skip
+def test_resolved_precision(machine, name, device, capability, expected):
+    machine(gpus=1, capability=capability)
+    assert resolve_precision(name, torch.device(device)) == expected
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
+
+
+@pytest.mark.parametrize("name, device", [("tf32", "cpu"), ("tf32", "cuda"), ("bf16", "cuda")])
+def test_precision_without_tensor_cores_is_a_user_error(machine, name, device):
+    machine(gpus=1, capability=(7, 5))
+    with pytest.raises(UserError, match=f"--precision {name}"):
+        resolve_precision(name, torch.device(device))
+
+
+def test_check_writable_creates_nothing(tmp_path):
     check_writable(tmp_path / "new" / "newer")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=str(tmp_path / "file")):
         check_writable(tmp_path / "file" / "below")
 
 
@@ -37,7 +103,19 @@ def test_seeds_are_distinct_and_stable():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_evaluating_restores_training_mode_after_an_error():
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+def test_the_learning_rate_of_all_groups_is_set(rate):
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.Adam([{"params": [a]}, {"params": [b]}], lr=rate, foreach=False)
+    before = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.5)
+    after = [group["lr"] for group in optimizer.param_groups]
+    assert [float(lr) for lr in after] == [0.5, 0.5]
+    if isinstance(rate, torch.Tensor):  # in place
+        assert all(new is old for new, old in zip(after, before, strict=True))
+
+
+def test_eval_mode_restores_training_mode_after_an_error():
     G = Generator(32, 16, 8)
     with pytest.raises(RuntimeError), eval_mode(G):
         assert not G.training
@@ -45,6 +123,15 @@ def test_evaluating_restores_training_mode_after_an_error():
         raise RuntimeError
     assert G.training
     assert torch.is_grad_enabled()
+
+
+def test_no_param_grads_lets_input_gradients_through():
+    network, x = torch.nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    with no_param_grads(network):
+        network(x).sum().backward()
+    assert x.grad is not None
+    assert network.weight.grad is None
+    assert network.weight.requires_grad
 
 
 def test_ema_is_the_weighted_average_with_a_ramp():
@@ -66,20 +153,22 @@ def test_ema_is_the_weighted_average_with_a_ramp():
         torch.testing.assert_close(value, expected[key])
 
 
-def test_ema_takes_no_part_in_training():
+def test_ema_does_not_change_the_source():
     G = Generator(32, 16, 8)
     ema = EMA(G, 0.9)
     assert not any(parameter.requires_grad for parameter in ema.network.parameters())
+    with torch.no_grad():
+        G.last[0].bias.add_(1)
     before = {key: value.clone() for key, value in G.state_dict().items()}
     ema.update(0)
     assert all(torch.equal(before[key], value) for key, value in G.state_dict().items())
 
 
 @pytest.mark.parametrize("number", StopSignals.SIGNALS)
-def test_first_signal_asks_and_second_stops(number):
+def test_the_first_signal_is_received_and_the_second_exits(number):
     previous = signal.getsignal(number)
     with StopSignals() as stop:
-        assert stop.received is None
+        assert stop.received == 0
         os.kill(os.getpid(), number)
         assert stop.received == number
         with pytest.raises(SystemExit, match=str(128 + number)):
@@ -87,6 +176,46 @@ def test_first_signal_asks_and_second_stops(number):
     assert signal.getsignal(number) == previous
 
 
-def test_allocator_and_memory():
-    tune_malloc()
-    assert memory_mib(torch.device("cpu")) >= 0
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is not measured on Windows")
+def test_peak_memory_is_in_mib():
+    before = memory_mib(torch.device("cpu"))
+    tensor = torch.ones(int(before + 100), 2**18)  # 1 MiB per row
+    assert len(tensor) <= memory_mib(torch.device("cpu")) < 3 * len(tensor)
+
+
+PAGE_FAULTS = """
+import resource, torch, utils
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(page_faults())
+utils.tune_malloc()
+page_faults()  # the first blocks are not reused
+print(page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_tuned_malloc_reuses_freed_memory():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=root, capture_output=True, text=True, check=True)
+    default, tuned = map(int, done.stdout.split())
+    assert tuned < default / 10
+
+
+def test_files_by_step_in_ascending_order(tmp_path):
+    for name in ("100_fake.png", "9_fake.png", "9_ema.png", "real.png", "x_fake.png", "9_fake.png.tmp", "-1_fake.png"):
+        (tmp_path / name).touch()
+    assert list(files_by_step(tmp_path, "fake.png")) == [9, 100]
+    assert files_by_step(tmp_path, "fake.png")[9] == tmp_path / "9_fake.png"
+    assert files_by_step(tmp_path / "nowhere", "fake.png") == {}
+
+
+def test_evenly_spaced_keeps_the_ends():
+    assert evenly_spaced(range(100), 4) == [0, 33, 66, 99]
+    assert evenly_spaced(range(3), 4) == [0, 1, 2]
+    assert evenly_spaced([], 4) == []

@@ -1,111 +1,93 @@
-"""Several processes that train one model: which one this is, its part of a batch, and what they tell each other.
+"""Data-parallel training: the ranks of a run, what they exchange, and how they are started.
 
     torchrun --nproc_per_node=2 main.py ...
 
-They mean the same as one: each sees its part of the batch that one process would, and their gradients are averaged.
-A process alone is a `Ranks()`, in which everything here is the identity and costs nothing.
+Several ranks compute what a single process would: each takes its shard of the global batch, and gradients and BatchNorm
+statistics are averaged over all. A single process is a `Ranks()`, all of whose methods are the identity.
 """
 
 import os
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import PeerFailed, UserError
-from networks.sync_batchnorm import SyncBatchNorm2d
-from training.lifeline import lifeline
+from errors import PeerFailed, RankLost, UserError
+from networks.sync_batchnorm import CpuSyncBatchNorm2d
 
 T = TypeVar("T")
-STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same time; a death is noticed sooner
-WAIT_TIMEOUT = timedelta(days=7)  # for what rank 0 may do alone: build the cache, evaluate
-BUCKET_MB = 4  # of gradients to send at once: torch's 25 hold most of a network's, and leave when backward is over
-SYNC_SECONDS = 1  # between two meetings; a signal to stop waits for the next one
-LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out waiting", "gloo/transport")
-
-
-class RankLost(Exception):
-    """Another process of the run is gone, or does not answer; says so with the words of the error that told."""
-
-    def __init__(self, error: Exception | str):
-        reason = " ".join(str(error).split())[:200]
-        rank = os.environ["RANK"]
-        super().__init__(f"process {rank}: another process of the run is gone or does not answer; {reason}")
+STEP_TIMEOUT = timedelta(seconds=60)  # of the collectives of a step, which all ranks reach at about the same time
+WAIT_TIMEOUT = timedelta(days=7)  # while rank 0 works alone: builds the cache, computes metrics, writes
+BUCKET_MB = 4  # of gradients per all-reduce: torch's 25 hold most of a network's, so that nothing overlaps backward
+SYNC_SECONDS = 1  # between two syncs; a signal to stop waits for the next one
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them.
-
-    Every method but `part` has to be called by all of them, in the same order.
+    """The ranks of a run, seen from one of them. All ranks must call each method but `shard`, in the same order.
 
     Attributes:
-        rank: number of this process; 0 speaks and writes for all.
-        size: how many there are.
+        rank: number of this process; rank 0 prints and writes.
+        size: number of ranks (world size).
         local_rank: number of this process on its machine.
-        waiting: the group in which they wait for each other without a time limit, through main memory.
+        wait_group: a gloo group with a long timeout, in which ranks wait for each other.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    waiting: Any = None
+    wait_group: dist.ProcessGroup | None = None
 
     @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def shard(self, batch_size: int) -> slice:
-        """Which images of a batch are this process's.
+        """Return the rows of a global batch that are this rank's.
 
         Raises:
-            UserError: they cannot be shared out evenly.
+            UserError: the batch size is not divisible by the world size.
         """
-        share, left_over = divmod(batch_size, self.size)
-        if left_over:
+        rows, remainder = divmod(batch_size, self.size)
+        if remainder:
             raise UserError(
-                f"--batch_size {batch_size} is that of all {self.size} processes together, and must be a multiple of "
-                f"{self.size}, such as {(share + 1) * self.size}"
+                f"--batch_size {batch_size} (global) must be divisible by the world size {self.size}, "
+                f"e.g. {(rows + 1) * self.size}"
             )
-        return slice(self.rank * share, (self.rank + 1) * share)
+        return slice(self.rank * rows, (self.rank + 1) * rows)
 
     def convert_sync_batchnorm(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """The network with BatchNorm over the batches of all processes; to be called before it is used."""
+        """Return the network with BatchNorm over the batches of all ranks. Must be called before it is used."""
         if self.size == 1:
             return network
         if device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        for parent in [module for module in network.modules() if not isinstance(module, nn.BatchNorm2d)]:
-            for name, layer in parent.named_children():
-                if isinstance(layer, nn.BatchNorm2d):
-                    shared = SyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
-                    shared.load_state_dict(layer.state_dict())
-                    setattr(parent, name, shared)
+        CpuSyncBatchNorm2d.convert(network)
         return network
 
     def wrap_ddp(self, network: nn.Module) -> nn.Module:
-        """What to call in a network's place, so that backward averages its gradients over the processes.
+        """Return a wrapper of the network whose backward averages the gradients over the ranks.
 
-        Buffers are not sent around: all processes compute the same ones.
+        Buffers are not synchronized: all ranks compute the same ones.
         """
         if self.size == 1:
             return network
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new
+            # torch 2.14 deprecates it in favor of an argument that older versions do not have.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each of these 0-d tensors, averaged over the processes."""
+        """Return each of these 0-d tensors averaged over the ranks."""
         if self.size == 1:
             return values
         sums = torch.stack(list(values.values()))
@@ -113,20 +95,18 @@ class Ranks:
         return dict(zip(values, (sums / self.size).unbind(), strict=True))
 
     def max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        return number if self.size == 1 else -self._smallest(-number)
+        """Return the largest of the ranks' numbers."""
+        return -self._min(-number)
 
     def all_equal(self, number: int) -> bool:
-        """Whether all ranks have the same number."""
-        if self.size == 1:
-            return True
-        return self._smallest(number) == self.max(number)
+        """Return whether all ranks have the same number."""
+        return self._min(number) == self.max(number)
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Where one process raises inside, all do after it: the first of those its own error, the others `PeerFailed`.
+        """Raise on all ranks if one raises inside: its own error on the lowest that does, `PeerFailed` on the others.
 
-        Inside, nothing may wait for the other processes.
+        The ranks wait for each other at the end, and must not do so inside.
         """
         if self.size == 1:
             yield
@@ -136,70 +116,73 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        failed = self._smallest(self.size if error is None else self.rank)
+        failed = self._min(self.size if error is None else self.rank)
         if failed == self.rank:
             raise error
         if failed < self.size:
-            raise PeerFailed(f"process {failed} failed")
+            raise PeerFailed(f"rank {failed} failed")
 
-    def on_rank_zero(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Lets rank 0 alone work while the others wait; all get its result, or fail if it does."""
+    def on_rank_zero(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function on rank 0 while the others wait. Returns its result, or fails, on all ranks."""
         if self.size == 1:
-            return work(*arguments)
+            return function(*arguments)
         with self.raise_together():
-            results = [work(*arguments) if self.is_rank_zero else None]
-        dist.broadcast_object_list(results, src=0, group=self.waiting)
-        return results[0]
+            result = [function(*arguments) if self.is_rank_zero else None]
+        dist.broadcast_object_list(result, src=0, group=self.wait_group)
+        return result[0]
 
-    def rank_zero_first(self, work: Callable[[], T]) -> T:
-        """Lets all work, but rank 0 first, then one process of each other machine, then the rest.
+    def rank_zero_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0, then on one rank of each other machine, then on the rest. Returns its result.
 
-        What one of them builds on the disk the next ones find built, whether machines share that disk or not.
+        What the first one writes to disk is there for the others, whether or not machines share a file system.
         """
         if self.size == 1:
-            return work()
-        turn = 0 if self.is_rank_zero else 1 if self.local_rank == 0 else 2
-        for now in range(3):
+            return function()
+        my_turn = 0 if self.is_rank_zero else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
             with self.raise_together():
-                if now == turn:
-                    result = work()
+                if turn == my_turn:
+                    result = function()
         return result
 
-    def _smallest(self, number: int) -> int:
+    def _min(self, number: int) -> int:
+        if self.size == 1:
+            return number
         value = torch.tensor(number)
-        dist.all_reduce(value, dist.ReduceOp.MIN, group=self.waiting)
+        dist.all_reduce(value, dist.ReduceOp.MIN, group=self.wait_group)
         return value.item()
 
 
 class SyncSchedule:
-    """After which steps the processes of a run turn from their steps to each other: about once a second.
+    """The steps after which ranks exchange signals and errors: about once a second, for a single process each one.
 
-    Between many machines that takes about as long as a step on a GPU. A process alone may look up after every step.
+    Between many machines, an exchange may take as long as a step on a GPU.
     """
 
     def __init__(self, ranks: Ranks, step: int):
         self._ranks = ranks
-        self._last, self._next = (step, time.perf_counter()), step + 1
+        self._last_step, self._last_time, self._next = step, time.perf_counter(), step + 1
 
     def is_due(self, step: int) -> bool:
         return self._ranks.size == 1 or step >= self._next
 
     def done(self, step: int) -> None:
-        """To be called by all after each meeting, also one that was held before it was due."""
-        now, (step_then, then) = time.perf_counter(), self._last
-        pace = (step - step_then) / (now - then)  # steps a second; too low if the meeting took long, but not for long
-        self._last, self._next = (step, now), step + self._ranks.max(max(1, round(SYNC_SECONDS * pace)))
+        """Schedule the next sync. All ranks must call this after each sync, also after one that was not due."""
+        now = time.perf_counter()
+        steps_per_second = (step - self._last_step) / (now - self._last_time)  # too low for once if this sync was slow
+        self._last_step, self._last_time = step, now
+        self._next = step + self._ranks.max(max(1, round(SYNC_SECONDS * steps_per_second)))
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """The ranks of this process: the processes that torchrun started together, or itself alone.
+    """Connect the ranks that torchrun started, and yield the `Ranks` of this process.
 
     Args:
-        device: `--device`; CUDA devices talk through NCCL, others through gloo.
+        device: `--device`. CUDA devices use NCCL, others gloo.
 
     Raises:
-        RankLost: another process is gone, which shows in whatever waits for it.
+        RankLost: another rank died or does not answer. Each collective can notice it.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
@@ -207,78 +190,36 @@ def process_group(device: str) -> Iterator[Ranks]:
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-        store = dist.PrefixStore(_meet(store, rank, size), store)
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
-        )
-        waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        with lifeline(store, rank, size, STEP_TIMEOUT.total_seconds(), _no_goodbye):
-            yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), waiting)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store over a restart, with the addresses of the ranks that died (pytorch issue 135712).
+            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
+        wait_group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), wait_group)
     except RuntimeError as error:
-        if not _is_lost_peer(error):
+        # gloo raises plain RuntimeErrors, which begin with the path of its source file.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise RankLost(error) from error
+        raise RankLost(f"rank {os.environ['RANK']}: lost connection to another rank ({error})") from error
     dist.destroy_process_group()
 
 
-def _no_goodbye() -> None:
-    give_up(RankLost("it ended without a goodbye"))
-
-
-def give_up(error: RankLost) -> NoReturn:
-    """Says so and ends this process at once: an orderly end would wait for the others."""
-    print(f"error: {error}", file=sys.__stderr__, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def _meet(store: dist.Store, rank: int, size: int) -> str:
-    """A name for this attempt of the run, the same in all its processes and never given before.
-
-    torchrun keeps its store when it starts processes anew, so that they would find the addresses of those that died
-    (pytorch issue 135712). Rank 0 therefore answers every call that it finds there, the old ones too, until all who
-    got an answer are together; nobody reads the answers to the old ones.
-    """
-    mine = uuid.uuid4().hex
-    if rank:
-        store.set(f"call/{rank}", mine)
-        name = store.get(f"answer/{mine}").decode()  # waits for it
-        store.add(f"here/{name}", 1)
-        return name
-    deadline = time.monotonic() + STEP_TIMEOUT.total_seconds()
-    while store.add(f"here/{mine}", 0) < size - 1:
-        for other in range(1, size):
-            if store.check([f"call/{other}"]):
-                store.set(f"answer/{store.get(f'call/{other}').decode()}", mine)
-        if time.monotonic() > deadline:
-            raise dist.DistNetworkError("not all processes of the run came")
-        time.sleep(0.02)
-    return mine
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether an error comes from the talk between processes, which says so in words only."""
-    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in LOST)
-
-
 def processes_to_start(device: str) -> int:
-    """How many processes `--parallel true` means here: one for each visible GPU; says so. 1 is this one alone."""
+    """Return, and print, how many processes `--parallel true` starts: one per visible GPU. 1 is this one alone."""
     if "WORLD_SIZE" in os.environ:  # this is one of them
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus > 1:
-        print(f"--parallel true starts {gpus} processes, one for each visible GPU")
+        print(f"--parallel true starts {gpus} processes, one per visible GPU")
         return gpus
-    reason = "there is one GPU" if gpus else "there is no GPU" if device in ("auto", "cuda") else f"it is on {device}"
-    print(f"--parallel true changes nothing here: {reason}")
+    reason = "only one GPU" if gpus else "no GPU" if device in ("auto", "cuda") else f"--device {device}"
+    print(f"--parallel true ignored: {reason}")
     return 1
 
 
 def launch(processes: int) -> int:
-    """Runs the command line of this process in several ones on this machine; returns the exit code.
-
-    It is what `torchrun --standalone --nproc_per_node=processes` does.
-    """
+    """Run the command line as `torchrun --standalone --nproc_per_node={processes}` would. Returns the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -288,7 +229,7 @@ def launch(processes: int) -> int:
         run.run(arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code  # it was killed by a signal
+        return code if code >= 0 else 128 - code  # killed by signal -code
     except SignalException as error:
         return 128 + error.sigval
     return 0

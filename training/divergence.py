@@ -1,10 +1,10 @@
 """Detect non-finite losses and weights before anything of them is saved."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 class NonFiniteError(Exception):
@@ -31,7 +31,15 @@ class NonFiniteGuard:
     def check(self, state: Any) -> None:
         """`check_losses`, then check every tensor in nested dicts and lists, such as the state of a checkpoint."""
         self.check_losses()
-        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-        finite = [tensor.isfinite().all().to(self._losses.device) for tensor in tensors]
+        finite = [tensor.isfinite().all().to(self._losses.device) for tensor in iter_tensors(state)]
         if not torch.stack(finite).all():  # one wait for the device, not one per tensor
             raise NonFiniteError("non-finite weight or optimizer state, although all losses were finite")
+
+
+def iter_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from iter_tensors(value)

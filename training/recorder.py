@@ -3,6 +3,7 @@
 The trainer passes tensors and goes on; whatever takes time happens in a background thread.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -22,7 +23,7 @@ from training import checkpoint
 from training.background import Background
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders
-from utils import clone_tensors, memory_mib, refresh_seconds
+from utils import memory_mib, refresh_seconds
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
 from visuals.figures import attention_figures, sample_grid
@@ -113,7 +114,7 @@ class Recorder:
         """Save a copy of a state under the number of its step, or as the best one."""
         if name != "best":
             self.saved_step, self._saved_at = name, time.monotonic()
-        self._background.submit(self._write_checkpoint, name, clone_tensors(state))
+        self._background.submit(self._write_checkpoint, name, copy.deepcopy(state))
 
     def minutes_since_save(self) -> float:
         """Return the minutes since the last numbered checkpoint, or since the start."""

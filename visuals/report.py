@@ -1,82 +1,71 @@
-"""report.html: a run at a glance, in one file that needs nothing else.
+"""report.html: the progress of a run in one file, without network access.
 
     page = report_page(run, step, command, datetime.now())
 
-Shows the newest samples and, by a slider, those before them; curves of the log; the newest attention figures; the
-configuration; the command that continues the run. It is made from what the run has left in its folders so far, and
-whatever is missing there, or damaged, is left out.
+Shows samples by step, the curves of the log, the newest attention figures, the configuration and the command that
+resumes the run. Reads the run's result folders; files that are missing or damaged are left out.
 """
 
 import base64
+import html
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
-from training.log import read_curves
 from utils import evenly_spaced, files_by_step
-from visuals.curves import format_number, is_rough, line_chart, running_average, thin, xml_text
+from visuals.curves import line_chart, read_curves
 
-FRAMES = 40  # steps whose samples the slider shows
-SAMPLE_WIDTH, FIGURE_WIDTH = 560, 768  # pixels, at most
-SAMPLE_BYTES, FIGURE_BYTES = 4_200_000, 140_000  # of all samples together, of each figure; a third more as base64
-TALLEST = 20_000  # pixels: a figure of a whole large batch; JPEG ends at 65,535
-QUALITIES = (90, 80, 70, 60, 45)  # of JPEG, tried in turn
-
-
-class Curve(NamedTuple):
-    """A chart of the names in the log that match a pattern."""
-
-    title: str
-    pattern: str
-    unit: str = ""
-    note: str = ""
-    labels: Mapping[str, str] = {}
-    always: bool = True  # not only where something in it changes
+FRAMES = 30  # steps whose samples the slider shows
+SAMPLE_SIZE, FIGURE_SIZE = (560, 560), (768, 1200)  # pixels, at most
+PICTURE_BYTES = 70_000  # of a JPEG if possible; 4/3 of it as base64
+QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noise takes 63 kB
 
 
-LOSS_NOTE = "They show how the two keep each other in check, not how good the images are."
-LOGIT_NOTE = "D(x) is of real images, D(G(z)) of generated ones: the closer they are, the less D tells them apart."
+LOSS_NOTE = "GAN losses do not track image quality."
+LOGIT_NOTE = "d_real is the mean of D(x), d_fake of D(G(z)): the closer they are, the less D separates real and fake."
 GAMMA_NOTE = (
-    "Gamma is how much of the attention's output is added to the features; it starts at 0, and its sign does not "
-    "matter, as the values can flip theirs. It does not say that attention looks far or is of use: small values can go "
-    "with a large gamma, so see the maps."
+    "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
+    "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
 )
-SIGMA_NOTE = "Each layer divides its weight by it, the largest singular value. A sudden rise can announce a collapse."
-CURVES = (
-    Curve("Losses", "d_loss|g_loss|d_penalty", "", LOSS_NOTE, {"d_loss": "D", "g_loss": "G", "d_penalty": "penalty"}),
-    Curve("Logits of D", "d_real|d_fake", "mean", LOGIT_NOTE, {"d_real": "D(x)", "d_fake": "D(G(z))"}),
-    Curve("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
-    Curve("FID", "fid", "lower is better"),
-    Curve("KID", "kid", "lower is better"),
-    Curve("Precision and recall", "precision|recall"),
-    Curve("Spectral norms of the generator", "sigma/G_.*", "sigma", SIGMA_NOTE),
-    Curve("Spectral norms of the discriminator", "sigma/D_.*", "sigma"),
-    Curve("Speed", "images_per_s", labels={"images_per_s": "images/s"}),
-    Curve("Memory", "memory_mib", labels={"memory_mib": "MiB"}),
-    Curve("Learning rates", "lr/.*", labels={"lr/g": "G", "lr/d": "D"}, always=False),
+SIGMA_NOTE = "Largest singular value of each layer's weight before normalization. A jump often precedes collapse."
+CHARTS = (  # title, pattern of the names in the log, y label, note
+    ("Losses", "d_loss|g_loss|d_penalty", "", LOSS_NOTE),
+    ("Logits of D", "d_real|d_fake", "mean", LOGIT_NOTE),
+    ("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
+    ("FID", "fid", "lower is better", ""),
+    ("KID", "kid", "lower is better", ""),
+    ("Precision and recall", "precision|recall", "", ""),
+    ("Spectral norms of G", "sigma/G_.*", "", SIGMA_NOTE),
+    ("Spectral norms of D", "sigma/D_.*", "", ""),
+    ("Speed", "images_per_s", "images/s", ""),
+    ("Memory", "memory_mib", "MiB", ""),
+    ("Learning rates", "lr/.*", "", ""),
 )
-NOT_SHOWN = ("d_loss_real", "d_loss_fake")  # their sum is
-FIGURES = ("G_attn1", "G_attn2", "D_attn1", "D_attn2")
+NOT_SHOWN = ("d_loss_real", "d_loss_fake")  # d_loss is their sum
 
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change in a run.
+    """What does not change during a run.
 
-    title: its name. machine: such as "cpu in fp32". log_folder: where the page will be, which its links start from.
-    options: the configuration by group; defaults: what each option would be if it had not been given.
+    Attributes:
+        title: its name.
+        machine: device and precision, such as "cpu in fp32".
+        log_folder: where the page will be; its links are relative to it.
+        options: the configuration by group.
+        defaults: the default of each option.
     """
 
     title: str
@@ -92,157 +81,132 @@ class Run:
 
 
 def report_page(run: Run, step: int, command: str, updated: datetime, state: str = "running") -> str:
-    """The page after `step` finished steps; what the folders hold of later ones is not shown.
+    """Return the page after `step` finished steps, as HTML of less than 8 MB; files of later steps are ignored.
 
     Args:
-        command: the command line that continues the run.
+        command: the command line that resumes the run.
         updated: the time to show.
-        state: a word or two for a run that has not done all its steps.
-
-    Returns:
-        HTML of less than 8 MB, which any encoding of Unicode can hold.
+        state: "running", or why the run ended before its last step.
     """
     log = read_curves(run.log_folder, step)
-    charts = list(_charts(log))
     frames = _frames(run.sample_folder, step)
     data = {
         "frames": frames,
-        "real": picture(run.sample_folder / "real.png", SAMPLE_WIDTH, FIGURE_BYTES),
+        "real": picture(run.sample_folder / "real.png", SAMPLE_SIZE),
         "folder": _link(run.sample_folder, run.log_folder),
-        "charts": [hover for _, hover in charts],
     }
     finished = step >= run.total_step
+    facts = _facts(run, step, log, is_running=state == "running" and not finished)
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=xml_text(run.title),
-        badge="finished" if finished else "unfinished",
-        state="finished" if finished else xml_text(state),
-        facts="".join(f"<li>{xml_text(fact)}</li>" for fact in _facts(run, step, log, updated)),
-        percent=f"{100 * min(1, step / run.total_step):.2f}",
-        newest=(frames[-1].get("ema") or frames[-1]["fake"]) if frames else "",
-        no_samples="" if frames else "hidden",
-        charts="".join(chart for chart, _ in charts),
+        title=_escape(run.title),
+        state="finished" if finished else _escape(state),
+        facts="".join(f"<li>{_escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
+        step=step,
+        total=run.total_step,
+        charts="".join(_charts(log)),
         attention=_attention(run, step),
-        options="".join(_group(title, values, run.defaults) for title, values in run.options.items()),
-        command=xml_text(command),
+        options="".join(_option_group(title, values, run.defaults) for title, values in run.options.items()),
+        command=_escape(command),
         data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script
     )
 
 
-def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], updated: datetime) -> list[str]:
-    """The state line, in pieces."""
+def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], is_running: bool) -> list[str]:
+    """Return the parts of the line below the title."""
     percent = min(100, math.floor(1000 * step / run.total_step) / 10)  # rounded down: 100% is the end
-    size = f"{run.image_size}×{run.image_size}"
-    facts = [f"step {step:,} of {run.total_step:,} ({percent:g}%)", size, f"batch {run.batch_size}"]
-    facts.append(f"on {run.machine}")
-    speeds = log.get("images_per_s", np.empty((0, 2)))[-20:, 1]  # the last few: a sample or a save slows some lines
-    if len(speeds) and (speed := float(np.median(speeds))) > 0:
-        facts.append(f"{format_number(speed)} images/s")
-        if step < run.total_step:
-            facts.append(f"{_duration((run.total_step - step) * run.batch_size / speed)} to go")
-    return [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]
+    facts = [f"step {step:,} of {run.total_step:,} ({percent:g}%)", f"{run.image_size}×{run.image_size}"]
+    facts += [f"batch {run.batch_size}", f"on {run.machine}"]
+    if "images_per_s" in log:
+        speed = float(np.median(log["images_per_s"][-20:, 1]))  # samples and checkpoints slow some entries
+        facts.append(f"{speed:,.1f} images/s")
+        if is_running and speed > 0:
+            minutes = (run.total_step - step) * run.batch_size / speed / 60
+            facts.append(f"ETA {timedelta(minutes=round(minutes))}")
+    return facts
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"about {seconds / length:.0f} {unit}"
-    return "about a minute"
-
-
-def _charts(log: Mapping[str, np.ndarray]) -> Iterable[tuple[str, list]]:
-    """A figure for each curve that the log has anything of, with the points to show where a pointer is."""
-    known = "|".join(curve.pattern for curve in CURVES)
-    others = [name.partition("/")[0] for name in log if name not in NOT_SHOWN and not re.fullmatch(known, name)]
-    for curve in (*CURVES, *(Curve(name, re.escape(name) + "(/.*)?") for name in dict.fromkeys(others))):
-        series = {
-            curve.labels.get(name, name.rpartition("/")[2].replace("_", " ")): points
-            for name, points in log.items()
-            if re.fullmatch(curve.pattern, name) and len(points)
-        }
-        if not series or not (curve.always or any(np.ptp(points[:, 1]) for points in series.values())):
-            continue
-        note = f"<figcaption>{xml_text(curve.note)}</figcaption>" if curve.note else ""
-        svg = line_chart(curve.title, series, y_label=curve.unit)
-        hover = [_hover(name, points) for name, points in series.items()]
-        yield f'<figure class="card chart"><div class="plot">{svg}<div class="cover"></div></div>{note}</figure>', hover
-
-
-def _hover(name: str, points: np.ndarray) -> list:
-    """What a pointer reads: [name, steps, values] of the line to be followed, which in noise is the average."""
-    name, points = (f"{name}, average", running_average(points)) if is_rough(points) else (name, thin(points))
-    return [name, *([float(f"{value:.7g}") for value in values] for values in points.T)]
+def _charts(log: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Yield a figure for each chart with names in the log, and one per prefix for names that no chart knows."""
+    known = "|".join([pattern for _, pattern, *_ in CHARTS] + [*NOT_SHOWN])
+    prefixes = dict.fromkeys(name.partition("/")[0] for name in log if not re.fullmatch(known, name))
+    others = [(prefix, re.escape(prefix) + "(/.*)?", "", "") for prefix in prefixes]
+    for title, pattern, y_label, note in [*CHARTS, *others]:
+        series = {name.rpartition("/")[2]: log[name] for name in log if re.fullmatch(pattern, name)}
+        if series:
+            caption = f"<figcaption>{_escape(note)}</figcaption>" if note else ""
+            yield f'<figure class="card chart">{line_chart(title, series, y_label=y_label)}{caption}</figure>'
 
 
 def _frames(folder: Path, step: int) -> list[dict[str, Any]]:
-    """What the slider shows, by step: {"step": ..., "fake": picture, "ema": picture}, with one of them at least."""
+    """Return what the slider shows, {"step": ..., "fake": data URI, "ema": data URI}, with one of the two at least."""
     files = {kind: files_by_step(folder, f"{kind}.png") for kind in ("fake", "ema")}
-    chosen = evenly_spaced(sorted(number for number in set().union(*files.values()) if number <= step), FRAMES)
-    limit = SAMPLE_BYTES // max(12, 2 * len(chosen))
-    frames = [
-        {"step": number}
-        | {kind: uri for kind, paths in files.items() if (uri := picture(paths.get(number), SAMPLE_WIDTH, limit))}
-        for number in chosen
-    ]
-    return [frame for frame in frames if len(frame) > 1]
+    frames = []
+    for number in evenly_spaced(sorted(key for key in set().union(*files.values()) if key <= step), FRAMES):
+        pictures = {kind: picture(paths[number], SAMPLE_SIZE) for kind, paths in files.items() if number in paths}
+        if any(pictures.values()):
+            frames.append({"step": number, **pictures})
+    return frames
 
 
-def picture(path: Path | None, widest: int, most_bytes: int) -> str:
-    """A PNG file as the URI of a JPEG at most so wide and so large; "" if it is missing or damaged."""
-    if path is None:
-        return ""
+def picture(path: Path, size: tuple[int, int]) -> str:
+    """Return a PNG file as the data URI of a JPEG of at most `size` pixels; "" if it is missing or damaged."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
             image = file.convert("RGB")
     except Exception:  # a damaged file can make Pillow's readers raise nearly anything
         return ""
-    width = max(1, min(image.width, widest, image.width * TALLEST // image.height))
-    while True:
-        if width < image.width:
-            image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)
-        for quality in QUALITIES:
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=quality)
-            if buffer.tell() <= most_bytes or (width < 64 and quality == QUALITIES[-1]):
-                return "data:image/jpeg;base64," + base64.b64encode(buffer.getbuffer()).decode()
-        width = width * 2 // 3
+    image.thumbnail(size, Image.Resampling.LANCZOS)
+    for quality in QUALITIES:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= PICTURE_BYTES:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getbuffer()).decode()
 
 
 def _attention(run: Run, step: int) -> str:
-    """The section of the newest attention figures that can be read, and the link to the newest explorer."""
-    link, shown = "", []
-    for path in _newest_first(run.attn_folder, "explorer.html", step)[:1]:
-        link = f'<a class="explorer" href="{_link(path, run.log_folder)}">Explore it point by point →</a>'
-    for name in FIGURES:
-        for path in _newest_first(run.attn_folder, f"{name}.png", step):
-            if uri := picture(path, FIGURE_WIDTH, FIGURE_BYTES):
-                shown.append(f'<a class="card" href="{_link(path, run.log_folder)}"><img src="{uri}" alt="{name}"></a>')
-                break
-    if not (link or shown):
+    """Return the section of the newest attention figures, whatever layers there are, and the newest explorer."""
+    explorer = _newest(run.attn_folder, "explorer.html", step)
+    link = f'<a href="{_link(explorer, run.log_folder)}">Open interactive viewer →</a>' if explorer else ""
+    endings = {path.name.partition("_")[2] for path in run.attn_folder.glob("*_attn*.png")}
+    cards = []
+    for ending in sorted(endings, key=lambda ending: (not ending.startswith("G_"), ending)):  # the generator first
+        path = _newest(run.attn_folder, ending, step)
+        if path and (uri := picture(path, FIGURE_SIZE)):
+            href = _link(path, run.log_folder)
+            cards.append(f'<a class="card" href="{href}"><img src="{uri}" alt="{_escape(path.stem)}"></a>')
+    if not (link or cards):
         return ""
-    return f'<section><h2>What the attention looks at{link}</h2><div class="board">{"".join(shown)}</div></section>'
+    return f'<section><h2>Attention maps{link}</h2><div class="board">{"".join(cards)}</div></section>'
 
 
-def _newest_first(folder: Path, ending: str, step: int) -> list[Path]:
-    return [path for number, path in reversed(files_by_step(folder, ending).items()) if number <= step]
+def _newest(folder: Path, ending: str, step: int) -> Path | None:
+    paths = [path for number, path in files_by_step(folder, ending).items() if number <= step]
+    return paths[-1] if paths else None
 
 
-def _group(title: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """A group of the configuration; what differs from its default stands out, with the default beside it."""
+def _option_group(title: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return a group of the configuration; options that differ from their default are marked and show it."""
     rows = []
     for name, value in values.items():
         changed = name in defaults and value != defaults[name]
         default = f"<small>default {_word(defaults[name])}</small>" if changed else ""
-        rows.append(f"<div{' class=changed' * changed}><dt>{xml_text(name)}</dt><dd>{_word(value)}{default}</dd></div>")
-    return f'<div class="card options"><h3>{xml_text(title)}</h3><dl>{"".join(rows)}</dl></div>'
+        rows.append(f"<div{' class=changed' * changed}><dt>{_escape(name)}</dt><dd>{_word(value)}{default}</dd></div>")
+    return f'<div class="card options"><h3>{_escape(title)}</h3><dl>{"".join(rows)}</dl></div>'
 
 
 def _word(value: Any) -> str:
-    """A value as the command line has it."""
-    return xml_text(str(value).lower() if isinstance(value, bool) or value is None else str(value))
+    """Return a value as written on the command line."""
+    return _escape(str(value).lower() if isinstance(value, bool) or value is None else str(value))
+
+
+def _escape(text: str) -> str:
+    """Escape text for HTML; lone surrogates, which a path can have and UTF-8 cannot, become "?"."""
+    return html.escape(text.encode("utf-8", "replace").decode())
 
 
 def _link(path: Path, start: Path) -> str:
-    """The URL of a path, relative to a folder where both are on one drive."""
+    """Return the URL of a path, relative to a folder unless they are on different drives."""
     try:
         return quote(os.fsencode(os.path.relpath(path, start).replace(os.sep, "/")))
     except ValueError:

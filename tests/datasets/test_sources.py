@@ -23,7 +23,7 @@ def save(image, path):
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
 @pytest.mark.parametrize("shape", [(178, 218), (200, 161), (161, 201)])
-def test_celeb_pixels_are_the_reference_s_transforms(tmp_path, size, shape):
+def test_celeb_pixels_equal_the_reference_s_transforms(tmp_path, size, shape):
     save(picture(*shape), tmp_path / "CelebA" / "img_align_celeba" / "000001.png")
     source = find_source("celeb", str(tmp_path))
     reference = T.Compose([T.CenterCrop(160), T.Resize((size, size))])
@@ -38,14 +38,14 @@ def test_celeb_is_found_in_each_layout(tmp_path, folder):
     assert len(find_source("celeb", str(tmp_path)).items) == 1
 
 
-def test_without_celeb_both_layouts_and_the_toy_faces_are_named(tmp_path):
+def test_missing_celeb_names_both_layouts_and_the_toy_faces(tmp_path):
     with pytest.raises(UserError) as error:
         find_source("celeb", str(tmp_path))
-    for words in ("celeba/img_align_celeba", "CelebA/*/", "--dataset toy", "--image_path"):
-        assert words in str(error.value)
+    for token in ("celeba/img_align_celeba", "CelebA/*/", "--dataset toy", "--image_path"):
+        assert token in str(error.value)
 
 
-def test_a_failed_download_says_what_to_fetch_by_hand(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_file_to_download_by_hand(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("quota exceeded\nmore")
 
@@ -57,7 +57,7 @@ def test_a_failed_download_says_what_to_fetch_by_hand(tmp_path, monkeypatch):
         find_source("cifar10", str(tmp_path), download=True)
 
 
-def test_folder_takes_the_largest_centre_square(tmp_path):
+def test_folder_images_are_cropped_to_the_largest_center_square(tmp_path):
     image = Image.new("RGB", (300, 100), "red")
     image.paste((0, 0, 255), (100, 0, 200, 100))
     save(image, tmp_path / "wide.png")
@@ -65,7 +65,7 @@ def test_folder_takes_the_largest_centre_square(tmp_path):
     assert np.array_equal(np.unique(np.asarray(source.decode("wide.png", 32)).reshape(-1, 3), axis=0), [[0, 0, 255]])
 
 
-def test_crop_size_overrides_and_never_pads(tmp_path):
+def test_crop_size_sets_the_crop_which_never_pads(tmp_path):
     assert crop_center(picture(50, 40), 20).size == (20, 20)
     assert crop_center(picture(50, 40), 160).size == (40, 40)
     save(picture(), tmp_path / "CelebA" / "a.png")
@@ -74,62 +74,67 @@ def test_crop_size_overrides_and_never_pads(tmp_path):
     assert np.array_equal(np.asarray(source.decode("a.png", 32)), np.asarray(expected))
 
 
-def test_folder_is_walked_flat_and_nested_and_through_links(tmp_path):
+def test_folder_finds_images_in_subfolders_and_through_links(tmp_path):
     images, outside = tmp_path / "images", tmp_path / "outside"
     for path in (images / "a.jpg", images / "deep" / "er" / "b.PNG", outside / "c.webp"):
         save(picture(40, 40), path)
     (images / "notes.txt").write_text("no image")
-    (images / "._a.jpg").write_bytes(b"macOS leaves these")
+    (images / "._a.jpg").write_bytes(b"macOS writes such files")
     os.symlink(outside, images / "linked")
-    os.symlink(images, images / "circle")
+    os.symlink(images, images / "cycle")
     names = find_source("folder", str(images)).items
     assert sorted(names) == ["a.jpg", os.path.join("deep", "er", "b.PNG"), os.path.join("linked", "c.webp")]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])
-def test_a_folder_without_images_is_refused(tmp_path, make):
+def test_a_folder_without_images_is_an_error(tmp_path, make):
     make(tmp_path / "images")
     with pytest.raises(UserError, match="images"):
         find_source("folder", str(tmp_path / "images"))
 
 
-GREY = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+GRAY = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
 
 
 @pytest.mark.parametrize("image", [
-    Image.fromarray(GREY), Image.fromarray(GREY.astype(np.uint16) * 257), Image.fromarray(GREY.astype(np.int32) * 257),
-    Image.fromarray(GREY.astype(np.float32) / 255), Image.merge("RGB", [Image.fromarray(GREY)] * 3),
-    Image.merge("RGBA", [Image.fromarray(GREY)] * 3 + [Image.new("L", (64, 64), 255)]),
-    Image.merge("RGB", [Image.fromarray(GREY)] * 3).convert("CMYK"), Image.merge("LA", [Image.fromarray(GREY),
-    Image.new("L", (64, 64), 255)]), Image.fromarray(GREY).convert("P"), Image.fromarray(GREY).convert("YCbCr"),
+    Image.fromarray(GRAY), Image.fromarray(GRAY.astype(np.uint16) * 257), Image.fromarray(GRAY.astype(np.int32) * 257),
+    Image.fromarray(GRAY.astype(np.float32) / 255), Image.merge("RGB", [Image.fromarray(GRAY)] * 3),
+    Image.merge("RGBA", [Image.fromarray(GRAY)] * 3 + [Image.new("L", (64, 64), 255)]),
+    Image.merge("RGB", [Image.fromarray(GRAY)] * 3).convert("CMYK"), Image.merge("LA", [Image.fromarray(GRAY),
+    Image.new("L", (64, 64), 255)]), Image.fromarray(GRAY).convert("P"), Image.fromarray(GRAY).convert("YCbCr"),
 ], ids=lambda image: image.mode)  # fmt: skip
-def test_every_mode_gives_the_same_grey(image):
+def test_every_mode_gives_the_same_gray(image):
     rgb = to_rgb(image)
     assert rgb.mode == "RGB"
-    assert np.abs(np.asarray(rgb).astype(int) - GREY[..., None]).max() <= 2
+    assert np.abs(np.asarray(rgb).astype(int) - GRAY[..., None]).max() <= 2
 
 
-def test_16_bit_png_survives_the_file(tmp_path):
-    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+def test_a_16_bit_png_is_scaled_to_8_bits(tmp_path):
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     decoded = find_source("folder", str(tmp_path)).decode("deep.png", 64)
-    assert np.abs(np.asarray(decoded).astype(int) - GREY[..., None]).max() <= 2
+    assert np.abs(np.asarray(decoded).astype(int) - GRAY[..., None]).max() <= 2
 
 
-def test_black_and_white_and_transparency(tmp_path):
-    assert set(np.unique(np.asarray(to_rgb(Image.fromarray(GREY).convert("1"))))) == {0, 255}
-    assert np.asarray(to_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))).min() == 255  # laid over white
+def test_float_gray_has_the_same_scale_in_every_image():
+    dark = Image.fromarray(GRAY.astype(np.float32) / 255 / 2)
+    assert np.abs(np.asarray(to_rgb(dark)).astype(int) - GRAY[..., None] // 2).max() <= 2
+
+
+def test_black_and_white_and_transparency():
+    assert set(np.unique(np.asarray(to_rgb(Image.fromarray(GRAY).convert("1"))))) == {0, 255}
+    assert np.asarray(to_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))).min() == 255  # transparent becomes white
 
 
 def test_exif_rotation_is_applied(tmp_path):
     upright = picture(64, 64)
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to show"
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    decoded = find_source("folder", str(tmp_path)).decode("turned.png", 64)
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
+    decoded = find_source("folder", str(tmp_path)).decode("rotated.png", 64)
     assert np.array_equal(np.asarray(decoded), np.asarray(upright))
 
 
-def test_fingerprint_follows_the_files_and_the_crop(tmp_path):
+def test_fingerprint_depends_on_the_files_and_the_crop(tmp_path):
     save(picture(), tmp_path / "a.png")
     first = find_source("folder", str(tmp_path)).fingerprint
     assert find_source("folder", str(tmp_path)).fingerprint == first
@@ -149,7 +154,7 @@ def test_toy_faces_are_a_function_of_seed_and_index():
 
 
 def write_cifar10(root):
-    """CIFAR-10's own files, small; torchvision's checksums are of the real ones."""
+    """Write small files in CIFAR-10's format; they do not have the checksums that torchvision expects."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -175,21 +180,21 @@ def test_lsun(tmp_path):
         find_source("lsun", str(tmp_path))
     lmdb = pytest.importorskip("lmdb")
     with (
-        lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=2**24) as base,
-        base.begin(write=True) as entry,
+        lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=2**24) as database,
+        database.begin(write=True) as transaction,
     ):
         for number in range(3):
             file = io.BytesIO()
             picture(90, 60, seed=number).save(file, "webp", lossless=True)
-            entry.put(str(number).encode(), file.getvalue())
+            transaction.put(str(number).encode(), file.getvalue())
     source = find_source("lsun", str(tmp_path))
     assert len(source.items) == 3
-    assert source.decode == pickle.loads(pickle.dumps(source.decode))
     expected = T.Resize((32, 32))(picture(90, 60, seed=1))  # without a crop
-    assert np.array_equal(np.asarray(source.decode(source.items[1], 32)), np.asarray(expected))
+    for decode in (source.decode, pickle.loads(pickle.dumps(source.decode))):
+        assert np.array_equal(np.asarray(decode(source.items[1], 32)), np.asarray(expected))
 
 
-def test_lsun_without_lmdb_says_what_to_install(tmp_path, monkeypatch):
+def test_lsun_without_lmdb_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "church_outdoor_train_lmdb").mkdir()
     (tmp_path / "church_outdoor_train_lmdb" / "data.mdb").write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "lmdb", None)

@@ -5,19 +5,19 @@ from datasets.toy_faces import draw_face
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
-def test_size_and_variety(size):
+def test_faces_have_the_size_and_differ(size):
     faces = [np.asarray(draw_face(0, index, size)) for index in range(4)]
     assert all(face.shape == (size, size, 3) for face in faces)
     assert len({face.tobytes() for face in faces}) == 4
 
 
-def test_same_face_at_every_size():
+def test_a_face_is_the_same_at_every_size():
     small, large = draw_face(3, 5, 32), draw_face(3, 5, 256).resize((32, 32))
     assert np.abs(np.asarray(small, int) - np.asarray(large, int)).mean() < 6
 
 
 def test_faces_are_symmetric():
-    """Mirrored about its own axis, a face is nearly itself: the best of the shifts that the axis may have."""
+    """Compare each face with its mirror image, shifted by up to 8 pixels, because the axis of symmetry varies."""
     for index in range(20):
         face = np.asarray(draw_face(0, index, 64), int)
         mirrored = face[:, ::-1]

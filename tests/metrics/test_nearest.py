@@ -4,7 +4,7 @@ from data_loader import to_model_range
 from metrics import nearest
 
 
-def test_nearest_are_those_of_the_definition(monkeypatch):
+def test_nearest_images_are_those_of_a_full_sort(monkeypatch):
     monkeypatch.setattr(nearest, "CHUNK", 7)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8)

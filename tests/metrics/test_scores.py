@@ -1,78 +1,54 @@
-import email.message
-import hashlib
-import io
 import random
-import socket
-import sys
-import urllib.error
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SmallExtractor, save_script
-from PIL import Image
+from torch import Tensor
 
 from errors import UserError
-from metrics.scores import check_requirements as prepare
-from metrics.scores import compute_scores as evaluate
+from metrics.scores import compute_scores
 from utils import eval_mode
 from visuals.figures import to_pixels
 
 pytest.importorskip("torch_fidelity")
-CPU = torch.device("cpu")
 SIZE, COUNT = 16, 64
 
 
-class NotFeatures(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float()
-
-
-class Fails(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float() @ torch.zeros(7, 7)
-
-
-class NotFinite(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().flatten(1) / 0
-
-
-def pictures(seed: int, shift: float = 0) -> np.ndarray:
-    """Soft random pictures (COUNT, SIZE, SIZE, 3) uint8, brighter by `shift`."""
+def images_of(seed: int, shift: float = 0) -> Tensor:
+    """Random images (COUNT, SIZE, SIZE, 3) uint8 of 4x4 blocks, brighter by `shift`."""
     noise = np.random.default_rng(seed).normal(110 + shift, 40, (COUNT, 4, 4, 3))
-    return noise.repeat(SIZE // 4, 1).repeat(SIZE // 4, 2).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(noise.repeat(SIZE // 4, 1).repeat(SIZE // 4, 2).clip(0, 255).astype(np.uint8))
 
 
-def generator(images: np.ndarray):
-    """A generator that makes these images."""
-    floats = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def generator_of(images: Tensor):
+    """A generator that returns these images."""
+    floats = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     return lambda start, count: floats[start : start + count]
 
 
 @pytest.fixture
-def measure(tmp_path, extractor):
-    """`evaluate` with the small extractor and a cache in a temporary folder."""
+def compute(tmp_path, extractor):
+    """`compute_scores` with the small extractor and a cache in a temporary folder."""
 
     def run(generate, real, names, **changes) -> dict[str, float]:
         options = dict(
             num_images=COUNT,
             batch_size=16,
-            device=CPU,
+            device=torch.device("cpu"),
             cache_path=tmp_path / "cache",
             real_name="real",
             feature_extractor=extractor,
         )
-        return evaluate(generate, real, names, **(options | changes))
+        return compute_scores(generate, real, names, **(options | changes))
 
     return run
 
 
-def features_of(images: np.ndarray) -> np.ndarray:
+def features_of(images: Tensor) -> np.ndarray:
     with torch.no_grad():
-        return SmallExtractor()(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
+        return SmallExtractor()(images.permute(0, 3, 1, 2)).double().numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,9 +67,9 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     return (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / pairs - 2 * ab.mean()
 
 
-def test_values_are_those_of_the_formulas(measure):
-    fake, real = pictures(1, 20), pictures(0)
-    scores = measure(generator(fake), real, ["fid", "kid", "isc", "prc"])
+def test_scores_equal_their_formulas(compute):
+    fake, real = images_of(1, 20), images_of(0)
+    scores = compute(generator_of(fake), real, ["fid", "kid", "isc", "prc"])
     assert list(scores) == ["fid", "kid", "kid_std", "isc", "isc_std", "precision", "recall", "f_score"]
     a, b = features_of(fake), features_of(real)
     assert scores["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
@@ -103,74 +79,73 @@ def test_values_are_those_of_the_formulas(measure):
     assert 0 < scores["precision"] < 1
 
 
-def test_a_set_against_itself_and_one_that_comes_nearer(measure):
-    real = pictures(0)
-    same = measure(generator(real), real, ["fid", "kid", "prc"])
+def test_scores_of_equal_near_and_far_sets(compute):
+    real = images_of(0)
+    same = compute(generator_of(real), real, ["fid", "kid", "prc"])
     assert abs(same["fid"]) < 1e-6
     assert same["kid"] < 1e-3
     assert same["precision"] == same["recall"] == 1
-    far, near = (measure(generator(pictures(1, shift)), real, ["fid", "kid", "prc"]) for shift in (60, 15))
+    far, near = (compute(generator_of(images_of(1, shift)), real, ["fid", "kid", "prc"]) for shift in (60, 15))
     assert far["fid"] > near["fid"] > same["fid"]
     assert far["kid"] > near["kid"]
     assert far["recall"] < near["recall"]
 
 
-def test_batch_size_changes_nothing(measure):
-    names = ["fid", "kid", "isc", "prc"]
-    runs = [
-        measure(generator(pictures(1)), pictures(0), names, batch_size=size, real_name=str(size)) for size in (7, 500)
-    ]
+def test_scores_do_not_depend_on_the_batch_size(compute):
+    fake, real, names = generator_of(images_of(1)), images_of(0), ["fid", "kid", "isc", "prc"]
+    runs = [compute(fake, real, names, batch_size=size, real_name=str(size)) for size in (7, 500)]
     assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=1e-5)
 
 
-def test_numbers_of_images(measure, extractor):
-    fake, real = pictures(1), torch.from_numpy(pictures(0))
-    few = measure(generator(fake), real, ["fid", "kid"], num_images=20)  # 20 of both, the real ones from all over
-    a, b = features_of(fake), features_of(real.numpy())
+def test_number_of_images(compute):
+    fake, real = images_of(1), images_of(0)
+    few = compute(generator_of(fake), real, ["fid", "kid"], num_images=20)  # 20 of both, real ones evenly spaced
+    a, b = features_of(fake), features_of(real)
     assert few["fid"] == pytest.approx(frechet_distance(a[:20], b[:60:3]), rel=1e-4)
-    fewer_real = measure(generator(fake), real[:30], ["fid", "kid", "prc"])  # 64 against all 30
+    fewer_real = compute(generator_of(fake), real[:30], ["fid", "kid", "prc"])  # 64 against all 30
     assert fewer_real["fid"] == pytest.approx(frechet_distance(a, b[:30]), rel=1e-4)
     for arguments in ({"num_images": 9}, {"real": real[:9]}):
-        with pytest.raises(UserError, match="needs 10 images at least, not 9"):
-            measure(**({"generate": generator(fake), "real": real, "names": ["fid"]} | arguments))
+        with pytest.raises(UserError, match="10 images"):
+            compute(**({"generate": generator_of(fake), "real": real, "names": ["fid"]} | arguments))
 
 
-def test_real_images_are_read_once(measure, tmp_path):
-    fake, names = generator(pictures(1)), ["fid", "kid", "prc"]
-    first = measure(fake, pictures(0), names)
-    nothing = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)  # would give other numbers
-    assert measure(fake, nothing, names) == first
-    assert measure(fake, nothing, names, real_name="other") != first
+def test_features_of_real_images_are_cached(compute, tmp_path):
+    fake, names = generator_of(images_of(1)), ["fid", "kid", "prc"]
+    first = compute(fake, images_of(0), names)
+    black = torch.zeros(COUNT, SIZE, SIZE, 3, dtype=torch.uint8)
+    assert compute(fake, black, names) == first
+    assert compute(fake, black, names, real_name="other") != first
     for path in (tmp_path / "cache" / "metrics").iterdir():
-        path.write_bytes(path.read_bytes()[:100])  # cut off: made anew
-    assert measure(fake, pictures(0), names) == first
+        path.write_bytes(path.read_bytes()[:100])  # cut off: computed again
+    assert compute(fake, images_of(0), names) == first
 
 
-def test_cache_is_for_one_extractor_and_one_count(measure, tmp_path):
-    fake, real = generator(pictures(1)), pictures(0)
-    first = measure(fake, real, ["fid"])
+def test_cache_distinguishes_extractors_and_numbers_of_images(compute, tmp_path):
+    fake, real = generator_of(images_of(1)), images_of(0)
+    first = compute(fake, real, ["fid"])
     module = SmallExtractor()
     module.filters.weight.data *= 2
-    assert measure(fake, real, ["fid"], feature_extractor=save_script(module, tmp_path / "other.pt")) != first
-    assert measure(fake, real, ["fid"], num_images=30) != first
+    assert compute(fake, real, ["fid"], feature_extractor=save_script(module, tmp_path / "other.pt")) != first
+    assert compute(fake, real, ["fid"], num_images=30) != first
 
 
-def test_images_are_rounded_as_samples_are(measure):
+def test_generated_images_are_rounded_like_saved_samples(compute):
     images = torch.rand(COUNT, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
-    scores = measure(lambda start, count: images[start : start + count], to_pixels(images), ["fid"])
+    real = torch.from_numpy(to_pixels(images))
+    scores = compute(lambda start, count: images[start : start + count], real, ["fid"])
     assert abs(scores["fid"]) < 1e-6
 
 
-def state_of_everything() -> list:
+def global_state() -> list:
     cudnn = torch.backends.cudnn
-    switches = [cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
-    numbers = [torch.rand(3).tolist(), np.random.random(), random.random()]
-    return [*switches, torch.is_grad_enabled(), warnings.filters[:], *numbers]
+    flags = [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32]
+    flags += [torch.backends.cuda.matmul.allow_tf32, torch.is_grad_enabled(), warnings.filters[:]]
+    return [*flags, torch.rand(3).tolist(), np.random.random(), random.random()]
 
 
 @pytest.fixture(params=[False, True])
-def switches(request):
-    """cuDNN's search for algorithms and TF32, both off and both on."""
+def backend_flags(request):
+    """cuDNN's benchmark mode and TF32, both off and both on."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark = cudnn.allow_tf32 = matmul.allow_tf32 = request.param
@@ -178,173 +153,67 @@ def switches(request):
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def test_random_state_and_switches_are_as_before(measure, switches):
+def test_rng_state_and_backend_flags_are_restored(compute, backend_flags):
     def seed():
         torch.manual_seed(1), np.random.seed(1), random.seed(1)
 
     def generate(start, count):
-        assert not torch.backends.cudnn.benchmark and not torch.backends.cuda.matmul.allow_tf32
-        np.random.random(), random.random()
+        assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.is_grad_enabled()
         return torch.rand(count, 3, SIZE, SIZE) * 2 - 1
 
     seed()
-    before = state_of_everything()
+    before = global_state()
     seed()
-    measure(generate, pictures(0), ["fid", "kid", "isc", "prc"])
-    assert state_of_everything() == before
+    compute(generate, images_of(0), ["fid", "kid", "isc", "prc"])
+    assert global_state() == before
     with pytest.raises(ZeroDivisionError):
-        measure(lambda start, count: 1 / 0, pictures(0), ["fid"])
+        compute(lambda start, count: 1 / 0, images_of(0), ["fid"])
     seed()
-    assert state_of_everything() == before
+    assert global_state() == before
 
 
-def test_training_goes_on_as_if_nothing_had_happened(make_trainer, measure):
+def test_metrics_do_not_change_training(make_trainer, compute):
     z = torch.randn(COUNT, 16, generator=torch.Generator().manual_seed(0))
-    real = torch.from_numpy(pictures(0).repeat(2, 1).repeat(2, 2))
+    real = images_of(0).repeat_interleave(2, 1).repeat_interleave(2, 2)
 
     def train(evaluate_after: int | None) -> dict[str, float]:
         trainer = make_trainer()
-        average = trainer.ema.network
+        ema = trainer.ema.network
         for step in range(3):
-            stats = trainer._take_step()
-            trainer.step += 1
+            stats = trainer.train_step()
             if step == evaluate_after:
-                with eval_mode(average):
-                    measure(lambda start, count: average(z[start : start + count]), real, ["fid", "prc"])
+                with eval_mode(ema):
+                    compute(lambda start, count: ema(z[start : start + count]), real, ["fid", "prc"])
         return {name: float(value) for name, value in stats.items()}
 
     assert train(None) == train(1)
 
 
-def test_missing_or_too_old_library(monkeypatch, tmp_path):
-    needed = '--metrics kid,isc needs torch-fidelity>=0.4: pip install "torch-fidelity>=0.4"'
-    monkeypatch.delattr("torch_fidelity.KEY_METRIC_PRECISION")
-    with pytest.raises(UserError, match=needed):
-        prepare(["kid", "isc"], image_size=SIZE, device=CPU, cache_path=tmp_path)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(UserError, match=needed):
-        prepare(["kid", "isc", "faces"], image_size=SIZE, device=CPU, cache_path=tmp_path)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A machine without downloaded weights, on which the Inception weights are the file that is returned."""
-    content = b"weights"
-    digits = hashlib.sha256(content).hexdigest()[:8]
-    module = "torch_fidelity.feature_extractor_inceptionv3"
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(f"{module}.URL_INCEPTION_V3", f"https://example.org/a/weights-{digits}.pth")
-    return f"weights-{digits}.pth", content
-
-
-def prepare_fid(tmp_path) -> None:
-    prepare(["fid", "kid"], image_size=SIZE, device=CPU, cache_path=tmp_path / "cache")
-
-
-class Response(io.BytesIO):
-    def info(self):
-        return email.message.Message()
-
-
-def test_weights_without_a_network(hub, tmp_path, monkeypatch):
-    def urlopen(request):
-        assert 0 < socket.getdefaulttimeout() <= 30
-        raise urllib.error.URLError(OSError("no route to host"))
-
-    monkeypatch.setattr("torch.hub.urlopen", urlopen)
-    with pytest.raises(UserError) as error:
-        prepare_fid(tmp_path)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in ("--metrics fid,kid", "no route to host", f"https://example.org/a/{hub[0]}", str(tmp_path / "cache")):
-        assert part in message
-    assert socket.getdefaulttimeout() is None
-
-
-@pytest.mark.parametrize("cut", [3, 7])
-def test_weights_are_downloaded_whole_or_not_at_all(hub, cut, tmp_path, monkeypatch):
-    name, content = hub
-    monkeypatch.setattr("torch.hub.urlopen", lambda request: Response(content[:cut]))
-    if cut < len(content):
-        with pytest.raises(UserError, match="cannot be downloaded"):
-            prepare_fid(tmp_path)
-        assert not list((tmp_path / "cache").iterdir())
-        return
-    prepare_fid(tmp_path)
-    assert (tmp_path / "cache" / name).read_bytes() == content
-    monkeypatch.setattr("torch.hub.urlopen", None)
-    prepare_fid(tmp_path)  # from the cache
-
-
-def test_weights_that_are_there(hub, tmp_path, monkeypatch):
-    name, content = hub
-    monkeypatch.setattr("torch.hub.urlopen", None)
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / name).write_bytes(content)
-    prepare_fid(tmp_path)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / name).write_bytes(content[:4])  # this folder comes first
-    with pytest.raises(UserError, match="is damaged"):
-        prepare_fid(tmp_path)
-
-
-def test_bad_extractors(measure, extractor, tmp_path):
-    whole = extractor.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    cases = {"no file": None, "cut off": whole[: len(whole) // 2], "a text": b"hello", "flipped": bytes(flipped)}
-    for name, content in cases.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-    torch.save({"a": torch.zeros(2)}, tmp_path / "a state dict")
-    save_script(NotFeatures(), tmp_path / "no features")
-    save_script(Fails(), tmp_path / "fails")
-    save_script(NotFinite(), tmp_path / "not finite")
-    for name in (*cases, "a state dict", "no features", "fails", "not finite"):
-        with pytest.raises(UserError) as error:
-            measure(generator(pictures(1)), pictures(0), ["fid"], feature_extractor=tmp_path / name)
-        assert "\n" not in str(error.value) and name in str(error.value)
-
-
-def test_cache_that_cannot_be_written(measure, tmp_path):
+def test_a_cache_that_cannot_be_written_is_one_line(compute, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to"):
-        measure(generator(pictures(1)), pictures(0), ["fid"], cache_path=tmp_path / "file")
+    with pytest.raises(UserError, match="--cache_path"):
+        compute(generator_of(images_of(1)), images_of(0), ["fid"], cache_path=tmp_path / "file")
 
 
-def test_generator_that_diverged(measure):
-    with pytest.raises(UserError, match="not finite"):
-        measure(lambda start, count: torch.full((count, 3, SIZE, SIZE), torch.nan), pictures(0), ["fid"])
+def test_a_full_disk_is_one_line(compute, monkeypatch):
+    def save(features, path):
+        with open("/dev/full", "wb", buffering=0) as file:
+            torch_save(features, file)
+
+    torch_save = torch.save
+    monkeypatch.setattr("torch_fidelity.utils.torch_atomic_save", save)
+    with pytest.raises(UserError, match="--cache_path"):
+        compute(generator_of(images_of(1)), images_of(0), ["fid"])
 
 
-def test_silence(measure, capfd):
-    measure(generator(pictures(1)), pictures(0), ["fid", "kid", "isc", "prc"])
+def test_images_that_are_not_finite_are_refused(compute):
+    with pytest.raises(UserError, match="NaN"):
+        compute(lambda start, count: torch.full((count, 3, SIZE, SIZE), torch.nan), images_of(0), ["fid"])
+
+
+def test_nothing_is_printed(compute, capfd):
+    compute(generator_of(images_of(1)), images_of(0), ["fid", "kid", "isc", "prc"])
     out, err = capfd.readouterr()
     assert out == ""
     assert err.strip() == ""
-
-
-class TestFaces:
-    @pytest.fixture(autouse=True)
-    def opencv(self):
-        pytest.importorskip("cv2")
-
-    def test_faces_are_found_in_faces_and_not_in_noise(self, tmp_path):
-        grid = np.asarray(Image.open(Path(__file__).parents[2] / "docs" / "samples.png").convert("RGB"))
-        faces = np.stack([grid[2 + 66 * r : 66 + 66 * r, 2 + 66 * c : 66 + 66 * c] for r in range(8) for c in range(8)])
-        noise = np.random.default_rng(0).integers(0, 256, faces.shape, dtype=np.uint8)
-        options = dict(num_images=64, batch_size=10, device=CPU, cache_path=tmp_path, real_name="noise")
-        scores = evaluate(generator(faces), noise, ["faces"], **options)
-        assert scores["faces"] >= 0.8
-        assert scores["faces_real"] <= 0.05
-        assert evaluate(generator(noise), faces, ["faces"], **options)["faces_real"] == scores["faces_real"]  # cached
-
-    def test_missing_or_too_new_opencv(self, monkeypatch, tmp_path):
-        monkeypatch.delattr("cv2.CascadeClassifier")
-        needed = '--metrics faces needs opencv-python-headless<5: pip install "opencv-python-headless<5"'
-        with pytest.raises(UserError, match=needed):
-            prepare(["faces"], image_size=SIZE, device=CPU, cache_path=tmp_path)
-        monkeypatch.setitem(sys.modules, "cv2", None)
-        with pytest.raises(UserError, match=needed):
-            prepare(["faces"], image_size=SIZE, device=CPU, cache_path=tmp_path)

@@ -7,11 +7,14 @@ from errors import UserError
 from training.run_folders import check_folders, init_folders, lock_folders
 
 # Names that resemble those of results, and are the user's.
-USERS_FILES = ("0_left.png", "9_G.png", "9_notes.html", "x9_G.pth", "9_G_copy.pth", "best.pth", "best_G_copy.pth")
+USERS_FILES = (
+    *("0_left.png", "9_left.png", "9_notes.html", "9_G.png", "x9_G.pth", "9_G_copy.pth", "9_G.pth.old"),
+    *("9_fake.png.old", "9_explorer.html.old", "best.pth", "best_G_copy.pth"),
+)
 
 
 def files(config):
-    return {path.name for folder in config.folders.values() for path in folder.iterdir()}
+    return {path for folder in config.folders.values() for path in folder.iterdir()}
 
 
 def test_a_second_run_is_refused_until_the_first_ends(make_config):
@@ -48,10 +51,10 @@ def test_overwrite_removes_the_results_of_later_steps(make_trainer):
     check_folders(config, 0)
 
     init_folders(config, 2, [])
-    assert files(config) == {name for name in before if not re.match("3_|test_3", name)}
+    assert files(config) == {path for path in before if not re.match("3_|test_3", path.name)}
     init_folders(config, 0, [])
     left = {".lock", "real.png", "test_x", "config.json", "metrics.jsonl", "report.html"}
-    assert files(config) == left & before
+    assert files(config) == {path for path in before if path.name in left}
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -62,11 +65,11 @@ def test_overwrite_keeps_the_users_files(make_config, step):
             for name in USERS_FILES:
                 (folder / name).touch()
             (folder / "9_left").mkdir()
-        (config.attn_folder / "9_fake.png").touch()  # names of another folder's results
-        (config.sample_folder / "9_G.pth").touch()
+        for path in (config.attn_folder / "9_fake.png", config.sample_folder / "9_G.pth"):
+            path.touch()  # names of another folder's results
         before = files(config)
         init_folders(config, step, [])
-        assert files(config) - {"config.json"} == before
+        assert files(config) - {config.log_folder / "config.json"} == before
 
 
 def test_later_checkpoints_are_pointed_out(make_trainer, capsys):

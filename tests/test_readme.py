@@ -1,0 +1,108 @@
+"""The README is true: its layout, and its three recipes for changing the program."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from networks.losses import LOSSES
+from parameter import Config, get_parameters
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("networks", "datasets", "training", "metrics", "visuals")
+SMALL = "--imsize 64 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu"
+
+SOFTPLUS = """def softplus_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
+    return F.softplus(-real_logits).mean(), F.softplus(fake_logits).mean()
+
+
+def softplus_g(fake_logits: Tensor) -> Tensor:
+    return F.softplus(-fake_logits).mean()
+
+
+"""
+GRAY_CASE = """        case "gray":
+            return Source("gray", range(20), decode_gray, "1")
+"""
+GRAY = """def decode_gray(index: int, size: int) -> Image.Image:
+    return Image.new("RGB", (size, size), (index, index, index))
+
+
+"""
+
+
+def layout() -> set[str]:
+    """The files that the README's layout lists."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Layout") :]
+    listed, folder = set(), ""
+    for indent, name, also in re.findall(r"^    ( *)([\w.]+/?)(, \.html)?(?: |$)", section, flags=re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        elif indent or "/" not in name:
+            path = (folder if indent else "") + name
+            listed |= {path} | ({path.replace(".py", ".html")} if also else set())
+    return listed
+
+
+def test_the_layout_lists_every_module():
+    present = {path.name for path in ROOT.glob("*.py")}
+    for folder in FOLDERS:
+        present |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".html")}
+    assert layout() == {path for path in present if not path.endswith("__init__.py")}
+
+
+def test_links_to_files_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_commands_of_the_readme_parse():
+    commands = re.findall(
+        r"^    (?:python|torchrun \S+) main\.py (.*?)(?:  #.*)?$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        assert isinstance(get_parameters(shlex.split(command)), Config)
+
+
+def test_every_loss_is_an_option():
+    for name in LOSSES:
+        Config(adv_loss=name)
+    constraint = Config.__dataclass_fields__["adv_loss"].metadata["constraint"]
+    assert not constraint.check("another") and all(map(constraint.check, LOSSES))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{path.name} no longer has {old!r}: correct the recipe here and in the README"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_recipes_for_a_loss_a_dataset_and_an_attention_layer(tmp_path):
+    """Followed on a copy of the program, which then trains with all three."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / folder for folder in FOLDERS)]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+
+    edit(
+        tmp_path / "networks" / "losses.py", "LOSSES = {", SOFTPLUS + 'LOSSES = {"softplus": (softplus_d, softplus_g), '
+    )
+    edit(tmp_path / "parameter.py", 'one_of("hinge", ', 'one_of("softplus", "hinge", ')
+    sources = tmp_path / "datasets" / "sources.py"
+    edit(sources, '        case "toy":', GRAY_CASE + '        case "toy":')
+    edit(sources, "def to_rgb(", GRAY + "def to_rgb(")
+    edit(tmp_path / "parameter.py", '"folder", "toy")', '"folder", "toy", "gray")')
+    edit(tmp_path / "sagan_models.py", "else (16, 32)", "else (8, 16, 32)")
+
+    options = shlex.split(f"{SMALL} --dataset gray --adv_loss softplus --total_step 2")
+    subprocess.run([sys.executable, "main.py", *options], cwd=tmp_path, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.glob("attn/*/2_*.png")} == {
+        f"2_{layer}.png" for layer in ("G_attn1", "G_attn2", "G_attn3", "D_attn1", "D_attn2")
+    }
+    assert (tmp_path / "logs" / "sagan_celeb" / "report.html").read_text(encoding="utf-8").count("attn3") > 0

@@ -107,7 +107,7 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
         attention=_attention(run, step),
         options="".join(_option_group(title, values, run.defaults) for title, values in run.options.items()),
         command=_escape(command),
-        data=json.dumps(data).replace("<", "\\u003c"),  # so that no text in it can end the script
+        data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 
 

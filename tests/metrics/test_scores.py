@@ -1,3 +1,6 @@
+import errno
+import io
+import os
 import random
 import warnings
 
@@ -122,11 +125,12 @@ def test_features_of_real_images_are_cached(compute, tmp_path):
 
 def test_cache_distinguishes_extractors_and_numbers_of_images(compute, tmp_path):
     fake, real = generator_of(images_of(1)), images_of(0)
-    first = compute(fake, real, ["fid"])
+    compute(fake, real, ["fid"])
     module = SmallExtractor()
     module.filters.weight.data *= 2
-    assert compute(fake, real, ["fid"], feature_extractor=save_script(module, tmp_path / "other.pt")) != first
-    assert compute(fake, real, ["fid"], num_images=30) != first
+    for changes in ({"feature_extractor": save_script(module, tmp_path / "other.pt")}, {"num_images": 30}):
+        cached, fresh = (compute(fake, real, ["fid"], real_name=name, **changes) for name in ("real", "fresh"))
+        assert cached == fresh
 
 
 def test_generated_images_are_rounded_like_saved_samples(compute):
@@ -196,15 +200,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(compute, tmp_path):
         compute(generator_of(images_of(1)), images_of(0), ["fid"], cache_path=tmp_path / "file")
 
 
-def test_a_full_disk_is_one_line(compute, monkeypatch):
-    def save(features, path):
-        with open("/dev/full", "wb", buffering=0) as file:
-            torch_save(features, file)
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        if self.tell() > 500:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
 
-    torch_save = torch.save
-    monkeypatch.setattr("torch_fidelity.utils.torch_atomic_save", save)
+
+def test_a_full_disk_is_one_line(compute, monkeypatch):
+    monkeypatch.setattr("torch_fidelity.utils.torch_atomic_save", lambda features, _: torch.save(features, FullDisk()))
     with pytest.raises(UserError, match="--cache_path"):
-        compute(generator_of(images_of(1)), images_of(0), ["fid"])
+        compute(generator_of(images_of(1)), images_of(0), ["fid", "kid"])
 
 
 def test_images_that_are_not_finite_are_refused(compute):
@@ -212,8 +218,9 @@ def test_images_that_are_not_finite_are_refused(compute):
         compute(lambda start, count: torch.full((count, 3, SIZE, SIZE), torch.nan), images_of(0), ["fid"])
 
 
-def test_nothing_is_printed(compute, capfd):
+def test_nothing_is_printed(compute, capfd, recwarn):
     compute(generator_of(images_of(1)), images_of(0), ["fid", "kid", "isc", "prc"])
+    assert not recwarn.list
     out, err = capfd.readouterr()
     assert out == ""
     assert err.strip() == ""

@@ -45,10 +45,10 @@ def test_curves_are_read_up_to_a_step_without_damaged_lines(tmp_path):
         '{"step": 30, "a": 2.5, "fid": 99.5, "gamma/G": 4}\n{"step": 35, "a": -Infinity, "gamma/G": 5}\n'
         '{"step": 50, "a": 7}\n{"step": 40, "a": 3'
     )
-    curves = {name: points.tolist() for name, points in read_curves(tmp_path, 40).items()}
+    curves = {name: points.tolist() for name, points in read_curves(tmp_path, 35).items()}
     gamma = [[10, 2], [20, 3], [30, 4], [35, 5]]
     assert curves == {"a": [[10, 1.5], [30, 2.5]], "gamma/G": gamma, "fid": [[30, 99.5]]}
-    assert read_curves(tmp_path / "missing", 40) == {}
+    assert read_curves(tmp_path / "missing", 35) == {}
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.floats(), min_size=1), max_size=30))
@@ -93,6 +93,16 @@ def test_text_follows_the_page_and_the_background_is_transparent():
     fills = {fill for element in root.iter() for fill in re.findall(r"fill: ([^;]*)", element.get("style", ""))}
     assert fills == {"none", "currentColor", COLORS[0]}
     assert "color-scheme:light dark" in root.find(f"{SVG}defs/{SVG}style").text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme, color", [("light", "rgb(0, 0, 0)"), ("dark", "rgb(255, 255, 255)")])
+def test_a_file_of_its_own_follows_the_color_scheme(browser, tmp_path, scheme, color):
+    (tmp_path / "gamma.svg").write_text(line_chart("gamma", {"G": POINTS}), encoding="utf-8")
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get((tmp_path / "gamma.svg").as_uri())
+    assert browser.execute_script("return getComputedStyle(document.querySelector('text')).fill") == color
 
 
 def test_title_names_latest_values_and_plain_numbers_are_shown():

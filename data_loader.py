@@ -1,6 +1,6 @@
 """From images to batches. Every dataset is decoded once into a uint8 cache, which is memory-mapped from then on.
 
-    loader = get_loader(find_source("toy"), image_size=64, batch_size=64)
+    loader = Loader(find_source("toy"), image_size=64, batch_size=64).open()
     real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
 
 A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and those that could
@@ -33,30 +33,6 @@ FORMAT = 1  # version of the cache format; caches of another version are rebuilt
 CHUNK = 256  # images per task of a worker
 STALE_SECONDS = 3600  # a build that has written nothing for this long is dead
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
-
-
-def get_loader(
-    source: Source,
-    image_size: int = 64,
-    batch_size: int = 64,
-    *,
-    cache_path: str = "./cache",
-    num_workers: int = 2,
-    seed: int = 0,
-    hflip: bool = False,
-    device: str | torch.device = "cpu",
-) -> "Loader":
-    """Return an opened `Loader` of `source`; arguments and errors are those of `Loader`."""
-    return Loader(
-        source,
-        image_size,
-        batch_size,
-        cache_path=cache_path,
-        num_workers=num_workers,
-        seed=seed,
-        hflip=hflip,
-        device=device,
-    ).open()
 
 
 class Loader:

@@ -47,7 +47,7 @@ def one_core(source: Source, folder: str, size: int) -> float:
 
 
 def main() -> None:
-    from data_loader import get_loader, open_cache  # not at the top: worker processes import this file, not torch
+    from data_loader import Loader, open_cache  # not at the top: worker processes import this file, not torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", help="folder of images; without it, noise images are written")
@@ -74,9 +74,9 @@ def main() -> None:
         open_cache(source, arguments.imsize, cache)
         opened = time.perf_counter() - start
 
-        loader = get_loader(
+        loader = Loader(
             source, arguments.imsize, arguments.batch_size, cache_path=str(cache), device=arguments.device
-        )
+        ).open()
         loader.batch(0)
         start = time.perf_counter()
         for position in range(BATCHES):

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_loader import get_loader
+from data_loader import Loader
 from datasets.sources import find_source
 from parameter import Config
 from trainer import Trainer
@@ -66,7 +66,7 @@ def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str
 def build_trainer(config: Config, run_steps: int) -> Trainer:
     source = find_source("toy", toy_num=run_steps * config.batch_size)  # one epoch per run: one checkpoint
     cache, size = config.cache_path, config.batch_size
-    return Trainer(get_loader(source, config.imsize, size, cache_path=cache, device=config.device), config)
+    return Trainer(Loader(source, config.imsize, size, cache_path=cache, device=config.device).open(), config)
 
 
 def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_loader import get_loader
+from data_loader import Loader
 from datasets.sources import find_source
 from parameter import Config
 from trainer import Trainer
@@ -58,7 +58,7 @@ def make_trainer(make_config):
         config = make_config(**changes)
         torch.manual_seed(config.seed)
         source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
-        loader = get_loader(
+        loader = Loader(
             source,
             config.imsize,
             config.batch_size,
@@ -67,7 +67,7 @@ def make_trainer(make_config):
             seed=config.seed,
             hflip=config.hflip,
             device=config.device,
-        )
+        ).open()
         return Trainer(loader, config)
 
     return make

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import Loader, get_loader, open_cache
+from data_loader import Loader, open_cache
 from datasets.sources import Source, find_source
 from errors import UserError
 
@@ -21,9 +21,9 @@ from errors import UserError
 @pytest.fixture
 def toy(tmp_path):
     """A function that opens a loader of 10 toy faces in batches of 4, so two batches per epoch."""
-    return lambda **options: get_loader(
+    return lambda **options: Loader(
         find_source("toy", toy_num=10), 32, 4, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)
-    )
+    ).open()
 
 
 def cache_folder(tmp_path):
@@ -75,7 +75,7 @@ def test_the_cache_is_built_by_open_and_by_nothing_else(tmp_path):
 def test_checksum_depends_on_the_images_and_their_number(tmp_path):
     def checksum(count, seed):
         source = find_source("toy", toy_num=count, seed=seed)
-        return get_loader(source, 8, 4, cache_path=tmp_path, num_workers=0).checksum()
+        return Loader(source, 8, 4, cache_path=tmp_path, num_workers=0).open().checksum()
 
     assert checksum(600, 0) == checksum(600, 0)
     assert len({checksum(600, 0), checksum(600, 1), checksum(601, 0), checksum(20, 0)}) == 4
@@ -189,11 +189,11 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "images" / "dangling.jpg")
     content = (tmp_path / "images" / "good0.png").read_bytes()
     (tmp_path / "images" / "cut.png").write_bytes(content[: len(content) // 2])
-    loader = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"),
-                        num_workers=0)  # fmt: skip
+    loader = Loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"),
+                        num_workers=0).open()  # fmt: skip
     assert sorted(line.split(":")[0] for line in loader.skipped) == ["cut.png", "dangling.jpg", "empty.png", "text.jpg"]
     assert len(loader.images) == 3
-    again = get_loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache"))
+    again = Loader(find_source("folder", str(tmp_path / "images")), 32, 2, cache_path=str(tmp_path / "cache")).open()
     assert again.skipped == loader.skipped
 
 

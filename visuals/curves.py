@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-WIDTH, PLOT_HEIGHT, LEFT, BOTTOM, MARGIN, ROW = 460, 180, 56, 30, 14, 19  # points; a row is a line of the legend
+WIDTH, PLOT_HEIGHT, LEFT, BOTTOM, MARGIN, ROW = 460, 180, 62, 30, 14, 19  # points; a row is a line of the legend
 STRETCHES = 200  # a series is downsampled to the lowest and highest point of so many parts of it
 DOTS_UP_TO = 40  # a series of so few points has them drawn as dots too
 NOISY = 6  # a series whose total variation exceeds this many times its range is noise around a mean
@@ -89,7 +89,7 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + 2 * MARGIN) / WIDTH, PLOT_HEIGHT / height))
         lines = [_plot(axes, points, index) for index, points in enumerate(series.values())]
         axes.margins(x=0.02)
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter("{x:,.7g}")
         axes.yaxis.set_major_formatter("{x:,.7g}")
         axes.tick_params(length=0, pad=6)

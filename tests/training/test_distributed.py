@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, free_port, log
 from torch import nn
 
-from data_loader import get_loader
+from data_loader import Loader
 from datasets.sources import find_source
 from errors import PeerFailed, UserError
 from networks.sync_batchnorm import SyncBatchNorm2d
@@ -32,8 +32,8 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
     source = find_source("toy", toy_num=config.toy_num)
-    loader = get_loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                        hflip=config.hflip)  # fmt: skip
+    loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
+                        hflip=config.hflip).open()  # fmt: skip
     trainer = Trainer(loader, config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if isinstance(layer, SelfAttention) and trainer.step == 0:

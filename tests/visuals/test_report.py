@@ -269,7 +269,7 @@ def test_nothing_overflows_and_text_contrasts(browser, toy_run, width, scheme):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('.chart text, #kinds button')].map(item => {"
-        "const inner = item.getBoundingClientRect(), card = item.closest('.card').getBoundingClientRect();"
+        "const inner = item.getBoundingClientRect(), card = item.closest('svg, .card').getBoundingClientRect();"
         "return [inner.left - card.left, card.right - inner.right]; })"
     )
     assert len(boxes) > 50 and np.min(boxes) >= 0

@@ -1,8 +1,8 @@
-# make demo    trains on faces drawn by the program itself: no data needed, some minutes on two CPU cores
-# make test    the linter's and the whole test suite's environment, and the suite
-# make lint    the linter
-# make bench   the figures of benchmarks/README.md, on this machine
-# make bench-gpu    on an NVIDIA GPU: its tests, then its figures, in about 8 minutes
+# make demo         train on faces drawn by the program: no data needed, a few minutes on two CPU cores
+# make test         run the tests
+# make lint         run the linter
+# make bench        measure the figures of benchmarks/README.md on this machine
+# make bench-gpu    run the CUDA tests and benchmarks on an NVIDIA GPU, in about 8 minutes
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -8,11 +8,12 @@ torchrun --nproc_per_node=8 main.py ...             # train on eight GPUs; --par
 python main.py --help                               # all options
 """
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
-from errors import PeerFailed, RankLost, UserError, silence_other_ranks, warn
+from errors import UserError, exit_code, silence_other_ranks, warn
 from parameter import Config, get_parameters
 
 if TYPE_CHECKING:
@@ -31,34 +32,12 @@ def main() -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # before the training loop: clean up and end
             return run(config)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = describe(error)
-        if message:
-            print(message, file=sys.stderr)
-        return code
-
-
-def describe(error: BaseException) -> tuple[int, str]:
-    """Return the exit code of an error and the line to print about it; raise the error itself if it is a bug."""
-    match error:
-        case PeerFailed():
-            return 2, ""
-        case UserError() | OSError():  # OSError: a full disk, a folder that was removed, a name that is too long
-            return 2, f"error: {error}"
-        case RankLost():
-            return 1, f"error: {error}"
-        case KeyboardInterrupt():  # before the training loop, which saves a checkpoint, or the second one inside it
-            return 130, "interrupted"
-        case MemoryError() | RuntimeError():
-            from utils import is_out_of_memory
-
-            if isinstance(error, MemoryError) or is_out_of_memory(error):
-                return 2, f"error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim ({error})"
-    raise error
+        return exit_code(error)
 
 
 def run(config: Config) -> int:
     """Train or evaluate, in this process, in several that it starts, or as one of several. Returns the exit code."""
-    # Imported here, as all of torch is, so that --help and bad options take no seconds.
+    # Imported here, so that --help and bad options need not wait seconds for torch.
     import torch
 
     from tester import Tester
@@ -75,32 +54,24 @@ def run(config: Config) -> int:
             tune_malloc()
         torch.manual_seed(config.seed)
         if config.train:
-            return Trainer(ranks.rank_zero_first(lambda: make_loader(config, device)), config, ranks).train()
+            loader = ranks.rank_zero_first(lambda: make_loader(config, device))
+            return Trainer(loader, config, ranks).train()
         return ranks.on_rank_zero(lambda: Tester(config, open_loader_if_any(config, device)).test())
 
 
 def make_loader(config: Config, device: "torch.device") -> "Loader":
-    """Return the loader of the training images, not opened yet."""
+    """Return the loader of the training images, not yet opened."""
     from data_loader import Loader
     from datasets.sources import find_source
 
-    source = find_source(
-        config.dataset, config.image_path, config.crop_size, config.download, config.toy_num, config.seed
-    )
-    return Loader(
-        source,
-        config.imsize,
-        config.batch_size,
-        cache_path=config.cache_path,
-        num_workers=config.num_workers,
-        seed=config.seed,
-        hflip=config.hflip,
-        device=device,
-    )
+    source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
+                         config.seed)  # fmt: skip
+    return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
+                  num_workers=config.num_workers, seed=config.seed, device=device)  # fmt: skip
 
 
 def open_loader_if_any(config: Config, device: "torch.device") -> "Loader | None":
-    """Return an opened loader, or None without training images, which only --metrics need."""
+    """Return the opened loader, or None without training images, if no --metrics need them."""
     try:
         return make_loader(config, device).open()
     except UserError as error:
@@ -111,4 +82,9 @@ def open_loader_if_any(config: Config, device: "torch.device") -> "Loader | None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        # Without the interpreter's own end, in which a thread of gloo may abort the process (pytorch issue 190489).
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -173,13 +173,15 @@ class Trainer:
             UserError: a result folder cannot be written or is in use, the data cannot be read, or the run diverged.
         """
         config, ranks = self.config, self.ranks
-        ranks.on_rank_zero(self._check)
+        ranks.on_rank_zero(check_folders, config, self.step)
+        ranks.on_rank_zero(check_metrics, config, self.device)
         ranks.rank_zero_first(self.loader.open)
         self._check_same_images()
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
             with ranks.raise_together():
-                writer = stack.enter_context(self._open_writer())
+                writer = stack.enter_context(self._recorder())
+                writer.real_images(self.loader.batch(0))
             print(config.summary())
             print(
                 f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
@@ -233,11 +235,6 @@ class Trainer:
         due = {name for name, steps in every.items() if self.step % steps == 0 or self.step == config.total_step}
         return due | {"log"} if "metrics" in due else due
 
-    def _check(self) -> None:
-        """Check, before any work, that the run may write its results and can compute its metrics."""
-        check_folders(self.config, self.step)
-        check_metrics(self.config, self.device)
-
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
         same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.checksum())
@@ -245,12 +242,10 @@ class Trainer:
             if not same:
                 raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
 
-    def _open_writer(self) -> Recorder | NullRecorder:
+    def _recorder(self) -> Recorder | NullRecorder:
         if not self.ranks.is_rank_zero:
             return NullRecorder()
-        writer = Recorder(self.config, self.step, self.device, self.precision, self.loader.skipped)
-        writer.real_images(self.loader.batch(0))
-        return writer
+        return Recorder(self.config, self.step, self.device, self.precision, self.loader.skipped)
 
     def _print_outcome(self, received: int) -> None:
         """Print how to resume after a signal, otherwise which files to open first."""

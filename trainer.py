@@ -65,7 +65,7 @@ class Trainer:
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)
             self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
-            captured = can_capture(self.device, config.cuda_graph, ranks.size)
+            use_graph = can_capture(self.device, config.cuda_graph, ranks.size)
         self.step = 0
         self.best_fid = math.inf
 
@@ -84,15 +84,15 @@ class Trainer:
 
         # Loss, optimizers, latents
         self.d_loss, self.g_loss = LOSSES[config.adv_loss]
-        self.g_optimizer = self._adam(self.G, config.g_lr, captured)
-        self.d_optimizer = self._adam(self.D, config.d_lr, captured)
+        self.g_optimizer = self._adam(self.G, config.g_lr, use_graph)
+        self.d_optimizer = self._adam(self.D, config.d_lr, use_graph)
         self.rng = torch.Generator(self.device)
         self.fixed_z = sample_z(derive_seed(config.seed, SEED_FIXED_Z), config.batch_size, config.z_dim, self.device)
         self.guard = NonFiniteGuard(self.device)
 
         # The updates of a step, eager or as a CUDA graph. The checkpoint must be loaded before the capture.
         self.updates = self._updates
-        if captured:
+        if use_graph:
             self.updates = GraphedStep(self._updates, self.device, fallback=config.cuda_graph == "auto")
         if saved := ranks.on_rank_zero(load_resume_checkpoint, config):
             with ranks.raise_together():
@@ -133,13 +133,19 @@ class Trainer:
 
     def g_step(self, z: Tensor) -> dict[str, Tensor]:
         """Update G once on latents z (B, z_dim). Returns g_loss, a detached 0-d tensor on the device."""
-        with no_param_grads(self.D):  # nobody uses them in this step
+        with no_param_grads(self.D):  # only G is updated
             with self._autocast():
                 loss = self.g_loss(self.D(self.G_ddp(z)).float())
             self.g_optimizer.zero_grad()
             loss.backward()
         self.g_optimizer.step()
         return {"g_loss": loss.detach()}
+
+    def _updates(self, real: Sequence[Tensor], z: Sequence[Tensor], mix: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
+        for index, batch in enumerate(real):
+            stats = self.d_step(batch, z[index], mix[index] if mix else None)
+        return stats | self.g_step(z[-1])
 
     def train_step(self) -> dict[str, Tensor]:
         """Take one step: `n_critic` updates of D on fresh batches, one of G, then the EMA.
@@ -156,7 +162,8 @@ class Trainer:
         real = [self.loader.batch(position, self.shard) for position in range(first, first + config.n_critic)]
         # Every rank draws the numbers of the whole batch and uses its shard: the same numbers for any world size.
         z = [self._draw(torch.randn, size, config.z_dim) for _ in range(config.n_critic + 1)]
-        mix = [self._draw(torch.rand, size, 1, 1, 1) for _ in real] if config.adv_loss == "wgan-gp" else []
+        penalties = config.n_critic if config.adv_loss == "wgan-gp" else 0
+        mix = [self._draw(torch.rand, size, 1, 1, 1) for _ in range(penalties)]
         stats = self.updates(real, z, mix)
         self.ema.update(self.step)
         self.step += 1
@@ -177,63 +184,67 @@ class Trainer:
         ranks.on_rank_zero(check_metrics, config, self.device)
         ranks.rank_zero_first(self.loader.open)
         self._check_same_images()
-        with ExitStack() as stack:
-            stop = stack.enter_context(StopSignals())
-            with ranks.raise_together():
-                writer = stack.enter_context(self._recorder())
-                writer.real_images(self.loader.batch(0))
-            print(config.summary())
-            print(
-                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
-                f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
-            )
-            try:
-                received = self._loop(writer, stop)
-            except NonFiniteError as error:
-                raise UserError(non_finite_message(config, error)) from error
-        self._print_outcome(received)
-        return 128 + received if received else 0
+        try:
+            with ExitStack() as stack:
+                stop = stack.enter_context(StopSignals())
+                with ranks.raise_together():
+                    recorder = stack.enter_context(self._open_recorder())
+                    recorder.real_images(self.loader.batch(0))
+                print(config.summary())
+                print(
+                    f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+                    f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
+                )
+                signal_number = self._loop(recorder, stop)
+        except NonFiniteError as error:  # by now, all earlier checkpoints are on the disk
+            raise UserError(non_finite_message(config, error)) from error
+        self._print_outcome(signal_number)
+        return 128 + signal_number if signal_number else 0
 
-    def _loop(self, writer: Recorder | NullRecorder, stop: StopSignals) -> int:
+    def _loop(self, recorder: Recorder | NullRecorder, stop: StopSignals) -> int:
         """Take steps until `total_step` or a signal to any rank. Returns the signal's number, or 0."""
-        config, ranks, received = self.config, self.ranks, 0
+        config, ranks, signal_number = self.config, self.ranks, 0
         sync = SyncSchedule(ranks, self.step)
-        while self.step < config.total_step and not received:
+        while self.step < config.total_step and not signal_number:
             stats = self.train_step()
             due = self._due()
-            if not due and not sync.is_due(self.step):
-                continue
             if "log" in due:
                 stats = ranks.mean(stats)
-            with ranks.raise_together():  # the other ranks wait here, without a time limit, for what rank 0 writes
-                writer.advance(self.step)
-                if due:
-                    self.guard.check_losses()
-                scores = self._evaluate(writer) if "metrics" in due and ranks.is_rank_zero else {}
-                if "log" in due:
-                    writer.log(self.step, stats | self._layer_scalars(), self._learning_rates() | scores)
-                if "samples" in due:
-                    writer.samples(self.step, self._samples())
-                if "attention" in due:
-                    writer.attention(self.step, self._attention())
-                if "checkpoint" in due or 0 < config.save_minutes <= writer.minutes_since_save():
-                    writer.checkpoint(self.step, self._state())
-            received = ranks.max(stop.received)
-            sync.done(self.step)
+            if due or sync.is_due(self.step):
+                with ranks.raise_together():  # the other ranks wait here for what rank 0 writes
+                    self._record(recorder, due, stats)
+                signal_number = ranks.max(stop.received)
+                sync.done(self.step)
         with ranks.raise_together():
-            if received and writer.saved_step != self.step:
-                writer.checkpoint(self.step, self._state())
-            writer.explorer(self.step, self._attention())
-        return received
+            if signal_number and ranks.is_rank_zero and recorder.saved_step != self.step:
+                recorder.checkpoint(self.step, self._state())
+            recorder.explorer(self.step, self._attention())
+        return signal_number
 
     def _due(self) -> set[str]:
-        """Return what is written after the current step; after the last step, everything."""
+        """Return the names of what is due after this step; after the last step, all of them."""
         config = self.config
         save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
         every = {"log": config.log_step, "samples": config.sample_step, "attention": config.attn_step}
         every |= {"checkpoint": save_step} | ({"metrics": config.metric_step} if config.metrics else {})
         due = {name for name, steps in every.items() if self.step % steps == 0 or self.step == config.total_step}
         return due | {"log"} if "metrics" in due else due
+
+    def _record(self, recorder: Recorder | NullRecorder, due: set[str], stats: dict[str, Tensor]) -> None:
+        """Record what is due. A checkpoint is also due by the clock, which rank 0 alone looks at."""
+        recorder.advance(self.step)
+        if due:
+            self.guard.check_losses()
+        scores = self._evaluate(recorder) if "metrics" in due and self.ranks.is_rank_zero else {}
+        if "log" in due:
+            tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
+            recorder.log(self.step, tensors, self._learning_rates() | scores)
+        if "samples" in due:
+            recorder.samples(self.step, self._samples())
+        if "attention" in due:
+            recorder.attention(self.step, self._attention())
+        if "checkpoint" in due or recorder.is_save_overdue():
+            recorder.checkpoint(self.step, self._state())
 
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
@@ -242,16 +253,16 @@ class Trainer:
             if not same:
                 raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
 
-    def _recorder(self) -> Recorder | NullRecorder:
+    def _open_recorder(self) -> Recorder | NullRecorder:
         if not self.ranks.is_rank_zero:
             return NullRecorder()
         return Recorder(self.config, self.step, self.device, self.precision, self.loader.skipped)
 
-    def _print_outcome(self, received: int) -> None:
+    def _print_outcome(self, signal_number: int) -> None:
         """Print how to resume after a signal, otherwise which files to open first."""
         config = self.config
-        if received:
-            print(f"{signal.Signals(received).name}: checkpoint saved at step {self.step}. Resume with:")
+        if signal_number:
+            print(f"{signal.Signals(signal_number).name}: checkpoint saved at step {self.step}. Resume with:")
             print(f"  {config.command_line(pretrained_model=str(self.step))}")
             return
         print(f"training finished at step {self.step}. Open first:")
@@ -262,21 +273,15 @@ class Trainer:
         ):
             print(f"  {path}")
 
-    def _updates(self, real: Sequence[Tensor], z: Sequence[Tensor], mix: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
-        for index, batch in enumerate(real):
-            stats = self.d_step(batch, z[index], mix[index] if mix else None)
-        return stats | self.g_step(z[-1])
-
     def _draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
         """Draw random numbers for the whole batch and return this rank's: independent of the number of ranks."""
         return distribution(shape, device=self.device, generator=self.rng)[self.shard]
 
-    def _adam(self, network: nn.Module, lr: float, captured: bool) -> torch.optim.Adam:
+    def _adam(self, network: nn.Module, lr: float, capturable: bool) -> torch.optim.Adam:
         if self.device.type == "cuda":
             lr = torch.tensor(lr, device=self.device)  # a captured step reads the tensor at each replay
         betas = (self.config.beta1, self.config.beta2)
-        return torch.optim.Adam(network.parameters(), lr, betas, fused=True, capturable=captured)
+        return torch.optim.Adam(network.parameters(), lr, betas, fused=True, capturable=capturable)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -299,9 +304,6 @@ class Trainer:
         scale = self._lr_scale(self.step - 1)
         return {"lr/g": self.config.g_lr * scale, "lr/d": self.config.d_lr * scale}
 
-    def _layer_scalars(self) -> dict[str, Tensor]:
-        return gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
-
     def _samples(self) -> dict[str, Tensor]:
         """Images of the fixed z by G and by its EMA."""
         with eval_mode(self.G, self.ema.network):
@@ -313,7 +315,7 @@ class Trainer:
         with eval_mode(self.ema.network, self.D):
             return collect_attention(self.ema.network, self.D, self.fixed_z[:count], self.loader.batch(0)[:count])
 
-    def _evaluate(self, writer: Recorder) -> dict[str, float]:
+    def _evaluate(self, recorder: Recorder) -> dict[str, float]:
         """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
         network = self.ema.network if self.config.use_ema else self.G
         seed = derive_seed(self.config.seed, SEED_METRICS)
@@ -326,7 +328,7 @@ class Trainer:
             return {}
         if scores.get("fid", math.inf) < self.best_fid:
             self.best_fid = scores["fid"]
-            writer.checkpoint("best", self._state())
+            recorder.checkpoint("best", self._state())
         return scores
 
     def _state(self) -> dict[str, Any]:
@@ -350,14 +352,14 @@ class Trainer:
         return state
 
     def _resume(self, saved: Checkpoint) -> None:
-        """Load a checkpoint; one of the reference, or without its state file, has weights only."""
+        """Load a checkpoint. Those of the reference, and old ones without their state file, have weights only."""
         self.step = saved.step
         with reraise_load_errors(saved.step):
             self.G.load_state_dict(saved.G)
             self.D.load_state_dict(saved.D)
             self.ema.network.load_state_dict(saved.state["ema"] if saved.state else saved.G)
         if saved.state is None:
-            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA start anew")
+            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
             return
         with reraise_load_errors(saved.step):
             self.fixed_z = saved.state["fixed_z"].to(self.device)

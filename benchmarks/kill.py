@@ -107,7 +107,7 @@ def run_trials(trials: int, seed: int = 0) -> tuple[int, int]:
 
 
 def start_processes(folder: Path, processes: int) -> subprocess.Popen:
-    """A run of several processes, which torchrun starts anew once."""
+    """Start a run of several ranks, which torchrun restarts once."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max_restarts=1"]
     with open(folder / "output.txt", "w", encoding="utf-8") as out:
         return subprocess.Popen(
@@ -120,24 +120,24 @@ def start_processes(folder: Path, processes: int) -> subprocess.Popen:
 
 
 def kill_one(launcher: subprocess.Popen, folder: Path, step: int) -> str:
-    """Kills a process of a run soon after `step` steps are logged, 0 as soon as it is there; returns what it was."""
+    """Kill a random rank soon after `step` steps are logged, for 0 soon after it starts. Return a description."""
     children: list[str] = []
     done = 0
     while done < step or not children:
         if launcher.poll() is not None:
-            return "none"
+            return "none killed"
         time.sleep(0.01)
         done = sum(len(log.read_text().splitlines()) for log in folder.glob("logs/*/metrics.jsonl"))
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     time.sleep(random.uniform(0, 0.3 if done else 3))
     number = random.randrange(len(children))
-    with contextlib.suppress(ProcessLookupError):  # it has ended
+    with contextlib.suppress(ProcessLookupError):  # it has already ended
         os.kill(int(children[number]), signal.SIGKILL)
-    return f"process {number} after {done} steps"
+    return f"process {number} killed after {done} steps"
 
 
 def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int, int]:
-    """The same for runs of several processes."""
+    """Do the same with runs of several ranks."""
     random.seed(seed)
     survived = identical = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -148,12 +148,12 @@ def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int,
             folder, began = Path(tempfile.mkdtemp(dir=scratch)), time.perf_counter()
             launcher = start_processes(folder, processes)
             killed = kill_one(launcher, folder, random.randrange(PROCESSES_STEPS))
-            ended = launcher.wait() == 0
-            same = ended and result(folder, PROCESSES_STEPS) == expected
-            survived, identical = survived + ended, identical + same
-            print(f"{number}: {killed}, {'ended' if ended else 'failed'}, {'identical' if same else 'different'}, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-            if not ended:
+            finished = launcher.wait() == 0
+            same = finished and result(folder, PROCESSES_STEPS) == expected
+            survived, identical = survived + finished, identical + same
+            print(f"{number}: {killed}, {'finished' if finished else 'failed'}, "
+                  f"{'identical' if same else 'different'}, {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            if not finished:
                 print((folder / "output.txt").read_text()[-3000:])
     return survived, identical
 

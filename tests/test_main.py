@@ -1,4 +1,4 @@
-"""The program as its users run it: one whole run in a process of its own, and every mistake they may make."""
+"""The program as users run it: a whole run in a process of its own, and the mistakes that users make."""
 
 import json
 import os
@@ -16,22 +16,7 @@ import main
 from sagan_models import Discriminator, Generator
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--imsize",
-    "32",
-    "--z_dim",
-    "16",
-    "--g_conv_dim",
-    "8",
-    "--d_conv_dim",
-    "8",
-    "--batch_size",
-    "4",
-    "--num_workers",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = "--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu".split()
 TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
 
 
@@ -46,8 +31,9 @@ def run(folder, *words):
     return process.returncode, out, err
 
 
-def test_the_main_job_from_images_to_samples_and_on(tmp_path):
-    """A folder of images, the real network, two worker processes, a stop and a continuation."""
+@pytest.mark.slow
+def test_a_run_from_images_to_samples_and_resumed(tmp_path):
+    """A folder of images, the real networks, two worker processes, then one more step and an evaluation."""
     for number in range(300):
         path = tmp_path / "data" / f"{number % 3}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +43,8 @@ def test_the_main_job_from_images_to_samples_and_on(tmp_path):
              "--use_tensorboard", "true", "--device", "cpu"]  # fmt: skip
     code, out, err = run(tmp_path, *words)
     assert code == 0, err
-    assert "imsize 64" in out
-    assert "1 images could not be read" in err
+    assert "imsize=64" in out
+    assert "skipped_images.txt" in err
     for path in ("samples/sagan_celeb/real.png", "samples/sagan_celeb/2_fake.png", "samples/sagan_celeb/2_ema.png",
                  "attn/sagan_celeb/2_G_attn2.png", "attn/sagan_celeb/2_D_attn1.png", "models/sagan_celeb/2_G.pth",
                  "models/sagan_celeb/2_D.pth", "models/sagan_celeb/2_state.pth", "logs/sagan_celeb/config.json",
@@ -80,7 +66,7 @@ def test_the_main_job_from_images_to_samples_and_on(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, code):
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(tmp_path, number, code):
     process = start(tmp_path, *TOY, "--log_step", "1")
     metrics = tmp_path / "logs/sagan_celeb/metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -96,7 +82,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, code):
 
 @pytest.fixture
 def fail(tmp_path, monkeypatch, capfd):
-    """Runs `main` in an empty folder and returns its one line of complaint; a cache may be left, nothing else."""
+    """A function that runs `main` and returns its one error line; the run may write a cache, nothing else."""
     monkeypatch.chdir(tmp_path)
 
     def written():
@@ -106,19 +92,19 @@ def fail(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["main.py", *words])
         before = written()
         assert main.main() == 2
-        *bar, complaint = capfd.readouterr().err.splitlines()
-        assert complaint.startswith("error: ")
+        *bar, error = capfd.readouterr().err.splitlines()
+        assert error.startswith("error: ")
         assert all("decoding" in line or not line for line in bar)
         assert written() == before, "something was written"
-        return complaint
+        return error
 
     return fail
 
 
 def test_no_data(fail, tmp_path):
-    complaint = fail(*SMALL)
-    for words in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):
-        assert words in complaint
+    error = fail(*SMALL)
+    for token in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):
+        assert token in error
     (tmp_path / "data").mkdir()
     assert "no image" in fail(*SMALL, "--dataset", "folder")
 
@@ -140,7 +126,7 @@ def test_a_folder_that_cannot_be_written(fail):
 @pytest.mark.parametrize("option", ["sample_path", "attn_path", "model_save_path", "log_path", "cache_path"])
 def test_a_path_that_is_a_file(fail, tmp_path, option):
     (tmp_path / "file").touch()
-    assert "file is a file" in fail(*TOY, f"--{option}", "file")
+    assert str(Path("file")) in fail(*TOY, f"--{option}", "file")
 
 
 @pytest.fixture
@@ -153,35 +139,35 @@ def trained(tmp_path, monkeypatch, capfd):
     return tmp_path / "models" / "sagan_celeb"
 
 
-def test_a_step_that_is_not_there(fail):
-    assert "no checkpoint" in fail(*TOY, "--pretrained_model", "7")
+def test_a_missing_checkpoint(fail):
+    assert "--pretrained_model 7" in fail(*TOY, "--pretrained_model", "7")
 
 
-def test_a_step_that_is_not_among_those_there(trained, fail):
-    assert "which has 2" in fail(*TOY, "--pretrained_model", "7")
+def test_a_step_without_checkpoint_names_those_there(trained, fail):
+    assert ": 2" in fail(*TOY, "--pretrained_model", "7")
 
 
 def test_a_checkpoint_of_another_architecture(trained, fail):
-    assert "--z_dim 16 (this run: 8)" in fail(*TOY, "--z_dim", "8", "--pretrained_model", "latest")
+    assert "--z_dim 16" in fail(*TOY, "--z_dim", "8", "--pretrained_model", "latest")
 
 
 @pytest.mark.parametrize("part", ["G", "D", "state"])
 def test_a_truncated_checkpoint(trained, fail, part):
     os.truncate(trained / f"2_{part}.pth", 1000)
-    assert f"2_{part}.pth is damaged" in fail(*TOY, "--pretrained_model", "2")
+    assert f"2_{part}.pth" in fail(*TOY, "--pretrained_model", "2")
 
 
 def test_a_folder_of_broken_images(fail, tmp_path):
     (tmp_path / "data").mkdir()
     for number in range(4):
         (tmp_path / "data" / f"{number}.png").write_text("no image")
-    assert "none of the 4 images" in fail(*SMALL, "--dataset", "folder")
+    assert "4 images" in fail(*SMALL, "--dataset", "folder")
 
 
 def test_an_incomplete_checkpoint(trained, fail):
     state = torch.load(trained / "2_state.pth", weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "ema"}, trained / "2_state.pth")
-    assert "not complete" in fail(*TOY, "--pretrained_model", "2")
+    assert "checkpoint 2" in fail(*TOY, "--pretrained_model", "2")
     (trained / "2_state.pth").unlink()  # which knows the checksum of G
     weights = torch.load(trained / "2_G.pth", weights_only=True)
     torch.save({key: value for key, value in weights.items() if key != "attn1.gamma"}, trained / "2_G.pth")
@@ -189,12 +175,12 @@ def test_an_incomplete_checkpoint(trained, fail):
 
 
 def test_a_name_that_is_too_long(fail):
-    assert "too long" in fail(*TOY, "--log_path", "v" * 300)
+    assert "vvv" in fail(*TOY, "--log_path", "v" * 300)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_while_decoding_ends_it_and_leaves_nothing(tmp_path, number, code):
+def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, number, code):
     process = start(tmp_path, *SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/*.building-*/images.bin")) and time.monotonic() < deadline:
@@ -207,44 +193,44 @@ def test_a_signal_while_decoding_ends_it_and_leaves_nothing(tmp_path, number, co
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_new_run_does_not_touch_an_older_one_unasked(trained, fail):
+def test_a_new_run_overwrites_results_only_on_request(trained, fail):
     assert "--overwrite true" in fail(*TOY)
 
 
-def test_auto_begins_and_continues(tmp_path, monkeypatch, capfd):
+def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for steps in ("1", "2"):
         monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", steps, "--pretrained_model", "auto"])
         assert main.main() == 0
-        assert ("continuing after step 1" in capfd.readouterr().out) == (steps == "2")
+        assert ("resuming from step 1" in capfd.readouterr().out) == (steps == "2")
     assert (tmp_path / "models/sagan_celeb/2_state.pth").exists()
 
 
-def test_a_run_that_diverges_says_so_and_saves_nothing(fail, tmp_path, monkeypatch):
+def test_a_run_that_diverges_saves_nothing(fail, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2", "--d_lr", "1e38"])
     monkeypatch.chdir(tmp_path)
     assert main.main() == 2
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_looking_at_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
-    """What needs no training images is made without; metrics of faces need neither a network nor weights."""
+def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
+    """Most results need no training images; the face rate needs neither a download nor weights."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
     monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false"])
     assert main.main() == 0
     out, err = capfd.readouterr()
-    assert "no CelebA in data" in err and "left out" in err
+    assert "warning: " in err and "nearest.png" in err
     assert "test_2" in out
     folder = tmp_path / "samples/sagan_celeb/test_2"
     assert not (folder / "nearest.png").exists()
     words = ["--train", "false", "--metrics", "faces", "--metric_num", "12", "--pretrained_model", "2"]
     monkeypatch.setattr(sys, "argv", ["main.py", *TOY, *words])
     assert main.main() == 0
-    assert "metrics of 12 images: faces" in capfd.readouterr().out
+    assert "faces" in capfd.readouterr().out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 12
     assert (folder / "nearest.png").exists()
 
 
-def test_metrics_without_images_or_with_a_wrong_name(trained, fail):
+def test_metrics_need_images_and_best_needs_a_best_checkpoint(trained, fail):
     assert "no CelebA" in fail(*SMALL, "--train", "false", "--metrics", "faces")
     assert "--pretrained_model best" in fail(*TOY, "--train", "false", "--pretrained_model", "best")

@@ -55,7 +55,8 @@ class Recorder:
     def __init__(self, config: Config, step: int, device: torch.device, precision: str, skipped: Sequence[str]):
         self.config, self.device, self.saved_step = config, device, step
         self._is_new = step == 0
-        self._run = _run(config, f"{device} in {precision}")
+        self._run = _report_run(config, f"{device} in {precision}")
+        self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
@@ -116,9 +117,9 @@ class Recorder:
             self.saved_step, self._saved_at = name, time.monotonic()
         self._background.submit(self._write_checkpoint, name, copy.deepcopy(state))
 
-    def minutes_since_save(self) -> float:
-        """Return the minutes since the last numbered checkpoint, or since the start."""
-        return (time.monotonic() - self._saved_at) / 60
+    def is_save_overdue(self) -> bool:
+        """Return whether `--save_minutes` have passed since the last checkpoint, or since the start."""
+        return 0 < self.config.save_minutes <= (time.monotonic() - self._saved_at) / 60
 
     def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         for name, batch in images.items():
@@ -135,14 +136,16 @@ class Recorder:
         self._log.flush()  # a run that resumes here finds all log entries up to here
         keep = self.config.keep_checkpoints, self.config.keep_weights
         checkpoint.save(self.config.model_folder, name, state, *keep)
-        if name != "best" and time.monotonic() >= self._report_due:
-            self._write_report(name, "running")
+        if name != "best":
+            self._written_step = name
+            if time.monotonic() >= self._report_due:
+                self._write_report("running")
 
-    def _write_report(self, step: int, state: str) -> None:
+    def _write_report(self, state: str) -> None:
         """Write the report of the run up to its newest checkpoint."""
         start = time.monotonic()
-        command = self.config.command_line(pretrained_model=str(step))
-        page = report_page(self._run, step, command, datetime.now(), state)
+        command = self.config.command_line(pretrained_model=str(self._written_step))
+        page = report_page(self._run, self._written_step, command, datetime.now(), state)
         path = self.config.log_folder / "report.html"
         try:
             path.with_suffix(".tmp").write_text(page, encoding="utf-8")
@@ -154,8 +157,8 @@ class Recorder:
 
     def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
-        if self.saved_step and not interrupted:
-            self._write_report(self.saved_step, "stopped")
+        if self._written_step and not interrupted:
+            self._write_report("stopped")
 
 
 class NullRecorder:
@@ -174,11 +177,11 @@ class NullRecorder:
 
     log = real_images = samples = attention = explorer = checkpoint = advance
 
-    def minutes_since_save(self) -> float:
-        return 0.0
+    def is_save_overdue(self) -> bool:
+        return False
 
 
-def _run(config: Config, machine: str) -> Run:
+def _report_run(config: Config, machine: str) -> Run:
     """Return what the report says of a run at any step."""
     options = {
         title: {field.name: getattr(config, field.name) for field in fields}

@@ -1,9 +1,12 @@
-"""Two processes that talk through gloo, against one: the same gradients, data, files and endings."""
+"""Two gloo ranks against a single process: the same gradients, data, files and endings."""
 
 import os
 import shutil
 import signal
+import sys
 import time
+from datetime import timedelta
+from itertools import pairwise
 from multiprocessing import get_context
 
 import pytest
@@ -13,48 +16,54 @@ from torch import nn
 
 from data_loader import Loader
 from datasets.sources import find_source
-from errors import PeerFailed, UserError
-from networks.sync_batchnorm import SyncBatchNorm2d
+from errors import PeerFailed, UserError, exit_code
+from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
 from sagan_models import SelfAttention
 from trainer import Trainer
-from training.distributed import RankLost, Ranks, SyncSchedule, process_group, processes_to_start
+from training import distributed
+from training.distributed import Ranks, SyncSchedule, process_group, processes_to_start
 
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}}
 RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
 CRITIC = dict(version="critic", total_step=2, n_critic=2, metrics="fid", metric_num=16, log_step=1)
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
+needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process as POSIX does")
 
 
 def make(folder, ranks=Ranks(), **changes):  # noqa: B008
-    """A trainer of a small run, which notes what its updates are given; its gammas are not at 0."""
+    """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
     source = find_source("toy", toy_num=config.toy_num)
     loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                        hflip=config.hflip).open()  # fmt: skip
+                    hflip=config.hflip).open()  # fmt: skip
     trainer = Trainer(loader, config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if isinstance(layer, SelfAttention) and trainer.step == 0:
             nn.init.constant_(layer.gamma, 0.5)
     trainer.seen = []
-    run_updates = trainer.run_updates
-    trainer.run_updates = lambda reals, noises: trainer.seen.append([*reals, *noises]) or run_updates(reals, noises)
+    updates = trainer.updates
+    trainer.updates = lambda real, z, mix: trainer.seen.append([*real, *z, *mix]) or updates(real, z, mix)
     return trainer
 
 
 def gradients(folder, ranks=Ranks()):  # noqa: B008
-    """Those of a G step and a D step at the same weights, of each loss."""
+    """Return the gradients of a D step and of a G step at the same weights, for each loss."""
     found = {}
+    random = torch.Generator().manual_seed(1)
+    z, mix = torch.randn(8, 16, generator=random), torch.rand(8, 1, 1, 1, generator=random)
     for name, options in LOSSES.items():
         trainer = make(folder, ranks, batch_size=8, **options)
-        z = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))[trainer.part]
-        trainer.random.manual_seed(2)
-        trainer.d_step(trainer.loader.batch(0, trainer.part), z)
+        shard = trainer.shard
+        trainer.d_step(trainer.loader.batch(0, shard), z[shard], mix[shard])
         found |= {f"{name} D {key}": value.grad.clone() for key, value in trainer.D.named_parameters()}
         trainer = make(folder, ranks, batch_size=8, **options)
-        trainer.g_step(z)
+        trainer.g_step(z[shard])
         found |= {f"{name} G {key}": value.grad.clone() for key, value in trainer.G.named_parameters()}
     return found
 
@@ -63,87 +72,119 @@ def state_of(trainer):
     return {"G": trainer.G.state_dict(), "D": trainer.D.state_dict(), "ema": trainer.ema.network.state_dict()}
 
 
-def batch_norm(layer, x):
-    """What a layer makes of x: output, gradients, statistics."""
-    layer.train()
-    layer.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
-    x.requires_grad_()
-    out = layer(x)
-    (out.sin() * torch.arange(len(out)).view(-1, 1, 1, 1)).sum().backward()
-    return out.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var
-
-
 def example():
     return 3 + torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(3))
 
 
-def talk(ranks):
-    """What the methods of a ranks say, on each of two processes."""
-    said = {
+def batch_norm(layer, x):
+    """Return a layer's output on x, the gradients of a loss, its running statistics, and its output in eval mode."""
+    layer.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
+    x.requires_grad_()
+    out = layer(x)
+    (out.float().sin() * torch.arange(2).repeat(len(out) // 2).view(-1, 1, 1, 1)).sum().backward()
+    found = [out.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+    return [*found, layer.eval()(x).detach()]
+
+
+def exchanged(ranks):
+    """Return the results of the methods of `Ranks` on this rank."""
+    found = {
         "mean": ranks.mean({"a": torch.tensor(float(ranks.rank))})["a"].item(),
-        "largest": ranks.max(ranks.rank),
+        "max": ranks.max(ranks.rank),
+        "equal": (ranks.all_equal(7), ranks.all_equal(ranks.rank)),
+        "on rank zero": ranks.on_rank_zero(lambda: f"from {ranks.rank}"),
+        "first": ranks.rank_zero_first(time.monotonic),
     }
-    said["first"] = ranks.on_rank_zero(lambda: f"from {ranks.rank}")
-    order = []
-    ranks.rank_zero_first(lambda: order.append(time.monotonic()))
-    said["turn"] = order[0]
     for broken in (0, 1):
         try:
             with ranks.raise_together():
                 if ranks.rank == broken:
                     raise UserError("mine")
         except (UserError, PeerFailed) as error:
-            said[f"error of {broken}"] = type(error).__name__
-    return said
+            found[f"error of {broken}"] = type(error).__name__
+    return found
 
 
-def join(rank, port):
+def compute(ranks, folder):
+    """Save everything that the tests of two healthy ranks compare."""
+    found = {
+        "gradients": gradients(folder / "two", ranks),
+        "exchanged": exchanged(ranks),
+        "batch norm": batch_norm(CpuSyncBatchNorm2d(5), example().chunk(2)[ranks.rank]),
+        "batch norm bf16": batch_norm(CpuSyncBatchNorm2d(5), example().bfloat16().chunk(2)[ranks.rank]),
+    }
+    run = make(folder / "two", ranks, version="run", **RUN)
+    found["code"] = run.train()
+    found |= {"seen": run.seen, "state": state_of(run)}
+    resumed = make(folder / "one", ranks, version="run", pretrained_model="3", **RUN)
+    resumed.train()
+    found["seen after 3"] = resumed.seen
+    critic = make(folder / "two", ranks, feature_extractor=str(folder / "small.pt"), **CRITIC)
+    critic.train()
+    found["critic seen"] = critic.seen
+    try:
+        make(folder / "two", ranks, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
+    except (UserError, PeerFailed) as error:
+        found["diverged"] = type(error).__name__
+    torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+def die_while(wait):
+    """Return a job in which rank 1 is killed while rank 0 waits for it."""
+
+    def job(ranks, folder):
+        if ranks.rank == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait(ranks)
+
+    return job
+
+
+def be_late(ranks, folder):
+    """The collectives of a step time out after 3 s here; waiting for rank 0 does not."""
+    ranks.on_rank_zero(time.sleep, 5)
+    (folder / f"{ranks.rank} waited").touch()
+    if ranks.rank == 1:
+        time.sleep(5)
+    ranks.mean({"a": torch.zeros(())})
+
+
+def bug(ranks, folder):
+    raise RuntimeError("a bug")
+
+
+JOBS = {
+    "compute": compute,
+    "mean": die_while(lambda ranks: ranks.mean({"a": torch.zeros(())})),
+    "max": die_while(lambda ranks: ranks.max(1)),
+    "on_rank_zero": die_while(lambda ranks: ranks.rank_zero_first(int)),
+    "late": be_late,
+    "bug": bug,
+}
+
+
+def process(rank, port, name, folder):
+    """The body of each process: run a job, and end as `main.py` does."""
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
+    if name == "late":
+        distributed.STEP_TIMEOUT = timedelta(seconds=3)
+    code = 0
+    try:
+        with process_group("cpu") as ranks:
+            JOBS[name](ranks, folder)
+    except Exception as error:
+        code = exit_code(error)
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def process(rank, port, folder):
-    """The body of each of the two."""
-    join(rank, port)
-    with process_group("cpu") as ranks:
-        found = {"gradients": gradients(folder / "two", ranks), "talk": talk(ranks)}
-        shared = SyncBatchNorm2d(5)
-        x = example().chunk(2)[rank]
-        found["batch norm"] = batch_norm(shared, x)  # its loss weighs by the position in the part
-        run = make(folder / "two", ranks, version="run", **RUN)
-        found["code"] = run.train()
-        found |= {
-            "seen": run.seen,
-            "state": state_of(run),
-            "prefix": [name for name, _ in run.run_D.named_parameters()],
-        }
-        continued = make(folder / "one", ranks, version="run", pretrained_model="3", **RUN)
-        continued.train()
-        found["seen after 3"] = continued.seen
-        critic = make(folder / "two", ranks, feature_extractor=str(folder / "small.pt"), **CRITIC)
-        critic.train()
-        found["critic seen"] = critic.seen
-        try:
-            make(folder / "two", ranks, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
-        except (UserError, PeerFailed) as error:
-            found["diverged"] = f"{type(error).__name__}: {error}"
-    torch.save(found, folder / f"{rank}.pt")
-
-
-def blocked(rank, port, folder):
-    """One of the two is killed while the other waits for something that does not notice it, such as a GPU."""
-    join(rank, port)
-    with process_group("cpu"):
-        if rank == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(100)
-
-
-def run_two(target, folder):
-    """Runs it as two processes; returns their exit codes."""
+def run_two(name, folder):
+    """Run a job as two processes. Returns their exit codes."""
     port = free_port()
-    processes = [get_context("spawn").Process(target=target, args=(rank, port, folder)) for rank in (0, 1)]
+    processes = [get_context("spawn").Process(target=process, args=(rank, port, name, folder)) for rank in (0, 1)]
     for each in processes:
         each.start()
     for each in processes:
@@ -153,11 +194,11 @@ def run_two(target, folder):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, extractor):
-    """The folder of one process's run of three steps, and what two processes found."""
+    """The folder of a single process's run of three steps, and the results of two ranks."""
     folder = tmp_path_factory.mktemp("pair")
     shutil.copy(extractor, folder)
     make(folder / "one", version="run", **(RUN | {"total_step": 3})).train()
-    assert run_two(process, folder) == [0, 0]
+    assert run_two("compute", folder) == [0, 0]
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -165,7 +206,7 @@ def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def test_gradients_are_those_of_one_process(pair, tmp_path):
+def test_gradients_equal_those_of_one_process(pair, tmp_path):
     _, found = pair
     expected = gradients(tmp_path)
     scale = {name: max(value.norm() for key, value in expected.items() if key.startswith(name)) for name in
@@ -178,15 +219,15 @@ def test_gradients_are_those_of_one_process(pair, tmp_path):
         assert of_all < 1e-6 or relative(found[0]["gradients"][key], value) < 1e-5, key
 
 
-def test_two_processes_see_together_what_one_sees(pair, tmp_path):
-    """Real images with their flips, noise, and the weights that come of it."""
+def test_two_ranks_see_the_shards_of_the_global_batch(pair, tmp_path):
+    """Real images with their flips, latents and interpolation coefficients, and the weights that result."""
     folder, found = pair
     one = make(tmp_path, version="run", **RUN)
     one.train()
     for mine, first, second in zip(one.seen, found[0]["seen"], found[1]["seen"], strict=True):
-        for whole, *parts in zip(mine, first, second, strict=True):
-            assert torch.equal(whole, torch.cat(parts))
-    # Rounding noise, which Adam blows up; the last two because the losses cancel in what is linear in D.
+        for whole, *shards in zip(mine, first, second, strict=True):
+            assert torch.equal(whole, torch.cat(shards))
+    # Rounding noise, which Adam amplifies; the last two because the losses cancel in what is linear in D.
     without_gradient = ("module.bias", "key_conv.bias", "last.0.bias", "attn2.value_conv.bias")
     for part in ("G", "D"):
         weights, expected = (torch.load(path / "model_save_path" / "run" / f"1_{part}.pth", weights_only=True)
@@ -200,8 +241,8 @@ def test_two_processes_see_together_what_one_sees(pair, tmp_path):
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-5)
 
 
-def test_all_processes_hold_the_same_networks(pair):
-    """Spectral norm's vectors, running statistics and the average among them, to the bit."""
+def test_all_ranks_hold_the_same_networks(pair):
+    """Bit for bit, including spectral norm's vectors, running statistics and the EMA."""
     _, (first, second) = pair
     assert first["code"] == second["code"] == 0
     for network, state in first["state"].items():
@@ -210,7 +251,7 @@ def test_all_processes_hold_the_same_networks(pair):
             assert not key.startswith("module.")
 
 
-def test_saved_on_two_continues_on_one_and_the_other_way_round(pair):
+def test_a_run_resumes_with_another_world_size(pair):
     folder, found = pair
     one = make(folder / "two", version="run", pretrained_model="3", **RUN)
     assert one.step == 3
@@ -222,90 +263,126 @@ def test_saved_on_two_continues_on_one_and_the_other_way_round(pair):
     one.train()
     for seen in (found[0]["seen"][3:], found[0]["seen after 3"]):
         for mine, first in zip(one.seen, seen, strict=True):
-            assert all(torch.equal(whole[:2], part) for whole, part in zip(mine, first, strict=True))
+            assert all(torch.equal(whole[:2], shard) for whole, shard in zip(mine, first, strict=True))
 
 
-def test_several_updates_of_d_and_metrics_are_those_of_one_process(pair, tmp_path):
+def test_several_d_updates_and_metrics_equal_those_of_one_process(pair, tmp_path):
     folder, found = pair
     one = make(tmp_path, feature_extractor=str(folder / "small.pt"), **CRITIC)
     one.train()
     for mine, first, second in zip(one.seen, *(each["critic seen"] for each in found), strict=True):
-        assert len(mine) == 5  # two real batches, three of noise
-        assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(mine, first, second, strict=True))
+        assert len(mine) == 5  # two batches of real images, three of z
+        assert all(torch.equal(whole, torch.cat(shards)) for whole, *shards in zip(mine, first, second, strict=True))
     last, expected = (log(path / "log_path/critic")[-1] for path in (folder / "two", tmp_path))
     assert last["step"] == 2 and last["fid"] == pytest.approx(expected["fid"], rel=1e-2)
 
 
-def test_batch_norm_is_that_of_one_process(pair):
-    _, found = pair
-    whole, x = nn.BatchNorm2d(5), example().requires_grad_()
-    whole.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
-    out = whole(x)
-    (out.sin() * torch.arange(2).repeat(2).view(-1, 1, 1, 1)).sum().backward()
-    parts = [each["batch norm"] for each in found]
-    close = dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.cat([part[0] for part in parts]), out, **close)
-    torch.testing.assert_close(torch.cat([part[1] for part in parts]), x.grad, **close)
-    for index, expected in ((2, whole.weight.grad), (3, whole.bias.grad)):
-        torch.testing.assert_close(parts[0][index] + parts[1][index], expected, **close)
-    for index, expected in ((4, whole.running_mean), (5, whole.running_var)):
-        torch.testing.assert_close(parts[1][index], expected, **close)
+@pytest.mark.parametrize("name, dtype, tolerance", [("batch norm", torch.float32, 1e-5),
+                                                    ("batch norm bf16", torch.bfloat16, 2e-2)])  # fmt: skip
+def test_batch_norm_equals_that_of_one_process(pair, name, dtype, tolerance):
+    """bf16 inputs are normalized in float32."""
+    shards = [each[name] for each in pair[1]]
+    # Both shards weigh their images 0, 1, and so does the whole.
+    out, grad, weight_grad, bias_grad, mean, variance, evaluated = batch_norm(nn.BatchNorm2d(5), example().to(dtype))
+    close = dict(rtol=tolerance, atol=tolerance)
+    for index, expected in ((0, out), (1, grad), (6, evaluated)):
+        assert shards[0][index].dtype == dtype
+        torch.testing.assert_close(torch.cat([shard[index] for shard in shards]), expected, **close)
+    for index, expected in ((2, weight_grad), (3, bias_grad)):
+        torch.testing.assert_close(shards[0][index] + shards[1][index], expected, **close)
+    for index, expected in ((4, mean), (5, variance)):
+        torch.testing.assert_close(shards[1][index], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_divergence_ends_both(pair):
-    _, (first, second) = pair
-    assert first["diverged"].startswith("UserError: the run diverged")
-    assert second["diverged"].startswith("PeerFailed")
+    assert [each["diverged"] for each in pair[1]] == ["UserError", "PeerFailed"]
 
 
-def test_what_they_tell_each_other(pair):
-    said = [each["talk"] for each in pair[1]]
-    for each in said:
-        assert each["mean"] == 0.5 and each["largest"] == 1 and each["first"] == "from 0"
-    assert said[0]["turn"] < said[1]["turn"]
-    assert [each["error of 0"] for each in said] == ["UserError", "PeerFailed"]
-    assert [each["error of 1"] for each in said] == ["PeerFailed", "UserError"]
+def test_exchanged_values_and_errors(pair):
+    found = [each["exchanged"] for each in pair[1]]
+    for each in found:
+        assert each["mean"] == 0.5 and each["max"] == 1 and each["equal"] == (True, False)
+        assert each["on rank zero"] == "from 0"
+    assert found[0]["first"] < found[1]["first"]
+    assert [each["error of 0"] for each in found] == ["UserError", "PeerFailed"]
+    assert [each["error of 1"] for each in found] == ["PeerFailed", "UserError"]
 
 
-def test_a_world_of_one_changes_nothing(monkeypatch, capsys):
-    ranks, network = Ranks(), nn.BatchNorm2d(3)
+def test_a_single_process_changes_nothing(monkeypatch):
+    ranks, network, values = Ranks(), nn.BatchNorm2d(3), {"a": torch.ones(())}
     assert ranks.convert_sync_batchnorm(network, torch.device("cpu")) is network and ranks.wrap_ddp(network) is network
     assert list(range(8))[ranks.shard(8)] == list(range(8))
-    with pytest.raises(UserError, match="multiple of 3, such as 9"):
+    assert ranks.mean(values) is values and ranks.max(-3) == -3 and ranks.all_equal(-3)
+    assert ranks.on_rank_zero(int, "7") == ranks.rank_zero_first(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError), ranks.raise_together():
+        raise ZeroDivisionError
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group("cpu") as ranks:
+        assert ranks == Ranks()
+
+
+def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
+    assert [list(range(9))[Ranks(rank, 3).shard(9)] for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    with pytest.raises(UserError, match=r"--batch_size 8 .* 9$"):
         Ranks(0, 3).shard(8)
+
+
+def test_parallel_starts_a_process_per_gpu(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert processes_to_start("auto") == 4
-    assert processes_to_start("cpu") == 1
+    assert processes_to_start("auto") == processes_to_start("cuda") == 4
+    assert processes_to_start("cpu") == processes_to_start("cuda:1") == 1
+    assert capsys.readouterr().out.count("--parallel") == 4
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert processes_to_start("auto") == 1
-    assert "starts 4 processes" in capsys.readouterr().out
 
 
-def test_processes_meet_about_once_a_second_and_a_process_alone_looks_up_after_each_step(monkeypatch):
-    """At 100 steps a second, but for a step that takes 10 s."""
-    now = 0.0
+@pytest.mark.parametrize("steps_per_second", [0.2, 3, 100, 5000])
+def test_ranks_sync_about_once_a_second(monkeypatch, steps_per_second):
+    """One step takes 10 s longer. In other words: at least half a second or one step, and at most two seconds."""
+    now, times = 0.0, []
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(Ranks, "max", lambda self, number: number)
-    meetings, held = SyncSchedule(Ranks(size=2), step=500), []
-    for step in range(501, 1001):
-        now += 10 if step == 750 else 0.01
-        if meetings.is_due(step):
-            meetings.synced(step)
-            held.append(step)
-    assert held == [501, 601, 701, 801, 810, 910]
-    alone = SyncSchedule(Ranks(), step=0)
-    assert all(alone.is_due(step) for step in range(5))
+    schedule = SyncSchedule(Ranks(size=2), step=500)
+    for step in range(501, 501 + round(30 * steps_per_second)):
+        now += 1 / steps_per_second + (10 if step == 500 + round(15 * steps_per_second) else 0)
+        if schedule.is_due(step):
+            schedule.done(step)
+            times.append(now)
+    assert times[0] == pytest.approx(1 / steps_per_second)  # after the first step
+    gaps = [after - before for before, after in pairwise(times)]
+    slow = max(range(len(gaps)), key=gaps.__getitem__)
+    assert 10 <= gaps[slow] <= 12 + 1 / steps_per_second
+    gaps = gaps[:slow] + gaps[slow + 2 :]  # the sync after the slow step comes early
+    assert all(min(0.5, 1 / steps_per_second) * 0.99 <= gap <= max(2, 1 / steps_per_second) * 1.01 for gap in gaps)
 
 
-def test_a_lost_process_is_one_line(monkeypatch):
-    with pytest.raises(ZeroDivisionError), process_group("cpu"):
-        raise ZeroDivisionError
-    assert issubclass(RankLost, Exception) and not issubclass(RankLost, UserError)
+def test_a_single_process_syncs_after_each_step():
+    schedule = SyncSchedule(Ranks(), step=0)
+    assert all(schedule.is_due(step) for step in range(5))
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process as POSIX does")
-def test_a_process_that_waits_for_something_else_ends_too(tmp_path, capfd):
+@needs_sigkill
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean", "max", "on_rank_zero"])
+def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
     began = time.monotonic()
-    assert run_two(blocked, tmp_path) == [-signal.SIGKILL, 1]
+    assert run_two(name, tmp_path) == [1, -signal.SIGKILL]
     assert time.monotonic() - began < 30
-    assert capfd.readouterr().err.count("error: process 1: another process of the run is gone") == 1
+    err = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("error: rank 0") for line in err) == 1
+    assert not any("Traceback" in line for line in err)
+
+
+@pytest.mark.slow
+def test_a_step_times_out_where_waiting_for_rank_zero_does_not(tmp_path, capfd):
+    assert run_two("late", tmp_path) == [1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"0 waited", "1 waited"}
+    assert "error: rank 0" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bug_keeps_its_traceback(tmp_path, capfd):
+    assert run_two("bug", tmp_path) == [1, 1]
+    err = capfd.readouterr().err
+    assert err.count("RuntimeError: a bug") == 2 and "error: rank" not in err

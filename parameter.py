@@ -136,7 +136,7 @@ class Config:
     metric_step: int = option(10_000, "steps between evaluations of --metrics during training", at_least(1))
     metric_num: int = option(10_000, "number of generated images per evaluation", between(10, 1_000_000))
     feature_extractor: str | None = option(
-        None, "trusted TorchScript file instead of Inception: uint8 images (B, 3, S, S) to features (B, F)", PATH
+        None, "trusted TorchScript file instead of Inception and VGG16: uint8 (B, 3, S, S) to features (B, F)", PATH
     )
 
     version: str = option("sagan_celeb", "name of the run; a subfolder of each folder below", NAME, group="Results")
@@ -155,7 +155,7 @@ class Config:
         3, "number of newest checkpoints to keep in full, of older ones only the weights; 0: all", at_least(0)
     )
     keep_weights: int = option(0, "number of newest weights-only checkpoints to keep; 0: all", at_least(0))
-    overwrite: bool = option(False, "delete the results of an earlier run of this --version and start from scratch")
+    overwrite: bool = option(False, "delete earlier results of this --version; when resuming, those of later steps")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -74,17 +74,18 @@ class Generator(nn.Module):
         super().__init__()
         self.num_blocks = _count_blocks(image_size, conv_dim)
         self.attention_sizes = (8, 16) if image_size == 32 else (16, 32)
-        width, size = conv_dim * 2 ** (self.num_blocks - 1), 4
-        self.l1 = _up_block(z_dim, width, stride=1, padding=0)
-        for index in range(2, self.num_blocks + 1):
-            width, size = width // 2, size * 2
-            self.add_module(f"l{index}", _up_block(2 * width, width, stride=2, padding=1))
-            if size in self.attention_sizes:
-                self.add_module(f"attn{self.attention_sizes.index(size) + 1}", SelfAttention(width))
-        self.last = nn.Sequential(nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+        width, num_attention = conv_dim * 2 ** (self.num_blocks - 1), 0
+        for index in range(1, self.num_blocks + 1):
+            block = _up_block(2 * width, width, stride=2, padding=1) if index > 1 else _up_block(z_dim, width, 1, 0)
+            self.add_module(f"l{index}", block)
+            if 2 ** (index + 1) in self.attention_sizes:
+                num_attention += 1
+                self.add_module(f"attn{num_attention}", SelfAttention(width))
+            width //= 2
+        self.last = nn.Sequential(nn.ConvTranspose2d(conv_dim, 3, 4, 2, 1), nn.Tanh())
 
-    def forward(self, z: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also both maps, (B, N, N) each."""
+    def forward(self, z: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also all maps, (B, N, N)."""
         x, maps = z.reshape(*z.shape[:2], 1, 1), []  # (B, z_dim, 1, 1)
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"l{index}")(x)  # at size 64: (B, 512, 4, 4), (B, 256, 8, 8), ... (B, 64, 32, 32)
@@ -110,17 +111,17 @@ class Discriminator(nn.Module):
         super().__init__()
         self.num_blocks = _count_blocks(image_size, conv_dim)
         self.attention_sizes = (8, 4)
-        width, size = conv_dim, image_size // 2
-        self.l1 = _down_block(3, width)
-        for index in range(2, self.num_blocks + 1):
-            width, size = width * 2, size // 2
-            self.add_module(f"l{index}", _down_block(width // 2, width))
-            if size in self.attention_sizes:
-                self.add_module(f"attn{self.attention_sizes.index(size) + 1}", SelfAttention(width))
-        self.last = nn.Sequential(nn.Conv2d(width, 1, 4))
+        width, num_attention = conv_dim, 0
+        for index in range(1, self.num_blocks + 1):
+            self.add_module(f"l{index}", _down_block(width // 2 if index > 1 else 3, width))
+            if image_size // 2**index in self.attention_sizes:
+                num_attention += 1
+                self.add_module(f"attn{num_attention}", SelfAttention(width))
+            width *= 2
+        self.last = nn.Sequential(nn.Conv2d(width // 2, 1, 4))
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x (B, 3, S, S) -> logits (B,); with return_attention also both maps, (B, 64, 64) and (B, 16, 16)."""
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """x (B, 3, S, S) -> logits (B,); with return_attention also the maps, (B, 64, 64) and (B, 16, 16)."""
         maps = []
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"l{index}")(x)  # at size 64: (B, 64, 32, 32), (B, 128, 16, 16), ... (B, 512, 4, 4)

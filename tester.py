@@ -7,7 +7,6 @@ The results depend only on the checkpoint, the options, the seed and the trainin
 """
 
 import json
-import re
 import textwrap
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from networks.latents import sample_z, slerp
 from parameter import Config
 from sagan_models import Discriminator, Generator
 from training import checkpoint
+from training.run_folders import remove_test_results
 from utils import (
     SEED_INTERPOLATION,
     SEED_METRICS,
@@ -50,10 +50,6 @@ INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
 SUMMARY_IMAGES = 256  # generated images over which attention statistics are averaged
 PROGRESS_FRAMES = 40  # at most, of progress.gif
-RESULTS = re.compile(  # what this module writes to a test folder, and removes from it; all else there is the user's
-    r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
-    r"|(attention|metrics)\.json|nearest\.png"
-)
 
 
 class Tester:
@@ -92,9 +88,9 @@ class Tester:
 
     def test(self) -> int:
         """Write all results and print where they are. Returns the exit code, 0."""
+        remove_test_results(self.folder)  # of an earlier test of this step
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
-        self._remove_old_results()
         print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")
         with eval_mode(self.G, self.D):
             self._write_samples()
@@ -113,12 +109,6 @@ class Tester:
             print(f"  {path}")
         return 0
 
-    def _remove_old_results(self) -> None:
-        """Remove the files of an earlier test of this step."""
-        for path in [*self.folder.glob("*"), *self.folder.glob("samples/*")]:
-            if RESULTS.fullmatch(path.relative_to(self.folder).as_posix()):
-                path.unlink()
-
     def _write_samples(self) -> None:
         """Write each sample as an image, and the first batch as a grid."""
         (self.folder / "samples").mkdir(exist_ok=True)
@@ -131,7 +121,7 @@ class Tester:
                 sample_grid(images).save(self.folder / "grid.png")
 
     def _write_interpolations(self) -> None:
-        """Write `g_num` interpolations between two z, as rows of an image and as an animation forth and back."""
+        """Write `g_num` interpolations between two z, as rows of an image and as an animation back and forth."""
         start, end = self._sample_z(2 * self.config.g_num, SEED_INTERPOLATION).chunk(2)
         columns = [self.G(z) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]  # each (g_num, 3, S, S)
         rows = torch.stack(columns, 1).flatten(0, 1)

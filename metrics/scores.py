@@ -95,10 +95,10 @@ def compute_scores(
     fewest = min(num_images, len(real))
     if fewest < MIN_IMAGES:
         raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
-    real = real[:: max(1, len(real) // num_images)][:num_images]  # a view
+    chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
     fakes = Images(lambda start, count: _to_uint8(generate(start, count)), num_images)
-    reals = Images(lambda start, count: real[start : start + count].permute(0, 3, 1, 2).contiguous(), len(real))
-    cache, key = cache_path / "metrics", f"{real_name}_{real.shape[1]}px_{len(real)}"
+    reals = Images(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous(), fewest)
+    cache, key = cache_path / "metrics", f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
     scores: dict[str, float] = {}
     with preserve_global_state(device), _report_write_errors(cache):
         if "faces" in names:

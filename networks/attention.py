@@ -1,7 +1,7 @@
 """Matrix products of self-attention: the fastest way on each device, and the explicit N x N map.
 
-Fused kernels on a GPU never store the map. On a CPU they are slow, so the map is computed, with a backward written by
-hand: autograd's asks the CPU's matrix product for layouts in which it is four to eight times slower.
+Fused kernels on a GPU never store the map. Those of the CPU are slow, so the map is computed there, with a backward
+written by hand: autograd's asks for memory layouts in which a CPU's matrix product is four to eight times slower.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The kernel that takes values of another width than queries, and a fallback; torch's own choice changes with versions.
+# The kernel that allows values and queries of different widths, and a fallback; torch's choice varies by version.
 FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

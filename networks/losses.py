@@ -25,7 +25,7 @@ def g_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
-LOSSES = {"hinge": (hinge_d_loss, g_loss), "wgan-gp": (wasserstein_d_loss, g_loss)}  # of --adv_loss: of D and of G
+LOSSES = {"hinge": (hinge_d_loss, g_loss), "wgan-gp": (wasserstein_d_loss, g_loss)}  # --adv_loss: of D, of G
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:

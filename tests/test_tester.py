@@ -9,6 +9,7 @@ from PIL import Image
 import tester
 from data_loader import to_model_range
 from errors import UserError
+from training.run_folders import TEST_RESULTS
 from visuals.attention_stats import attention_stats
 
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json", "gamma.svg",
@@ -54,7 +55,7 @@ def test_a_new_test_replaces_its_own_files_only(trained, make_config):
         path.touch()
     tester.Tester(make_config(num_samples=2), trained.loader).test()
     assert all(path.exists() for path in kept) and not any(path.exists() for path in removed)
-    assert all(tester.RESULTS.fullmatch(path.as_posix()) for path in contents(folder) if folder / path not in kept)
+    assert all(TEST_RESULTS.fullmatch(path.as_posix()) for path in contents(folder) if folder / path not in kept)
 
 
 def test_output_names_every_file(trained, make_config, capsys):

@@ -372,6 +372,16 @@ def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(ma
     make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
 
 
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(make_trainer, monkeypatch, use_ema):
+    measured = []
+    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, z, loader: measured.append((G, len(z))) or {})
+    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
+    trainer = make_trainer(metrics="fid", metric_num=11, use_ema=use_ema)
+    trainer.train()
+    assert measured == [(trainer.ema.network if use_ema else trainer.G, 11)]
+
+
 def test_the_last_lines_name_the_files_to_open_first(make_trainer, capsys):
     trainer = make_trainer(version="named")
     config = trainer.config

@@ -118,7 +118,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def reraise_load_errors(name: Name) -> Iterator[None]:
-    """Raise `UserError` instead of the errors of missing or misshapen parts while a checkpoint's content is used."""
+    """Raise `UserError` for parts that are missing or have the wrong shape, while a checkpoint's content is used."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -12,7 +12,7 @@ class NonFiniteError(Exception):
 
 
 class NonFiniteGuard:
-    """Remembers the first non-finite losses of a run, on the device: a check at every step would wait for it."""
+    """Remembers the first non-finite losses of a run, on the device: a check at every step would synchronize."""
 
     def __init__(self, device: torch.device):
         self._losses = torch.zeros(3, device=device)  # step, d_loss, g_loss
@@ -32,7 +32,7 @@ class NonFiniteGuard:
         """`check_losses`, then check every tensor in nested dicts and lists, such as the state of a checkpoint."""
         self.check_losses()
         finite = [tensor.isfinite().all().to(self._losses.device) for tensor in iter_tensors(state)]
-        if not torch.stack(finite).all():  # one wait for the device, not one per tensor
+        if not torch.stack(finite).all():  # synchronizes once, not once per tensor
             raise NonFiniteError("non-finite weight or optimizer state, although all losses were finite")
 
 

@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,6 +13,11 @@ from errors import UserError, warn
 from parameter import Config
 from training import checkpoint
 from utils import check_writable
+
+TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
+    r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
+    r"|(attention|metrics)\.json|nearest\.png"
+)
 
 
 def check_folders(config: Config, step: int) -> None:
@@ -78,6 +82,16 @@ def init_folders(config: Config, step: int, skipped: Sequence[str]) -> None:
         warn(f"{len(skipped)} images could not be read and are skipped, see {path}")
 
 
+def remove_test_results(folder: Path) -> None:
+    """Remove what `--train false` wrote to a folder, and the folder itself if it has no other files."""
+    for path in [*folder.glob("samples/*"), *folder.glob("*")]:
+        if TEST_RESULTS.fullmatch(path.relative_to(folder).as_posix()):
+            path.unlink()
+    for path in (folder / "samples", folder):
+        with suppress(OSError):  # it is missing, or has other files
+            path.rmdir()
+
+
 def _remove_later_results(config: Config, step: int) -> None:
     """Remove results of steps after `step`, and for a new run those without a step too.
 
@@ -86,7 +100,7 @@ def _remove_later_results(config: Config, step: int) -> None:
     for folder, names, remove in (
         (config.model_folder, r"([0-9]+)_(?:G|D|state)\.pth", Path.unlink),
         (config.sample_folder, r"([0-9]+)_(?:fake|ema)\.png", Path.unlink),
-        (config.sample_folder, r"test_([0-9]+)", shutil.rmtree),
+        (config.sample_folder, r"test_([0-9]+)", remove_test_results),
         (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
     ):
         for path in folder.iterdir():

@@ -46,14 +46,16 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
     ("FID", "fid", "lower is better", ""),
     ("KID", "kid", "lower is better", ""),
+    ("Inception score", "isc", "higher is better", ""),
     ("Precision and recall", "precision|recall", "", ""),
+    ("Face rate", "faces|faces_real", "", ""),
     ("Spectral norms of G", "sigma/G_.*", "", SIGMA_NOTE),
     ("Spectral norms of D", "sigma/D_.*", "", ""),
     ("Speed", "images_per_s", "images/s", ""),
     ("Memory", "memory_mib", "MiB", ""),
     ("Learning rates", "lr/.*", "", ""),
 )
-NOT_SHOWN = ("d_loss_real", "d_loss_fake")  # d_loss is their sum
+NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")
 
 
 @dataclass(frozen=True)

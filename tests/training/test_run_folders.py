@@ -14,7 +14,7 @@ USERS_FILES = (
 
 
 def files(config):
-    return {path for folder in config.folders.values() for path in folder.iterdir()}
+    return {path for folder in config.folders.values() for path in folder.rglob("*")}
 
 
 def test_a_second_run_is_refused_until_the_first_ends(make_config):
@@ -65,6 +65,9 @@ def test_overwrite_keeps_the_users_files(make_config, step):
             for name in USERS_FILES:
                 (folder / name).touch()
             (folder / "9_left").mkdir()
+        (config.sample_folder / "test_9" / "samples").mkdir(parents=True)
+        for name in ("notes.txt", "samples/best.png"):
+            (config.sample_folder / "test_9" / name).touch()
         for path in (config.attn_folder / "9_fake.png", config.sample_folder / "9_G.pth"):
             path.touch()  # names of another folder's results
         before = files(config)

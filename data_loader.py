@@ -267,7 +267,10 @@ def _decode_chunks(
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
-        yield from pool.map(decode, starts, chunks)
+        try:
+            yield from pool.map(decode, starts, chunks)
+        finally:  # an interruption must not wait for the rest, not even one while tasks are still submitted
+            pool.shutdown(cancel_futures=True)
 
 
 def _check_size(images: int, batch_size: int) -> None:

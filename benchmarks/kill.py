@@ -151,8 +151,8 @@ def run_process_trials(trials: int, processes: int, seed: int = 0) -> tuple[int,
             finished = launcher.wait() == 0
             same = finished and result(folder, PROCESSES_STEPS) == expected
             survived, identical = survived + finished, identical + same
-            print(f"{number}: {killed}, {'finished' if finished else 'failed'}, "
-                  f"{'identical' if same else 'different'}, {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            outcome = f"{'finished' if finished else 'failed'}, {'identical' if same else 'different'}"
+            print(f"{number}: {killed}, {outcome}, {time.perf_counter() - began:.0f} s", flush=True)
             if not finished:
                 print((folder / "output.txt").read_text()[-3000:])
     return survived, identical

@@ -6,6 +6,7 @@ import struct
 import sys
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import Loader, open_cache
+from data_loader import CHUNK, Loader, open_cache
 from datasets.sources import Source, find_source
 from errors import UserError
 
@@ -282,3 +283,20 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="--cache_path"):
         open_cache(find_source("toy", toy_num=2), 32, tmp_path / "cache", 0)
+
+
+def test_an_interruption_while_tasks_are_submitted_does_not_decode_the_rest(tmp_path, monkeypatch):
+    submit, submitted, path = ProcessPoolExecutor.submit, [], tmp_path / "images.bin"
+
+    def interrupted(*arguments):
+        submitted.append(arguments)
+        if len(submitted) > 100:
+            raise KeyboardInterrupt
+        return submit(*arguments)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    source = find_source("toy", toy_num=200 * CHUNK)
+    path.touch()
+    with pytest.raises(KeyboardInterrupt):
+        list(data_loader._decode_chunks(source, 8, path, range(0, 200 * CHUNK, CHUNK), 2))
+    assert path.stat().st_size < 50 * CHUNK * 8 * 8 * 3

@@ -119,11 +119,6 @@ def memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**20
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not allocate memory. On a CPU only the message of its RuntimeError says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def check_writable(folder: Path) -> None:
     """Check that a folder can be created or written to, without creating it.
 

@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written(fail):
 @pytest.mark.parametrize("option", ["sample_path", "attn_path", "model_save_path", "log_path", "cache_path"])
 def test_a_path_that_is_a_file(fail, tmp_path, option):
     (tmp_path / "file").touch()
-    assert str(Path("file")) in fail(*TOY, f"--{option}", "file")
+    assert str(tmp_path / "file") in fail(*TOY, f"--{option}", "file")
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_an_incomplete_checkpoint(trained, fail):
     state = torch.load(trained / "2_state.pth", weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "ema"}, trained / "2_state.pth")
     assert "checkpoint 2" in fail(*TOY, "--pretrained_model", "2")
-    (trained / "2_state.pth").unlink()  # which knows the checksum of G
+    (trained / "2_state.pth").unlink()  # which holds the networks too
     weights = torch.load(trained / "2_G.pth", weights_only=True)
     torch.save({key: value for key, value in weights.items() if key != "attn1.gamma"}, trained / "2_G.pth")
     assert "attn1.gamma" in fail(*TOY, "--pretrained_model", "2")

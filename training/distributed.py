@@ -81,10 +81,7 @@ class Ranks:
         """
         if self.size == 1:
             return network
-        with warnings.catch_warnings():
-            # torch 2.14 deprecates it in favor of an argument that older versions do not have.
-            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            return DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB)
+        return DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB)
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return each of these 0-d tensors averaged over the ranks."""
@@ -196,12 +193,18 @@ def process_group(device: str) -> Iterator[Ranks]:
         backend = "nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
         wait_group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
-        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), wait_group)
+        with warnings.catch_warnings():
+            # torch 2.14 deprecates this argument of DDP in favor of one that older versions do not have.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            # Harmless: DDP copies the few gradients of 1x1 convolutions, whose strides are ambiguous.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
+            yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), wait_group)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, which begin with the path of its source file.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise RankLost(f"rank {os.environ['RANK']}: lost connection to another rank ({error})") from error
+        reason = str(error).splitlines()[0]
+        raise RankLost(f"rank {os.environ['RANK']}: lost connection to another rank ({reason})") from error
     dist.destroy_process_group()
 
 

@@ -265,6 +265,13 @@ def test_save_minutes_saves_by_the_clock(make_trainer):
     assert left == {f"{step}_{part}.pth" for step in (4, 5) for part in ("G", "D", "state")} | {"3_G.pth", "3_D.pth"}
 
 
+def test_model_save_step_counts_epochs_of_the_data(make_trainer):
+    """20 images and batch size 4 make an epoch of 5 batches, of which a step uses n_critic."""
+    trainer = make_trainer(n_critic=2, model_save_step=2.0, total_step=7)
+    trainer.train()
+    assert {path.name for path in trainer.config.model_folder.glob("*_state.pth")} == {"5_state.pth", "7_state.pth"}
+
+
 def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
     first = make_trainer(model_save_step=0.2)
     first.train()

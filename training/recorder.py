@@ -66,9 +66,15 @@ class Recorder:
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
             self._background = stack.enter_context(Background())
-            seconds = refresh_seconds()
             self._bar = stack.enter_context(
-                tqdm(total=config.total_step, initial=step, bar_format=BAR, dynamic_ncols=True, mininterval=seconds)
+                tqdm(
+                    total=config.total_step,
+                    initial=step,
+                    bar_format=BAR,
+                    dynamic_ncols=True,
+                    mininterval=refresh_seconds(),
+                    delay=0.5,  # so that it does not appear before the first lines of the run
+                )
             )
             self._stack = stack.pop_all()
 

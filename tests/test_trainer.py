@@ -159,6 +159,15 @@ def test_a_run_writes_all_its_files(make_trainer):
     assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
 
 
+def test_an_attention_figure_has_a_row_for_each_of_g_num_images(make_trainer):
+    heights = []
+    for count in (1, 2, 4):
+        trainer = make_trainer(version=f"of_{count}", total_step=1, g_num=count)
+        trainer.train()
+        heights.append(Image.open(trainer.config.attn_folder / "1_G_attn1.png").height)
+    assert 0 < 2 * (heights[1] - heights[0]) == heights[2] - heights[1]
+
+
 def test_sampling_and_logging_leave_training_unchanged(make_trainer):
     quiet = make_trainer(version="quiet", total_step=4, log_step=100, sample_step=100, attn_step=100)
     busy = make_trainer(version="busy", total_step=4, log_step=1, sample_step=1, attn_step=1, model_save_step=0.2)

@@ -31,7 +31,7 @@ def test_generated_images_come_closer_to_the_data(make_trainer, monkeypatch, fro
     trainer = make_trainer(**OPTIONS)
     if frozen:
         monkeypatch.setattr(getattr(trainer, frozen), "step", lambda: None)
-    for _ in range(200):
+    for _ in range(100):
         trainer.train_step()
     real = features(torch.cat([trainer.loader.batch(position) for position in range(32)]))
     with eval_mode(trainer.ema.network):

@@ -158,10 +158,11 @@ def test_attention_figures_of_any_layers_are_shown(toy_run):
 
 
 def test_names_that_no_chart_knows_have_charts_by_prefix(empty_run):
-    row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "faces": 0.5}
+    row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "faces": 0.5}
+    row |= {"reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "new": 1}
     write_log(empty_run, [row, row | {"step": 20}])
     page = report_page(empty_run, 20, "command", NOW)
-    assert titles_of(page) == ["FID", "reach", "faces"]
+    assert titles_of(page) == ["FID", "Face rate", "reach", "new"]
     assert "G_attn2  0.4" in page
 
 

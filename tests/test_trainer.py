@@ -104,6 +104,27 @@ def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer)
     assert all(torch.isfinite(value).all() for value in weights_of(trainer).values())
 
 
+@pytest.mark.parametrize("adv_loss", ["hinge", "wgan-gp"])
+def test_adv_loss_chooses_the_losses(make_trainer, adv_loss):
+    trainer = make_trainer(adv_loss=adv_loss)
+    torch.nn.init.constant_(trainer.D.last[0].bias, 5.0)  # beyond hinge's margin
+    stats = trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 1, 1, 1))
+    expected = -stats["d_real"].item() if adv_loss == "wgan-gp" else 0.0
+    assert stats["d_loss_real"].item() == pytest.approx(expected, abs=1e-6)
+    assert ("d_penalty" in stats) == (adv_loss == "wgan-gp")
+
+
+def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_trainer, monkeypatch):
+    trainer, drawn = make_trainer(adv_loss="wgan-gp", n_critic=2), []
+    stats = {"d_loss": torch.zeros(()), "g_loss": torch.zeros(())}
+    monkeypatch.setattr(trainer, "updates", lambda real, z, mix: drawn.extend(mix) or stats)
+    for _ in range(100):
+        trainer.train_step()
+    mix = torch.stack(drawn)
+    assert mix.shape == (200, 4, 1, 1, 1) and len(mix.flatten().unique()) == mix.numel()
+    assert 0 <= mix.min() < 0.01 and 0.99 < mix.max() < 1 and abs(mix.mean() - 0.5) < 0.05
+
+
 @pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp", n_critic=2), dict(hflip=True, lr_schedule="linear"),
                                      dict(imsize=64, g_conv_dim=16)])  # fmt: skip
 def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):

@@ -1,5 +1,6 @@
 """The README is true: its layout, and its three recipes for changing the program."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -54,6 +55,21 @@ def test_the_layout_lists_every_module():
     for folder in FOLDERS:
         present |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".html")}
     assert layout() == {path for path in present if not path.endswith("__init__.py")}
+
+
+def test_imports_run_one_way():
+    """From the units of a level in the README's list to those of later levels only."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("Imports run one way: ")[2].splitlines()[0]
+    levels = [re.findall(r"`(\w+)`", level) for level in section.split("→")]
+    level_of = {unit: number for number, units in enumerate(levels) for unit in units}
+    assert {*level_of} == {path.stem for path in ROOT.glob("*.py")} | {*FOLDERS}
+    for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]:
+        unit = path.stem if path.parent == ROOT else path.parent.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for imported in {name.partition(".")[0] for name in names} & {*level_of} - {unit}:
+                assert level_of[imported] > level_of[unit], f"{path.name} imports {imported}"
 
 
 def test_links_to_files_lead_somewhere():

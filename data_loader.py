@@ -3,34 +3,33 @@
     loader = Loader(find_source("toy"), image_size=64, batch_size=64).open()
     real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
 
-A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and those that could
-not be read). It is written under a temporary name and renamed when complete, so that a killed build leaves no cache.
+A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and which could not
+be read). It is written under a temporary name and renamed when complete, so that a killed build leaves no cache.
 """
 
 import itertools
 import json
 import os
-import shutil
-import signal
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from datasets.sources import Source, decode_chunk
-from errors import UserError
+from datasets.decoding import CHUNK, decode_chunks, try_decode
+from datasets.sources import Source
+from errors import UserError, warn
+from utils import flush_to_disk, progress
 
-FORMAT = 1  # version of the cache format; caches of another version are rebuilt
-CHUNK = 256  # images per task of a worker
+FORMAT = 2  # version of the cache format; caches of another version are rebuilt, except whole ones of version 1
 STALE_SECONDS = 3600  # a build that has written nothing for this long is dead
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
 
@@ -72,7 +71,7 @@ class Loader:
     ):
         _check_size(len(source.items), batch_size)
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
-        self.cache_path, self.num_workers = Path(cache_path).expanduser(), num_workers
+        self.cache_path, self.num_workers = Path(os.path.expanduser(cache_path)), num_workers
         self.seed, self.hflip, self.device = seed, hflip, torch.device(device)
         self.images: Tensor = torch.empty(0)
         self.skipped: list[str] = []
@@ -84,13 +83,15 @@ class Loader:
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch could be read, or the cache cannot be written.
+            UserError: fewer images than one batch could be read, or the cache cannot be read or written.
         """
         if len(self.images):
             return self
         images, self.skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         _check_size(len(images), self.batch_size)
-        self.images = torch.from_numpy(images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it
+            self.images = torch.from_numpy(images)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             if self.images.nbytes < MAX_GPU_MEMORY_FRACTION * free:
@@ -101,10 +102,14 @@ class Loader:
                 self._staging = [(buffer, torch.cuda.Event()) for buffer in pinned]
         return self
 
-    def checksum(self) -> int:
-        """Return a CRC32 of up to 256 images and of the number of images, to compare the data of two processes."""
+    @cached_property
+    def identity(self) -> dict[str, int]:
+        """Number of images, and a CRC32 of up to 256 of them, to compare the data of two runs or ranks."""
         count = len(self.images)
-        return zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
+        return {
+            "images": count,
+            "checksum": zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count),
+        }
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -162,77 +167,116 @@ def to_model_range(pixels: Tensor) -> Tensor:
 def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, list[str]]:
     """Open the cache of a source, or build it if it is missing or damaged. The arguments are those of `Loader`.
 
+    A cache is built again when an image that could not be read before can be read now.
+
     Returns:
-        A memory-mapped uint8 array (N, size, size, 3), and a line for each image that could not be read.
+        A read-only uint8 array (N, size, size, 3), memory-mapped where possible, and a line for each image that could
+        not be read.
 
     Raises:
-        UserError: no image could be read, or the cache cannot be written.
+        UserError: no image could be read, or the cache cannot be read or written.
     """
     folder = cache_path / f"{source.name}_{size}_{source.fingerprint}"
     try:
-        return _read_cache(folder, size) or _build_cache(source, size, folder, num_workers)
+        skipped = _read_info(folder, source, size)
+        if skipped is None:
+            skipped = _build_cache(source, size, folder, num_workers)
+        elif _can_read_one(source, size, [item for item, _ in skipped]):
+            print(f"images that could not be read before can be read now: decoding the images of {folder} again")
+            try:
+                skipped = _build_cache(source, size, folder, num_workers)
+            except OSError as error:
+                warn(f"the cache cannot be written again ({error}), and is used as it is")
+        return _map_images(folder / "images.bin", size), [line for _, line in skipped]
     except OSError as error:
         raise UserError(
-            f"cannot write the image cache {folder}: {error.strerror or error}; set --cache_path to another folder"
+            f"cannot read or write the image cache {folder}: {error.strerror or error}; set --cache_path to another "
+            "folder"
         ) from error
 
 
-def _read_cache(folder: Path, size: int) -> tuple[np.ndarray, list[str]] | None:
-    """Return a complete cache, or None."""
-    path = folder / "images.bin"
+def _read_info(folder: Path, source: Source, size: int) -> list[tuple[Any, str]] | None:
+    """Return the skipped items of a complete cache, each with a line that says why, or None."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        shape = (info["count"], size, size, 3)
-        if info["format"] != FORMAT or path.stat().st_size != np.prod(shape, dtype=np.int64):
-            return None
-        return np.memmap(path, np.uint8, mode="c", shape=shape), info["skipped"]  # "c": torch warns of read-only arrays
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        skipped = [(source.items[number], line) for number, line in info["skipped"]]
+        # Version 1 had no numbers of items; without skipped ones it is the same.
+        known = info["format"] == FORMAT or (info["format"] == 1 and not skipped)
+        count = len(source.items) - len(skipped)
+        stored = (folder / "images.bin").stat().st_size
+        return skipped if known and info["count"] == count and stored == count * size * size * 3 > 0 else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
 
 
-def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> tuple[np.ndarray, list[str]]:
-    """Write the cache under a temporary name, rename it, and open it."""
+def _can_read_one(source: Source, size: int, items: list) -> bool:
+    with progress(items, "trying skipped images again", "img") as bar:
+        return any(not isinstance(try_decode(source.decode, item, size), str) for item in bar)
+
+
+def _map_images(path: Path, size: int) -> np.ndarray:
+    """Memory-map a file of images; read it where that fails, as on some network mounts."""
+    try:
+        images = np.memmap(path, np.uint8, mode="r")
+    except OSError:
+        images = np.fromfile(path, np.uint8)
+    return images.reshape(-1, size, size, 3)
+
+
+def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> list[tuple[Any, str]]:
+    """Write the cache, then rename it unless there is one as good by then. Returns what `_read_info` does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_builds(folder)
-    if _read_cache(folder, size) is None:  # missing or damaged; another process may have built it meanwhile
-        shutil.rmtree(folder, ignore_errors=True)
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     building.mkdir()
     try:
-        count, skipped = _decode(source, size, building / "images.bin", num_workers)
-        info = {"format": FORMAT, "count": count, "skipped": skipped}
+        failures = _decode(source, size, building / "images.bin", num_workers)
+        info = {"format": FORMAT, "count": len(source.items) - len(failures), "skipped": [*failures.items()]}
         (building / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        earlier = _read_info(folder, source, size)
+        if earlier is None or len(earlier) > len(failures):
+            _remove_cache(folder)
         try:
             os.rename(building, folder)
         except OSError:
-            if _read_cache(folder, size) is None:  # otherwise another process was faster
+            if _read_info(folder, source, size) is None:  # otherwise another process was faster
                 raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return _read_cache(folder, size)
+        _remove_cache(building)
+    return _read_info(folder, source, size)
+
+
+def _remove_cache(folder: Path) -> None:
+    """Remove the files of a cache, and its folder if there are no others."""
+    with suppress(OSError):  # it is missing, cannot be removed, or has other files
+        for name in ("images.bin", "info.json"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _remove_stale_builds(folder: Path) -> None:
     """Remove what killed builds of this cache left behind."""
     for leftover in folder.parent.glob(folder.name + ".building-*"):
-        newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
-        if time.time() - newest > STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):  # another process removes it too
+            newest = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+            if time.time() - newest > STALE_SECONDS:
+                _remove_cache(leftover)
 
 
-def _decode(source: Source, size: int, path: Path, num_workers: int) -> tuple[int, list[str]]:
+def _decode(source: Source, size: int, path: Path, num_workers: int) -> dict[int, str]:
     """Write the readable images of a source to a file, in order.
 
     Returns:
-        The number of images, and a line for each image that could not be read.
+        A line by number of the item for each that could not be read.
     """
     path.touch()
-    image_bytes = size * size * 3
-    count, skipped = 0, []
-    starts = range(0, len(source.items), CHUNK)
-    chunks = _decode_chunks(source, size, path, starts, num_workers)
-    with tqdm(total=len(source.items), desc=f"decoding {source.name}", unit="img") as bar:
-        for start, (written, failures) in zip(starts, chunks, strict=True):
+    image_bytes, total = size * size * 3, len(source.items)
+    count, failures = 0, {}
+    chunks = decode_chunks(source.decode, source.items, size, path, num_workers)
+    with progress(None, f"decoding {source.name}", "img", total) as bar:
+        for start, failed in zip(range(0, total, CHUNK), chunks, strict=True):
+            items = min(CHUNK, total - start)
+            written = items - len(failed)
             if start > count:  # unreadable images have left a gap: move the chunk to the end of the ones before it
                 with open(path, "r+b") as file:
                     file.seek(start * image_bytes)
@@ -240,37 +284,14 @@ def _decode(source: Source, size: int, path: Path, num_workers: int) -> tuple[in
                     file.seek(count * image_bytes)
                     file.write(chunk)
             count += written
-            skipped += failures
-            bar.update(written + len(failures))
+            failures |= failed
+            bar.update(items)
     if not count:
-        raise UserError(f"none of the {len(source.items)} images could be read; the first: {skipped[0]}")
+        raise UserError(f"none of the {total:,} images could be read; the first: {failures[0]}")
     with open(path, "r+b") as file:
         file.truncate(count * image_bytes)
-        os.fsync(file.fileno())
-    return count, skipped
-
-
-def _decode_chunks(
-    source: Source, size: int, path: Path, starts: range, num_workers: int
-) -> Iterator[tuple[int, list[str]]]:
-    """Run `decode_chunk` on the chunks of `source` that start at these items, and return its results in order."""
-    decode = partial(decode_chunk, source.decode, size, path)
-    chunks = [source.items[start : start + CHUNK] for start in starts]
-    if num_workers == 0 or len(chunks) == 1:
-        yield from map(decode, starts, chunks)
-        return
-    # Spawned, because a fork of a process with torch's threads may deadlock. Workers ignore Ctrl-C, which reaches them
-    # too: a worker that is interrupted while it sends a result blocks this process.
-    with ProcessPoolExecutor(
-        min(num_workers, len(chunks)),
-        mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:
-        try:
-            yield from pool.map(decode, starts, chunks)
-        finally:  # an interruption must not wait for the rest, not even one while tasks are still submitted
-            pool.shutdown(cancel_futures=True)
+        flush_to_disk(file.fileno())
+    return failures
 
 
 def _check_size(images: int, batch_size: int) -> None:

@@ -1,9 +1,22 @@
-"""Errors and warnings for the user: one line on stderr each."""
+"""How the program speaks to the user when something is wrong, one line on stderr each, and the signals that end it."""
 
+import errno
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+OUT_OF_MEMORY = re.compile(  # CUDA and MPS; torch's CPU allocator on Windows and elsewhere; cuBLAS, cuDNN
+    r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
+)
 
 
 class UserError(Exception):
@@ -26,37 +39,90 @@ def exit_code(error: BaseException) -> int:
         case KeyboardInterrupt():  # before the training loop, which saves a checkpoint, or the second one inside it
             print("interrupted", file=sys.stderr)
             return 130
-        case UserError() | OSError():  # OSError: a full disk, a folder that was removed, a name that is too long
-            print(f"error: {error}", file=sys.stderr)
-            return 2
         case RankLost():
             print(f"error: {error}", file=sys.stderr)
             return 1
-    if not is_out_of_memory(error):
+    if is_out_of_memory(error):
+        print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
+    elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
+        print(f"error: {error}", file=sys.stderr)
+    else:
         raise error
-    print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
     return 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether Python or torch could not allocate memory. On a CPU, torch raises a plain RuntimeError."""
-    # By name: torch takes seconds to import, and need not be.
+    """Return whether Python, the system or torch could not allocate memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # By message: torch raises different types for CUDA, and plain RuntimeErrors for its libraries, MPS and the CPU.
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that end a run: Ctrl-C, and those of terminals (SIGHUP) and schedulers (SIGTERM, SIGUSR1).
+
+    Without those that the system does not have, and those that are ignored, as `nohup` does with SIGHUP. Ctrl-C counts
+    even so: shells let background jobs ignore it.
+    """
+    found = [signal.Signals[name] for name in STOP_SIGNALS if name in signal.Signals.__members__]
+    return [number for number in found if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], Any], numbers: Iterable[int]) -> Iterator[None]:
+    """Handle signals with a function; with the handlers from before at the end."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def warn(message: str) -> None:
     """Print a warning: something the user should know but need not act on at once."""
-    print(f"warning: {message}", file=sys.stderr)
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, if there is one
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning, unless it was printed before."""
+    warn(message)
+
+
+class Tolerate(ContextDecorator):
+    """A context, or a decorator, in which an OSError is a warning: training goes on without what it would have written.
+
+    The warning is printed once for each kind of error.
+
+    Args:
+        what: what may be missing, for the warning.
+    """
+
+    def __init__(self, what: str):
+        self._what = what
+        self._seen: set[int | None] = set()
+
+    def __enter__(self) -> "Tolerate":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if error.errno not in self._seen:
+            self._seen.add(error.errno)
+            warn(f"{self._what} cannot be written ({error}); the run goes on without")
+        return True
 
 
 @contextmanager
-def silence_other_ranks() -> Iterator[None]:
-    """Discard what is printed inside on ranks other than 0."""
+def silence_other_ranks(rank: int) -> Iterator[None]:
+    """Discard what is printed inside, unless this is rank 0."""
     with ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":
+        if rank:
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(null))
             stack.enter_context(redirect_stderr(null))

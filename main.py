@@ -9,12 +9,17 @@ python main.py --help                               # all options
 """
 
 import os
-import signal
 import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  before the imports, whose syntax older versions do not know
+    sys.exit("error: Python 3.10 or newer is needed; this is Python " + sys.version.split()[0])
+
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from errors import UserError, exit_code, silence_other_ranks, warn
-from parameter import Config, get_parameters
+from errors import UserError, exit_code, handle_signals, silence_other_ranks, stop_signals, warn
+from parameter import Config, get_parameters, given_options
+from training.environment import read_launch
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +30,16 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run this process's command line. Returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            # Lines appear at once in files and pipes too; paths may have characters that the terminal's encoding lacks.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        with silence_other_ranks():
+        with ExitStack() as stack:
+            stack.enter_context(silence_other_ranks(read_launch().rank))
             config = get_parameters()
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # before the training loop: clean up and end
+            # Outside of the training loop, a signal ends the process at once, which cleans up.
+            signals = [number for number in stop_signals() if number.name != "SIGINT"]  # that is KeyboardInterrupt
+            stack.enter_context(handle_signals(lambda number, _: sys.exit(128 + number), signals))
             return run(config)
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error)
@@ -40,7 +50,6 @@ def run(config: Config) -> int:
     # Imported here, so that --help and bad options need not wait seconds for torch.
     import torch
 
-    from tester import Tester
     from trainer import Trainer
     from training.distributed import launch, process_group, processes_to_start
     from utils import resolve_device, tune_malloc
@@ -56,7 +65,16 @@ def run(config: Config) -> int:
         if config.train:
             loader = ranks.rank_zero_first(lambda: make_loader(config, device))
             return Trainer(loader, config, ranks).train()
-        return ranks.on_rank_zero(lambda: Tester(config, open_loader_if_any(config, device)).test())
+        return ranks.on_rank_zero(test, config, device)
+
+
+def test(config: Config, device: "torch.device") -> int:
+    """Evaluate a checkpoint. Returns the exit code."""
+    from tester import Tester
+    from training.resuming import load_test_checkpoint
+
+    saved, config = load_test_checkpoint(config, given_options())
+    return Tester(config, open_loader_if_any(config, device), saved).test()
 
 
 def make_loader(config: Config, device: "torch.device") -> "Loader":
@@ -65,7 +83,7 @@ def make_loader(config: Config, device: "torch.device") -> "Loader":
     from datasets.sources import find_source
 
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
-                         config.seed)  # fmt: skip
+                         config.seed, run_folders=config.folders.values(), exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, device=device)  # fmt: skip
 
@@ -83,7 +101,7 @@ def open_loader_if_any(config: Config, device: "torch.device") -> "Loader | None
 
 if __name__ == "__main__":
     code = main()
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # Without the interpreter's own end, in which a thread of gloo may abort the process (pytorch issue 190489).
         sys.stdout.flush()
         os._exit(code)

@@ -116,7 +116,9 @@ class Config:
 
     device: str = option("auto", "device to run on; auto: cuda if available, else cpu", DEVICE, group="Machine")
     precision: str = option(
-        "auto", "auto: bf16 on GPUs of compute capability >= 8.0, else fp32", one_of("auto", "fp32", "tf32", "bf16")
+        "auto",
+        "of training; auto: bf16 on GPUs of compute capability >= 8.0, else fp32; --train false uses fp32",
+        one_of("auto", "fp32", "tf32", "bf16"),
     )
     cuda_graph: str = option(
         "auto", "capture the training step in a CUDA graph; auto falls back to eager", one_of("auto", "true", "false")
@@ -149,8 +151,14 @@ class Config:
     sample_step: int = option(100, "steps between sample grids", at_least(1))
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
     g_num: int = option(5, "images per attention figure, at most --batch_size", at_least(1))
+    keep_samples: int = option(
+        0, "most sample grids and attention figures to keep, evenly over the steps; 0: all", at_least(0)
+    )
     model_save_step: float = option(1.0, "epochs between checkpoints", EPOCHS)
-    save_minutes: float = option(10.0, "also save a checkpoint after this many minutes; 0: never", at_least(0))
+    min_save_step: int = option(1000, "fewest steps between these checkpoints, for small datasets", at_least(1))
+    save_minutes: float = option(
+        10.0, "also save a checkpoint, for resuming only, after this many minutes; 0: never", at_least(0)
+    )
     keep_checkpoints: int = option(
         3, "number of newest checkpoints to keep in full, of older ones only the weights; 0: all", at_least(0)
     )
@@ -167,19 +175,19 @@ class Config:
 
     @property
     def sample_folder(self) -> Path:
-        return Path(self.sample_path).expanduser() / self.version
+        return Path(os.path.expanduser(self.sample_path)) / self.version
 
     @property
     def attn_folder(self) -> Path:
-        return Path(self.attn_path).expanduser() / self.version
+        return Path(os.path.expanduser(self.attn_path)) / self.version
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.model_save_path).expanduser() / self.version
+        return Path(os.path.expanduser(self.model_save_path)) / self.version
 
     @property
     def log_folder(self) -> Path:
-        return Path(self.log_path).expanduser() / self.version
+        return Path(os.path.expanduser(self.log_path)) / self.version
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -190,6 +198,12 @@ class Config:
             "checkpoints": self.model_folder,
             "logs": self.log_folder,
         }
+
+    @property
+    def output_folders(self) -> list[Path]:
+        """Folders that runs with any --version write to."""
+        paths = (self.sample_path, self.attn_path, self.model_save_path, self.log_path, self.cache_path)
+        return [Path(os.path.expanduser(path)) for path in paths]
 
     @property
     def architecture(self) -> dict[str, int]:
@@ -224,12 +238,13 @@ class Config:
 def _launcher(parallel: bool) -> list[str]:
     """Return what starts as many processes as this run has: python, or torchrun with the options it was given."""
     environment = os.environ
+    is_torchrun = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"} <= environment.keys()
     nodes = environment.get("GROUP_WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" not in environment or (parallel and nodes == "1"):  # --parallel starts torchrun itself
+    if not is_torchrun or (parallel and nodes == "1"):  # --parallel starts torchrun itself
         return ["python"]
     words = ["torchrun", f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}"]
-    if environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        words.append(f"--max_restarts={environment['TORCHELASTIC_MAX_RESTARTS']}")
+    if (restarts := environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+        words.append(f"--max_restarts={restarts}")
     if nodes != "1":
         words += [f"--nnodes={nodes}", "..."]  # the rendezvous endpoint is not in the environment
     return words
@@ -254,6 +269,23 @@ def get_parameters(argv: list[str] | None = None) -> Config:
     Raises:
         SystemExit: with code 2 and one line on stderr for an invalid option; with code 0 after --help.
     """
+    parser = _make_parser()
+    given = vars(parser.parse_args(argv))
+    try:
+        config = Config(**given)
+    except UserError as error:
+        parser.error(str(error))
+    if "d_iters" in given:
+        warn(f"--d_iters is ignored, as in the reference; use --n_critic, which is {config.n_critic}")
+    return config
+
+
+def given_options(argv: list[str] | None = None) -> set[str]:
+    """Return the names of the options that a valid command line gives; the arguments are those of `get_parameters`."""
+    return set(vars(_make_parser().parse_args(argv)))
+
+
+def _make_parser() -> "_Parser":
     parser = _Parser(
         usage="python main.py [--option value] ...",
         allow_abbrev=False,
@@ -268,14 +300,7 @@ def get_parameters(argv: list[str] | None = None) -> Config:
             parse = _boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
-    given = vars(parser.parse_args(argv))
-    try:
-        config = Config(**given)
-    except UserError as error:
-        parser.error(str(error))
-    if "d_iters" in given:
-        warn(f"--d_iters is ignored, as in the reference; use --n_critic, which is {config.n_critic}")
-    return config
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,12 +21,14 @@ from metrics.nearest import nearest_images
 from networks.latents import sample_z, slerp
 from parameter import Config
 from sagan_models import Discriminator, Generator
-from training import checkpoint
+from training.checkpoint import Checkpoint, reraise_load_errors
+from training.resuming import warn_of_other_images
 from training.run_folders import remove_test_results
 from utils import (
     SEED_INTERPOLATION,
     SEED_METRICS,
     SEED_SAMPLES,
+    conv_memory_format,
     derive_seed,
     eval_mode,
     evenly_spaced,
@@ -53,37 +55,41 @@ PROGRESS_FRAMES = 40  # at most, of progress.gif
 
 
 class Tester:
-    """Evaluate the checkpoint that `config.pretrained_model` names, by default the latest, in float32.
+    """Evaluate a checkpoint, in float32.
 
     With `--use_ema` it is the EMA generator, if the checkpoint has one (the reference's have none).
 
     Args:
-        config: the options.
+        config: the options, from `load_test_checkpoint`.
         loader: the opened training images, which `--metrics` needs; without them, nearest.png and the maps of D on
             real images are skipped.
+        saved: the checkpoint; without D, D's maps are skipped.
 
     Raises:
-        UserError: the device is not available, or the checkpoint is missing or does not fit the options.
+        UserError: the device is not available, or the checkpoint is incomplete.
     """
 
-    def __init__(self, config: Config, loader: Loader | None):
+    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint):
         self.config, self.loader = config, loader
         self.device = resolve_device(config.device)
         resolve_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
         if config.deterministic:
             make_deterministic()
         check_metrics(config, self.device)
-        wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
-        saved = checkpoint.load(config.model_folder, wanted, config.architecture)
+        if loader is not None and saved.state is not None:
+            warn_of_other_images(saved.state.get("data"), loader.identity)
         self.step = saved.step
         self.uses_ema = config.use_ema and saved.state is not None
         self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
-        self.D = Discriminator(config.imsize, config.d_conv_dim)
-        with checkpoint.reraise_load_errors(saved.step):
+        self.D = Discriminator(config.imsize, config.d_conv_dim) if saved.D is not None else None
+        with reraise_load_errors(saved.step):
             self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
-            self.D.load_state_dict(saved.D)
-        for network in (self.G, self.D):
-            network.to(self.device, memory_format=torch.channels_last)
+            if self.D is not None:
+                self.D.load_state_dict(saved.D)
+        self.memory_format = conv_memory_format(self.device, "fp32")
+        self.networks = [network for network in (self.G, self.D) if network is not None]
+        for network in self.networks:
+            network.to(self.device, memory_format=self.memory_format)
         self.folder = config.sample_folder / f"test_{self.step}"
 
     def test(self) -> int:
@@ -92,7 +98,7 @@ class Tester:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")
-        with eval_mode(self.G, self.D):
+        with eval_mode(*self.networks):
             self._write_samples()
             self._write_interpolations()
             self._write_progress()
@@ -138,7 +144,9 @@ class Tester:
 
     def _write_attention(self) -> Path:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
-        real = self.loader.batch(0)[: self.config.g_num] if self.loader is not None else None
+        real = None
+        if self.loader is not None:
+            real = self.loader.batch(0, slice(self.config.g_num)).contiguous(memory_format=self.memory_format)
         samples = collect_attention(self.G, self.D, self._sample_z(self.config.g_num), real)
         for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")

@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,17 +26,20 @@ from parameter import Config
 from sagan_models import Discriminator, Generator, gammas_and_sigmas
 from training.checkpoint import Checkpoint, reraise_load_errors
 from training.cuda_graph import GraphedStep, can_capture
+from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
 from training.recorder import NullRecorder, Recorder
-from training.resuming import changed_options, load_resume_checkpoint, non_finite_message
+from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
 from training.run_folders import check_folders
+from training.schedule import Schedule
 from utils import (
     EMA,
     SEED_FIXED_Z,
     SEED_METRICS,
     SEED_STEP,
     StopSignals,
+    conv_memory_format,
     derive_seed,
     eval_mode,
     make_deterministic,
@@ -66,8 +70,11 @@ class Trainer:
             self.precision = resolve_precision(config.precision, self.device)
             self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
             use_graph = can_capture(self.device, config.cuda_graph, ranks.size)
+        self.memory_format = conv_memory_format(self.device, self.precision)
         self.step = 0
         self.best_fid = math.inf
+        self.saved_schedule: dict[str, Any] | None = None
+        self.saved_data: dict[str, int] | None = None
 
         # Backends. Shapes never change, so cuDNN may search for its fastest algorithms, unless runs must be repeatable.
         if config.deterministic:
@@ -78,7 +85,7 @@ class Trainer:
         self.G = ranks.convert_sync_batchnorm(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
         self.D = Discriminator(config.imsize, config.d_conv_dim)
         for network in (self.G, self.D):
-            network.to(self.device, memory_format=torch.channels_last)
+            network.to(self.device, memory_format=self.memory_format)
         self.ema = EMA(self.G, config.ema_decay)
         self.G_ddp, self.D_ddp = ranks.wrap_ddp(self.G), ranks.wrap_ddp(self.D)  # all-reduce gradients in backward
 
@@ -155,11 +162,11 @@ class Trainer:
         """
         config, size = self.config, self.config.batch_size
         self.rng.manual_seed(derive_seed(config.seed, SEED_STEP, self.step))
-        scale = self._lr_scale(self.step)
-        set_learning_rate(self.g_optimizer, config.g_lr * scale)
-        set_learning_rate(self.d_optimizer, config.d_lr * scale)
+        factor = self.schedule.factor(self.step)
+        set_learning_rate(self.g_optimizer, config.g_lr * factor)
+        set_learning_rate(self.d_optimizer, config.d_lr * factor)
         first = self.step * config.n_critic
-        real = [self.loader.batch(position, self.shard) for position in range(first, first + config.n_critic)]
+        real = [self._real(position, self.shard) for position in range(first, first + config.n_critic)]
         # Every rank draws the numbers of the whole batch and uses its shard: the same numbers for any world size.
         z = [self._draw(torch.randn, size, config.z_dim) for _ in range(config.n_critic + 1)]
         penalties = config.n_critic if config.adv_loss == "wgan-gp" else 0
@@ -184,6 +191,7 @@ class Trainer:
         ranks.on_rank_zero(check_metrics, config, self.device)
         ranks.rank_zero_first(self.loader.open)
         self._check_same_images()
+        ranks.on_rank_zero(warn_of_other_images, self.saved_data, self.loader.identity)
         try:
             with ExitStack() as stack:
                 stop = stack.enter_context(StopSignals())
@@ -191,15 +199,30 @@ class Trainer:
                     recorder = stack.enter_context(self._open_recorder())
                     recorder.real_images(self.loader.batch(0))
                 print(config.summary())
+                print(f"data: {self.loader.source.description}")
                 print(
                     f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
                     f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
                 )
+                ranks.on_rank_zero(report_disk_usage, config, self.step, self.save_step, (self.G, self.D))
                 signal_number = self._loop(recorder, stop)
         except NonFiniteError as error:  # by now, all earlier checkpoints are on the disk
             raise UserError(non_finite_message(config, error)) from error
         self._print_outcome(signal_number)
         return 128 + signal_number if signal_number else 0
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The learning rate's schedule. Needs the opened loader, as an epoch is as long as there are images."""
+        config = self.config
+        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, len(self.loader) / config.n_critic)
+        return schedule.resumed(Schedule(**self.saved_schedule), self.step) if self.saved_schedule else schedule
+
+    @property
+    def save_step(self) -> int:
+        """Steps between checkpoints."""
+        epochs = self.config.model_save_step * len(self.loader) / self.config.n_critic
+        return max(self.config.min_save_step, round(epochs))
 
     def _loop(self, recorder: Recorder | NullRecorder, stop: StopSignals) -> int:
         """Take steps until `total_step` or a signal to any rank. Returns the signal's number, or 0."""
@@ -216,17 +239,18 @@ class Trainer:
                 signal_number = ranks.max(stop.received)
                 sync.done(self.step)
         with ranks.raise_together():
+            attention = self._attention()
             if signal_number and ranks.is_rank_zero and recorder.saved_step != self.step:
                 recorder.checkpoint(self.step, self._state())
-            recorder.explorer(self.step, self._attention())
+                recorder.attention(self.step, attention)
+            recorder.explorer(self.step, attention)
         return signal_number
 
     def _due(self) -> set[str]:
         """Return the names of what is due after this step; after the last step, all of them."""
         config = self.config
-        save_step = max(1, round(config.model_save_step * len(self.loader) / config.n_critic))
         every = {"log": config.log_step, "samples": config.sample_step, "attention": config.attn_step}
-        every |= {"checkpoint": save_step} | ({"metrics": config.metric_step} if config.metrics else {})
+        every |= {"checkpoint": self.save_step} | ({"metrics": config.metric_step} if config.metrics else {})
         due = {name for name, steps in every.items() if self.step % steps == 0 or self.step == config.total_step}
         return due | {"log"} if "metrics" in due else due
 
@@ -243,12 +267,14 @@ class Trainer:
             recorder.samples(self.step, self._samples())
         if "attention" in due:
             recorder.attention(self.step, self._attention())
-        if "checkpoint" in due or recorder.is_save_overdue():
+        if "checkpoint" in due:
             recorder.checkpoint(self.step, self._state())
+        elif recorder.is_save_overdue():
+            recorder.checkpoint(self.step, self._state(), export=False)
 
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
-        same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.checksum())
+        same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.identity["checksum"])
         with self.ranks.raise_together():
             if not same:
                 raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
@@ -256,7 +282,8 @@ class Trainer:
     def _open_recorder(self) -> Recorder | NullRecorder:
         if not self.ranks.is_rank_zero:
             return NullRecorder()
-        return Recorder(self.config, self.step, self.device, self.precision, self.loader.skipped)
+        skipped, total = self.loader.skipped, len(self.loader.source.items)
+        return Recorder(self.config, self.step, self.device, self.precision, skipped, total)
 
     def _print_outcome(self, signal_number: int) -> None:
         """Print how to resume after a signal, otherwise which files to open first."""
@@ -272,6 +299,10 @@ class Trainer:
             config.sample_folder / f"{self.step}_ema.png",
         ):
             print(f"  {path}")
+
+    def _real(self, position: int, rows: slice) -> Tensor:
+        """Return rows of a batch of real images in the memory format of the networks."""
+        return self.loader.batch(position, rows).contiguous(memory_format=self.memory_format)
 
     def _draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
         """Draw random numbers for the whole batch and return this rank's: independent of the number of ranks."""
@@ -290,19 +321,10 @@ class Trainer:
         """D through explicit attention maps: the fused attention kernels have no double backward."""
         return self.D(images, return_attention=True)[0]
 
-    def _lr_scale(self, step: int) -> float:
-        """Factor of both learning rates in the step after `step` finished ones."""
-        match self.config.lr_schedule:
-            case "exponential":
-                return self.config.lr_decay ** (step * self.config.n_critic // len(self.loader))
-            case "linear":
-                return 1 - step / self.config.total_step
-        return 1.0
-
     def _learning_rates(self) -> dict[str, float]:
         """Learning rates of the step that was just taken."""
-        scale = self._lr_scale(self.step - 1)
-        return {"lr/g": self.config.g_lr * scale, "lr/d": self.config.d_lr * scale}
+        factor = self.schedule.factor(self.step - 1)
+        return {"lr/g": self.config.g_lr * factor, "lr/d": self.config.d_lr * factor}
 
     def _samples(self) -> dict[str, Tensor]:
         """Images of the fixed z by G and by its EMA."""
@@ -313,7 +335,7 @@ class Trainer:
         """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""
         count = self.config.g_num
         with eval_mode(self.ema.network, self.D):
-            return collect_attention(self.ema.network, self.D, self.fixed_z[:count], self.loader.batch(0)[:count])
+            return collect_attention(self.ema.network, self.D, self.fixed_z[:count], self._real(0, slice(count)))
 
     def _evaluate(self, recorder: Recorder) -> dict[str, float]:
         """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
@@ -347,6 +369,8 @@ class Trainer:
             "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_z,
             "best_fid": self.best_fid,
+            "schedule": dataclasses.asdict(self.schedule),
+            "data": self.loader.identity,
         }
         self.guard.check(state)
         return state
@@ -363,10 +387,15 @@ class Trainer:
             return
         with reraise_load_errors(saved.step):
             self.fixed_z = saved.state["fixed_z"].to(self.device)
-            self.best_fid = saved.state.get("best_fid", math.inf)  # checkpoints of older versions have none
+            # Checkpoints of older versions do not have these.
+            self.best_fid = saved.state.get("best_fid", math.inf)
+            self.saved_schedule, self.saved_data = saved.state.get("schedule"), saved.state.get("data")
             for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
                 # Learning rates and betas are this run's options, not the saved ones.
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": saved.state[name]["state"], "param_groups": groups})
+                for parameter, moments in optimizer.state.items():
+                    for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the memory format of the parameter
+                        moments[key] = torch.empty_like(parameter).copy_(moments[key])
             changes = changed_options(saved.state["config"], self.config)
         print(f"resuming from step {self.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))

@@ -2,9 +2,9 @@
 
 import copy
 import ctypes
+import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import UserError, warn
+from errors import UserError, handle_signals, stop_signals, warn, warn_once
 
 # What `derive_seed` is given beside the run's seed, so that each use has random numbers of its own: training steps,
 # the fixed z of sample grids, --metrics, and the samples and interpolations of --train false.
 SEED_STEP, SEED_FIXED_Z, SEED_METRICS, SEED_SAMPLES, SEED_INTERPOLATION = range(5)
 
+LINE_SECONDS = 10  # between two lines of progress where stderr is no terminal
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 Item = TypeVar("Item")
@@ -55,7 +56,7 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: torch finds no MPS device; use --device auto")
-        warn("--device mps is untested: losses and attention maps may be wrong")
+        warn_once("--device mps is untested: losses and attention maps may be wrong")
     return device
 
 
@@ -76,6 +77,16 @@ def resolve_precision(name: str, device: torch.device) -> str:
         warn("this CPU has no bf16 instructions: --precision fp32 is faster")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
+
+
+def conv_memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Return the memory format of networks and images in which convolutions are fast.
+
+    On CUDA, tensor cores want channels last, and the kernels without them, those of fp32, contiguous tensors. On MPS,
+    channels last is slow, and BatchNorm's gradients were wrong in it.
+    """
+    channels_last = device.type == "cpu" or (device.type == "cuda" and precision != "fp32")
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _cpu_has_bf16() -> bool:
@@ -133,6 +144,20 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: no permission to write to {existing}")
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Flush an open file or folder to the disk; a warning where the file system refuses, as some network mounts do.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warn_once("this file system cannot flush to the disk: a power failure may lose the newest results")
 
 
 def derive_seed(*numbers: int) -> int:
@@ -201,7 +226,7 @@ class EMA:
 
 
 class StopSignals:
-    """Turn the first SIGINT (Ctrl-C) or SIGTERM into a request to stop; a second one exits immediately.
+    """Turn the first of `errors.stop_signals` into a request to stop; a second one exits immediately.
 
         with StopSignals() as stop:
             while not stop.received: ...
@@ -210,18 +235,16 @@ class StopSignals:
         received: number of the signal, 0 before it.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self):
         self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._handlers = handle_signals(self._receive, stop_signals())
+        self._handlers.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._handlers.__exit__(*error)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -244,13 +267,23 @@ def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def progress(items: Iterable[Any] | None, title: str, unit: str, total: int | None = None) -> tqdm:
-    """Return a progress bar around `items`: shown after a second, removed at the end."""
-    seconds = refresh_seconds()
-    return tqdm(
-        items, title, total, unit=unit, leave=False, delay=1, dynamic_ncols=True, mininterval=seconds, miniters=1
-    )
+    """Return a progress bar around `items`: shown after a second, removed at the end. See `bar_options`."""
+    return tqdm(items, title, total, unit=unit, leave=False, delay=1, miniters=1, **bar_options())
 
 
-def refresh_seconds() -> float:
-    """Return the seconds between updates of a progress bar: fewer updates if stderr is not a terminal."""
-    return 0.1 if sys.stderr.isatty() else 10
+def bar_options() -> dict[str, Any]:
+    """Return tqdm's options for stderr: a bar on a terminal; whole lines in a file or a pipe, one every 10 s."""
+    if sys.stderr.isatty():
+        return {"dynamic_ncols": True, "mininterval": 0.1}
+    return {"file": _LineStream(), "mininterval": LINE_SECONDS}
+
+
+class _LineStream:
+    """Prints what tqdm writes, a bar after each carriage return, as lines on stderr."""
+
+    def write(self, text: str) -> None:
+        if bar := text.strip():
+            print(bar, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Do nothing: tqdm calls it."""

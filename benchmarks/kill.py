@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 OPTIONS = shlex.split(
     "--dataset toy --toy_num 300 --num_workers 0 --device cpu --imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 "
-    "--batch_size 4 --log_step 1 --sample_step 5 --model_save_step 0.04 --pretrained_model auto"
+    "--batch_size 4 --log_step 1 --sample_step 5 --model_save_step 0.04 --min_save_step 1 --pretrained_model auto"
 )
 STEPS, PROCESSES_STEPS = 60, 24
 NONDETERMINISTIC = ("images_per_s", "memory_mib")  # keys of a log entry that depend on the machine

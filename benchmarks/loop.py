@@ -38,7 +38,8 @@ def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str
         run_steps: steps per training run.
     """
     fixed, fed, whole = (build_trainer(config, run_steps) for _ in range(3))
-    real, z = fixed.loader.batch(0), torch.randn(2, config.batch_size, config.z_dim, device=fixed.device)
+    real = fixed.loader.batch(0).contiguous(memory_format=fixed.memory_format)
+    z = torch.randn(2, config.batch_size, config.z_dim, device=fixed.device)
 
     def fixed_step() -> None:
         fixed.updates([real], list(z), [])

@@ -4,14 +4,17 @@
     python benchmarks/step.py --batch_size 16,256 --imsize 64,128 --json results.json
 
 Each contender runs in a process of its own, because allocator and thread settings are per process, and takes blocks of
-steps in turn, A B C A B C ..., so that drift of the machine affects all of them. The first step of a block is not
-counted. A step right after waiting for the other contenders is slower than those that follow it, and the baseline's is
-slowed most (4.4 s in place of 3.1 to 3.6 s on two CPU cores), so that counting it would overstate the speedup.
+steps in turn, A B C A B C ..., so that drift of the machine affects all of them; those that do not fit into a GPU's
+memory beside the others come after them. The first step of a block is not counted. A step right after waiting for the
+other contenders is slower than those that follow it, and the baseline's is slowed most (4.4 s in place of 3.1 to 3.6 s
+on two CPU cores), so that counting it would overstate the speedup.
 
 Reported are the median and the interquartile range (IQR) of all counted steps. See benchmarks/floor.py for the floor.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import multiprocessing
 import statistics
@@ -28,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baseline import Baseline
-from floor import floors_ms, machine_rates, step_work
+from floor import Work, floors_ms, machine_rates, step_work
 
 from parameter import Config
 from trainer import Trainer
@@ -75,7 +78,7 @@ def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
         return lambda: baseline.d_step(real, z) | baseline.g_step(z2)
     graph = "true" if contender.mode == "graph" else "false"
     trainer = Trainer(None, Config(**setting._asdict(), precision=contender.precision, cuda_graph=graph))
-    real = real.contiguous(memory_format=torch.channels_last)  # as the loader returns it
+    real = real.contiguous(memory_format=trainer.memory_format)  # as in `train_step`
 
     def step() -> dict[str, torch.Tensor]:
         stats = trainer.updates([real], [z, z2], [])
@@ -109,8 +112,7 @@ def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int
     if contender.name == "ours":
         tune_malloc()
     step = build_step(contender, setting)
-    for _ in range(warm_up):
-        step()
+    time_block(step, warm_up, setting.device)  # waits for the GPU, whose errors appear late
     pipe.send("ready")
     while pipe.recv():
         pipe.send(time_block(step, block, setting.device))
@@ -118,21 +120,34 @@ def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int
 
 
 def measure(setting: Setting, found: list[Contender], rounds: int, warm_up: int, block: int) -> list[dict[str, Any]]:
-    """Return a record per contender, of `rounds` blocks of `block` steps each after `warm_up` steps."""
+    """Return a record per contender, of `rounds` blocks of `block` steps each after `warm_up` steps.
+
+    A contender whose process dies while it warms up is measured after the others, when their memory is free. If it dies
+    again, a printed line says so.
+    """
     context = multiprocessing.get_context("spawn")
-    running = []
+    running, dead = [], []
     for contender in found:
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, contender, setting, warm_up, block), daemon=True).start()
+        process = context.Process(target=serve, args=(theirs, contender, setting, warm_up, block), daemon=True)
+        process.start()
         theirs.close()  # so that `recv` raises if the process dies
-        running.append((contender, ours, []))
-        ours.recv()
+        try:
+            ours.recv()
+        except EOFError:
+            dead.append(contender)
+        else:
+            running.append((contender, process, ours, []))
+    if not running:
+        for contender in dead:
+            print(f"{' '.join(contender)}: not measured, its process died: see above")
+        return []
     for _ in range(rounds):
-        for _, pipe, times in running:
+        for _, _, pipe, times in running:
             pipe.send(True)
             times += pipe.recv()
     records = []
-    for contender, pipe, times in running:
+    for contender, process, pipe, times in running:
         pipe.send(False)
         low, median, high = statistics.quantiles(times, n=4)
         records.append(
@@ -141,7 +156,16 @@ def measure(setting: Setting, found: list[Contender], rounds: int, warm_up: int,
             | {"ms_per_step": median, "iqr_ms": high - low, "images_per_s": setting.batch_size / median * 1e3}
             | {"peak_mib": pipe.recv()}
         )
-    return records
+        process.join()  # it holds memory until then
+    return records + measure(setting, dead, rounds, warm_up, block)
+
+
+def count_work(setting: Setting) -> Work:
+    """Count the work of a step, in fp32; where that does not fit into memory, twice that of half the batch."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return step_work(build_step(Contender("ours", "fp32", "eager"), setting))
+    half = count_work(setting._replace(batch_size=setting.batch_size // 2))
+    return half._replace(flop=2 * half.flop, saved_bytes=2 * half.saved_bytes)
 
 
 def add_ratios(records: list[dict[str, Any]], floors: dict[str, float]) -> None:
@@ -192,9 +216,10 @@ def main() -> None:
     for imsize in arguments.imsize:
         for batch_size in arguments.batch_size:
             setting = Setting(arguments.device, imsize, batch_size)
-            work = step_work(build_step(Contender("ours", "fp32", "eager"), setting))
-            if setting.device == "cuda":
-                torch.cuda.empty_cache()  # the contenders are other processes and need the memory
+            work = count_work(setting)
+            if setting.device == "cuda":  # the contenders are other processes and need the memory
+                gc.collect()
+                torch.cuda.empty_cache()
             print(
                 f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP per step\n"
             )

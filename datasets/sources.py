@@ -9,22 +9,22 @@ Worker processes import this module, so that torch and torchvision are imported 
 import hashlib
 import io
 import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
 from datasets.toy_faces import draw_face
-from errors import UserError
+from errors import UserError, warn
 
+CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
 CELEB_CROP = 160  # pixels, as in the reference
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LSUN_CLASS = "church_outdoor_train"
+FOLDER_DECODING = 2  # version of how the images of folders are decoded, for the fingerprint
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Source:
         items: what to decode, in order: file names, numbers or keys.
         decode: function of an item and a size in pixels; returns an RGB Pillow image of that size. Can be pickled.
         fingerprint: changes whenever the decoded pixels may change.
+        description: what and how many images these are.
     """
 
     name: str
     items: Sequence[str] | Sequence[int] | Sequence[bytes]
     decode: Callable[[Any, int], Image.Image]
     fingerprint: str
+    description: str
 
 
 def find_source(
@@ -51,8 +53,11 @@ def find_source(
     download: bool = False,
     toy_num: int = 10_000,
     seed: int = 0,
+    *,
+    run_folders: Collection[Path] = (),
+    exclude: Collection[Path] = (),
 ) -> Source:
-    """Return the source of a dataset. Reads file names, sizes and dates only.
+    """Return the source of a dataset. Reads file names, sizes and dates, and the headers of a few images.
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
@@ -61,84 +66,39 @@ def find_source(
         download: download celeb or cifar10 if it is missing.
         toy_num: number of toy faces.
         seed: of the toy faces.
+        run_folders: folders of this run's results, which may not be or contain the folder of celeb or folder images.
+        exclude: folders that the program writes to, whose files are no images of celeb or folder.
 
     Raises:
-        UserError: the data is missing or unreadable; the message describes the expected files.
+        UserError: the data is missing, unreadable or where the program writes; the message says what is expected.
     """
-    root = Path(image_path).expanduser()
+    root = Path(os.path.expanduser(image_path))
+    find = partial(find_images, run_folders=run_folders, exclude=exclude)
     match dataset:
         case "celeb":
-            return _celeb(root, crop_size or CELEB_CROP, download)
+            return _celeb(root, crop_size, download, find)
         case "folder":
-            return _folder("folder", root, crop_size)
+            return _folder(root, crop_size, find)
         case "lsun":
             return _lsun(root)
         case "cifar10":
             return _cifar10(root, download)
         case "toy":
-            return Source("toy", range(toy_num), partial(draw_face, seed), _digest([seed, toy_num]))
+            fingerprint = _digest([seed, toy_num])
+            return Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, f"{toy_num:,} toy faces")
     raise ValueError(f"unknown dataset {dataset!r}")
 
 
-def decode_chunk(
-    decode: Callable[[Any, int], Image.Image], size: int, path: Path, first: int, items: Sequence
-) -> tuple[int, list[str]]:
-    """Decode some items into a file of uint8 images (size, size, 3), starting at image number `first` of the file.
-
-    Worker processes run this. It writes to the file itself, because sending the pixels to another process is slower.
-
-    Returns:
-        The number of images written, and a line with name and reason for each item that cannot be read.
-    """
-    images, failures = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of very large images and damaged EXIF data; neither matters here
-        for item in items:
-            try:
-                images.append(np.asarray(decode(item, size)))
-            except Exception as error:  # Pillow's readers raise nearly any type for a damaged file
-                line = f"{item}: {type(error).__name__}: {error}".replace("\n", "\\n")
-                failures.append(line.encode("utf-8", "backslashreplace").decode())
-    with open(path, "r+b") as file:
-        file.seek(first * size * size * 3)
-        file.writelines(images)
-    return len(images), failures
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB: grays of 16 bits or of floats in [0, 1] to 8 bits, transparency to white."""
-    if image.mode.startswith("I"):  # I and the I;16 family
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    elif image.mode == "F":
-        image = image.point(lambda value: value * 255).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
-
-
-def crop_center(image: Image.Image, side: int | None) -> Image.Image:
-    """Return the center square of the given side, at most the largest square (None) of the image; never pads."""
-    width, height = image.size
-    side = min(side or width, width, height)
-    left, top = round((width - side) / 2), round((height - side) / 2)  # rounded as torchvision's CenterCrop
-    return image.crop((left, top, left + side, top + side))
-
-
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """Resize to size x size pixels, antialiased bilinear, as torchvision's Resize does with a Pillow image."""
-    return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _celeb(root: Path, crop: int, download: bool) -> Source:
+def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) -> Source:
     by_hand = (
         f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
         f"'Align&Cropped Images') and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
     )
-    layouts = [root / "celeba" / "img_align_celeba", root / "CelebA", root / "img_align_celeba"]
-    if root.name == "img_align_celeba":
+    names = ("celeba/img_align_celeba", "CelebA", "celeba", "img_align_celeba")
+    layouts = [root / name for name in names]
+    if root.name.lower() in ("celeba", "img_align_celeba", "img_align_celeba_png"):
         layouts.append(root)
-    found = next((folder for folder in layouts if any(_walk(str(folder)))), None)
+    found = _first_with_images(layouts, find)
     if found is None and download:
         from torchvision.datasets import CelebA
 
@@ -146,49 +106,67 @@ def _celeb(root: Path, crop: int, download: bool) -> Source:
             CelebA(str(root), split="all", download=True)
         except Exception as error:  # Google Drive's quota, no network, gdown missing: the advice is the same
             raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
-        found = layouts[0]
+        found = _first_with_images(layouts, find)
     if found is None:
         raise UserError(
             f"no CelebA in {root}: expected {layouts[0]}/*.jpg (torchvision's layout) or {layouts[1]}/*/*.jpg "
             f"(the reference's). {by_hand}, set --image_path to its folder, or use --dataset toy, which needs no data"
         )
-    return _folder("celeb", found, crop)
+    folder, files = found
+    if crop_size is None:
+        _check_celeb_size(folder, files)
+    count, whole = len(files), f"CelebA's {CELEB_COUNT:,} images"
+    what = f"{count:,} of {whole}" if count < CELEB_COUNT else whole if count == CELEB_COUNT else f"{count:,} images"
+    return _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}")
 
 
-def _folder(name: str, root: Path, crop: int | None) -> Source:
-    if not root.is_dir():
+def _first_with_images(folders: Iterable[Path], find: Callable) -> tuple[Path, list] | None:
+    """Return the first folder with images below it, and its image files: only the aligned ones, where they are apart.
+
+    CelebA's own folder has the same people's unaligned images beside them.
+    """
+    for folder in folders:
+        files = find(str(folder))[0] if os.path.isdir(folder) else []
+        for name in ("img_align_celeba", "img_align_celeba_png"):
+            if aligned := [file for file in files if name in file[0].split(os.sep)[:-1]]:
+                return folder, aligned
+        if files:
+            return folder, files
+    return None
+
+
+def _check_celeb_size(folder: Path, files: list) -> None:
+    """Warn if the images are not CelebA's aligned ones, by the first, the middle and the last."""
+    for name, _, _ in (files[0], files[len(files) // 2], files[-1]):
+        size = image_size(str(folder / name))
+        if size not in (CELEB_SIZE, None):
+            warn(
+                f"{folder / name} has {size[0]}x{size[1]} pixels, CelebA's aligned images have 178x218: of each image "
+                f"the center square of at most {CELEB_CROP} pixels is used; set --crop_size, or use --dataset folder, "
+                "which takes the largest square"
+            )
+            return
+
+
+def _folder(root: Path, crop_size: int | None, find: Callable) -> Source:
+    if not os.path.isdir(root):
         raise UserError(f"--image_path {root} is not a folder of images (--dataset toy needs none)")
-    files = sorted(_walk(str(root)))
+    files, others = find(str(root))
     if not files:
-        raise UserError(f"no image in {root} or its subfolders (looked for {' '.join(IMAGE_SUFFIXES)})")
-    decode = partial(_decode_file, str(root.absolute()), crop)
-    return Source(name, [file for file, _, _ in files], decode, _digest([crop, *files]))
+        listed = f"; other files: {count_by_ending(others)}" if others else ""
+        raise UserError(f"no image that can be read in {root} or its subfolders{listed}")
+    if others:
+        count, listed = sum(others.values()), count_by_ending(others)
+        warn(f"{root}: {count:,} files are not images that can be read here and are left out: {listed}")
+    description = f"{len(files):,} images in {root}"
+    return _file_source("folder", root, files, crop_size, [FOLDER_DECODING], description)
 
 
-def _walk(root: str) -> Iterable[tuple[str, int, int]]:
-    """Yield (relative name, size, modification time in ns) of the image files below a folder; each folder once."""
-    seen = set()  # a link may lead to a folder above it
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        identity = os.path.realpath(folder)
-        if identity in seen:
-            subfolders.clear()
-            continue
-        seen.add(identity)
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # dangling links fail when decoded
-                yield os.path.relpath(path, root), status.st_size, status.st_mtime_ns
-
-
-def _decode_file(root: str, crop: int | None, name: str, size: int) -> Image.Image:
-    """Decode an image file below `root`: rotated as its EXIF data says, center square of side `crop`, resized."""
-    path = os.path.join(root, name)
-    if not os.path.isfile(path):  # reading from a pipe would block
-        raise OSError("not a file")
-    with Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # in place, so that only rotated images are copied
-        return resize(crop_center(to_rgb(image), crop), size)
+def _file_source(name: str, root: Path, files: list, crop: int | None, version: list, description: str) -> Source:
+    """Return a source of image files (name, bytes, time) below `root`."""
+    decode = partial(decode_file, str(root.absolute()), crop)
+    items = [file for file, _, _ in files]
+    return Source(name, items, decode, _digest([*version, crop, *files]), description)
 
 
 def _lsun(root: Path) -> Source:
@@ -207,7 +185,8 @@ def _lsun(root: Path) -> Source:
         raise UserError(f"{data} cannot be read: {error}") from error
     status = data.stat()
     fingerprint = _digest([len(keys), status.st_size, status.st_mtime_ns])
-    return Source("lsun", keys, partial(_decode_lsun, str(folder)), fingerprint)
+    description = f"{len(keys):,} images of LSUN {LSUN_CLASS} in {folder}"
+    return Source("lsun", keys, partial(_decode_lsun, str(folder)), fingerprint, description)
 
 
 @lru_cache(maxsize=1)
@@ -232,7 +211,8 @@ def _cifar10(root: Path, download: bool) -> Source:
             f"no CIFAR-10 in {root} ({_first_line(error)}): use --download true, or unpack cifar-10-python.tar.gz there"
         ) from error
     # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
-    return Source("cifar10", range(count), partial(_decode_cifar10, str(root)), _digest([count]))
+    decode = partial(_decode_cifar10, str(root))
+    return Source("cifar10", range(count), decode, _digest([count]), f"{count:,} images of CIFAR-10")
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 """The metrics that `--metrics` lists, in training and in `--train false`."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -40,11 +41,11 @@ def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> 
         num_images=len(z),
         batch_size=config.batch_size,
         device=z.device,
-        cache_path=Path(config.cache_path).expanduser(),
+        cache_path=Path(os.path.expanduser(config.cache_path)),
         real_name=f"{loader.source.name}_{loader.source.fingerprint}",
         feature_extractor=_feature_extractor(config),
     )
 
 
 def _feature_extractor(config: Config) -> Path | None:
-    return Path(config.feature_extractor).expanduser() if config.feature_extractor else None
+    return Path(os.path.expanduser(config.feature_extractor)) if config.feature_extractor else None

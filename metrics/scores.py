@@ -29,10 +29,12 @@ torch-fidelity and opencv-python-headless are optional dependencies, imported on
 
 import glob
 import importlib
+import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -40,7 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, warn_once
 from utils import progress
 
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
@@ -81,7 +83,7 @@ def compute_scores(
         num_images: number of generated images, and maximum number of real images.
         batch_size: images per batch of the generator and the extractors; scores do not depend on it.
         device: of the extractors; those that are neither CUDA nor CPU are replaced by the CPU.
-        cache_path: what is computed from the real images is cached in its folder `metrics`.
+        cache_path: what is computed from the real images is cached in its folder `metrics`, if that can be written.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
         feature_extractor: a TorchScript file to use instead of Inception and VGG16.
 
@@ -89,8 +91,8 @@ def compute_scores(
         Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real that `names` ask for.
 
     Raises:
-        UserError: a library, weights or the extractor is missing or unusable, there are too few images, the cache
-            cannot be written, or generated images are not finite.
+        UserError: a library, weights or the extractor is missing or unusable, there are too few images, the disk is
+            full, or generated images are not finite.
     """
     fewest = min(num_images, len(real))
     if fewest < MIN_IMAGES:
@@ -98,9 +100,9 @@ def compute_scores(
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
     fakes = Images(lambda start, count: _to_uint8(generate(start, count)), num_images)
     reals = Images(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous(), fewest)
-    cache, key = cache_path / "metrics", f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
+    key = f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
     scores: dict[str, float] = {}
-    with preserve_global_state(device), _report_write_errors(cache):
+    with preserve_global_state(device), _open_cache(cache_path / "metrics") as cache:
         if "faces" in names:
             scores |= _face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")
         if feature_metrics := [name for name in names if name != "faces"]:
@@ -150,11 +152,21 @@ def preserve_global_state(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _report_write_errors(folder: Path) -> Iterator[None]:
-    """Create the folder; raise a `UserError` where it, or later a file in it, cannot be written."""
-    try:
+def _open_cache(folder: Path) -> Iterator[Path]:
+    """Create and yield the folder, or a temporary one where it may only be read.
+
+    Raises:
+        UserError: a file in it cannot be written.
+    """
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+    if not os.access(folder, os.W_OK):
+        warn_once(f"cannot write to {folder}: what metrics need of the training images is computed again each time")
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    try:
+        yield folder
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save on a full disk: a RuntimeError
         if not isinstance(cause, OSError):

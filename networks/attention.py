@@ -1,7 +1,9 @@
 """Matrix products of self-attention: the fastest way on each device, and the explicit N x N map.
 
-Fused kernels on a GPU never store the map. Those of the CPU are slow, so the map is computed there, with a backward
-written by hand: autograd's asks for memory layouts in which a CPU's matrix product is four to eight times slower.
+Fused kernels on an NVIDIA GPU never store the map. Those of the CPU are slow, so the map is computed there, with a
+backward written by hand: autograd's asks for memory layouts in which a CPU's matrix product is four to eight times
+slower. Other devices multiply by the explicit map: fused kernels of MPS are wrong before torch 2.12 where values are
+wider than queries.
 """
 
 import torch
@@ -25,9 +27,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if value.device.type == "cpu":
         return _AttendOnCpu.apply(query, key, value)
+    if value.device.type != "cuda":
+        return attention_map(query, key).to(value.dtype) @ value
     padding = (0, -query.shape[2] % 8)  # the fused kernel needs multiples of 8; zeros do not change the logits
-    # Contiguous, because a slice may not be aligned to the 16 bytes that the kernel loads at once.
-    heads = [tensor.unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value.contiguous())]
+    # Contiguous, because the kernel needs rows that are contiguous and aligned to the 16 bytes that it loads at once.
+    heads = [tensor.contiguous().unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value)]
     with sdpa_kernel(FUSED):
         return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)  # one head
 

@@ -17,7 +17,8 @@ from parameter import Config
 from trainer import Trainer
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
-SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0)
+SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0,
+             min_save_step=1)  # fmt: skip
 BROWSER_FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,1050"
@@ -53,24 +54,23 @@ def make_config(tmp_path):
 @pytest.fixture
 def make_trainer(make_config):
     """A function that makes trainers of small toy runs."""
+    return lambda **changes: build_trainer(make_config(**changes))
 
-    def make(**changes) -> Trainer:
-        config = make_config(**changes)
-        torch.manual_seed(config.seed)
-        source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
-        loader = Loader(
-            source,
-            config.imsize,
-            config.batch_size,
-            cache_path=config.cache_path,
-            num_workers=0,
-            seed=config.seed,
-            hflip=config.hflip,
-            device=config.device,
-        ).open()
-        return Trainer(loader, config)
 
-    return make
+def build_trainer(config: Config) -> Trainer:
+    torch.manual_seed(config.seed)
+    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
+    loader = Loader(
+        source,
+        config.imsize,
+        config.batch_size,
+        cache_path=config.cache_path,
+        num_workers=0,
+        seed=config.seed,
+        hflip=config.hflip,
+        device=config.device,
+    ).open()
+    return Trainer(loader, config)
 
 
 def save_script(module: torch.nn.Module, path: Path) -> Path:

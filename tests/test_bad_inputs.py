@@ -1,11 +1,15 @@
-"""Generated bad options, images, caches and checkpoints: each ends in a run, or in one line and exit code 2.
+"""Generated bad options, images, caches, checkpoints, folders, environment variables and errors of the file system.
 
-240 short runs. The inputs are the same each time: a regression test, not a search for new ones.
+Each ends in a run, or in one line and exit code 2, and no file of the user's is touched. 360 short runs. The inputs are
+the same each time: a regression test, not a search for new ones.
 """
 
 import contextlib
+import errno
 import io
+import itertools
 import os
+import pkgutil
 import shlex
 import shutil
 import sys
@@ -25,11 +29,12 @@ pytestmark = pytest.mark.slow
 
 SMALL = shlex.split(
     "--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu --total_step 2 "
-    "--toy_num 20 --g_num 1"
+    "--toy_num 20 --g_num 1 --min_save_step 1"
 )
 many = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+some = settings(many, max_examples=40)
 # Left out: most of their values are legal, and take long.
 SLOW = {"total_step", "toy_num", "num_workers", "imsize", "n_critic", "z_dim", "g_conv_dim", "d_conv_dim", "download"}
 damages = st.tuples(
@@ -71,6 +76,7 @@ def run(folder, *words):
             code = main.main()
         except SystemExit as error:
             code = error.code
+    assert "Traceback" not in err.getvalue()
     lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert code in (0, 2)
     assert len(lines) == (code == 2), err.getvalue()
@@ -160,6 +166,115 @@ def test_a_damaged_checkpoint_is_refused_or_the_one_before_is_used(
     code = run(folder, *SMALL, "--dataset", "toy", "--pretrained_model", wanted, "--total_step", "3")
     is_read = (part == "state") != weights_only
     assert code == 0 or (wanted == "2" and is_read)
+
+
+def make_pictures(folder, names):
+    """Write images, or files that are none, and return the content of all files by path."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".png", ".jpg", ".webp"):
+            Image.new("RGB", (40, 50), (number * 20, 20, 99)).save(path)
+        else:
+            path.write_bytes(b"x")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_untouched(files):
+    for path, content in files.items():
+        assert path.read_bytes() == content, path
+
+
+file_names = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["", "samples/v/", "samples/", "cache/", ".hidden/", "@eaDir/", "lost+found/", "ä ö/", "a/b/c/"]
+        ),
+        st.sampled_from(
+            ["0_left", "5_fake", "100_ema", "real", "5_G_attn1", "5_explorer", "metrics", "-", "é", "x" * 90]
+        ),
+        st.sampled_from([".png", ".PNG", ".jpg", ".webp", ".heic", ".mov", ".txt", ".html", ".pth", "", ".png.bak"]),
+    ).map("".join),
+    max_size=8,
+)
+folders = st.sampled_from(
+    [".", "..", "pics", "pics/samples", "pics/out", "./pics/../pics", "results", "results/v", "/proc"]
+)
+
+
+@some
+@given(
+    names=file_names,
+    image_path=st.sampled_from([".", "pics", "pics/samples", "pics/samples/v", "results/v", "nowhere", "pics/-.txt"]),
+    paths=st.fixed_dictionaries(
+        {}, optional={f"{name}_path": folders for name in ("sample", "attn", "model_save", "log", "cache")}
+    ),
+    is_inside=st.booleans(),
+    overwrite=st.booleans(),
+)
+def test_images_are_untouched_wherever_the_results_are(
+    no_figures, tmp_path, names, image_path, paths, is_inside, overwrite
+):
+    folder = tmp_path / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    ours = [f"{number}.png" for number in range(4)]
+    files = make_pictures(folder / "pics", [*ours, *names]) | make_pictures(folder / "results" / "v", ours[:1])
+    words = [*SMALL, "--dataset", "folder", "--image_path", image_path, "--version", "v", "--total_step", "1"]
+    words += [f"--{name}={path}" for name, path in paths.items()]
+    for _ in range(2):  # the second run finds the results of the first
+        run(folder / "pics" if is_inside else folder, *words, f"--overwrite={overwrite}")
+        assert_untouched(files)
+
+
+variables = {
+    **{name: ["0", "1", "7", "-1", "x", ""] for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "SLURM_LOCALID")},
+    "WORLD_SIZE": ["1", "2", "0", "-1", "two", "", "1e3", "٣"],
+    "MASTER_ADDR": ["localhost", "", "no host"],
+    "MASTER_PORT": ["0", "x", "", "99999999"],  # no valid one: ranks would wait for each other
+    **{name: ["", "x", "0", "2"] for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")},
+    "TORCHELASTIC_RUN_ID": ["", "none"],
+    **{name: ["", "/nonexistent", "\udcff"] for name in ("HOME", "TMPDIR", "TORCH_HOME", "XDG_CACHE_HOME")},
+    **{name: ["", "x", "0"] for name in ("COLUMNS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TERM", "LANG")},
+}
+
+
+@some
+@given(values=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in variables.items()}))
+def test_any_environment_is_accepted_or_refused_in_one_line(no_figures, tmp_path, values):
+    with patch.dict(os.environ, values):
+        run(tmp_path, *SMALL, "--dataset", "toy", "--total_step", "1", "--overwrite", "true", "--parallel", "true")
+
+
+calls = {  # of a run like the one below, about how many
+    "builtins.open": 19, "os.open": 16, "os.replace": 8, "os.rename": 1, "os.fsync": 8, "os.scandir": 8, "os.stat": 100,
+    "pathlib.Path.mkdir": 8, "pathlib.Path.iterdir": 8, "pathlib.Path.unlink": 10, "pathlib.Path.write_text": 4,
+    "pathlib.Path.read_text": 3, "pathlib.Path.stat": 20, "fcntl.flock": 8, "numpy.memmap": 1, "shutil.disk_usage": 1,
+    "tempfile.TemporaryFile": 4, "PIL.Image.Image.save": 5,
+}  # fmt: skip
+error_numbers = st.sampled_from(["ENOSPC", "EACCES", "EROFS", "EIO", "EINVAL", "ENOLCK", "ENOMEM", "ESTALE", "ENODEV"])
+
+
+@some
+@given(data=st.data(), name=st.sampled_from(sorted(calls)), number=error_numbers, is_lasting=st.booleans())
+def test_an_error_of_the_file_system_is_one_line_or_a_warning(no_figures, tmp_path, data, name, number, is_lasting):
+    """In one call of a function, or in all from there on."""
+    failing = data.draw(st.integers(1, calls[name]))
+    shutil.rmtree(tmp_path / "case", ignore_errors=True)
+    files = make_pictures(tmp_path / "case" / "pics", [f"{number}.png" for number in range(4)])
+    owner, _, function = name.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original, count = getattr(owner, function), itertools.count(1)
+
+    def call(*arguments, **options):
+        call_number = next(count)
+        if call_number == failing or (is_lasting and call_number > failing):
+            raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)), "file")
+        return original(*arguments, **options)
+
+    with patch.object(owner, function, call):
+        words = ["--dataset", "folder", "--image_path", "pics", "--sample_step", "1", "--overwrite", "true"]
+        run(tmp_path / "case", *SMALL, *words)
+    assert_untouched(files)
 
 
 def test_every_option_is_tried_or_left_out_as_slow():

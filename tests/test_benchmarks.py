@@ -1,6 +1,7 @@
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,61 @@ def test_the_step_after_waiting_for_other_contenders_is_not_counted(monkeypatch)
     ready, *blocks, memory = fake.sent
     assert (ready, blocks) == ("ready", [[1000.0] * (BLOCK - 1)] * 3)
     assert memory > 0
+
+
+class FakeGPU:
+    """Memory for three contenders, and a multiprocessing context whose processes die where theirs is not free."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.sizes, self.free = sizes, 3
+
+    def Pipe(self):
+        return (end := FakePipe()), end
+
+    def Process(self, target, args, daemon):
+        pipe, contender, *_ = args
+        pipe.gpu, pipe.size, pipe.mode = self, self.sizes[contender.mode], contender.mode
+        return SimpleNamespace(start=pipe.start, join=lambda: None)
+
+
+class FakePipe:
+    def start(self) -> None:
+        self.alive = self.size <= self.gpu.free
+        self.gpu.free -= self.size * self.alive
+        self.answer = "ready"
+
+    def close(self) -> None:
+        pass
+
+    def send(self, more: bool) -> None:
+        self.answer = [self.size * 10.0] * 3 if more else 1.0
+        self.gpu.free += 0 if more else self.size
+
+    def recv(self) -> object:
+        if not self.alive:
+            raise EOFError
+        return self.answer
+
+
+def test_a_contender_without_memory_is_measured_later_or_named(monkeypatch, capsys):
+    """In the first turn a and b fit, in the second c alone; d never does."""
+    gpu = FakeGPU({"a": 1, "b": 2, "c": 3, "d": 4})
+    monkeypatch.setattr(step.multiprocessing, "get_context", lambda method: gpu)
+    records = measure(SMALL, [Contender("ours", "bf16", mode) for mode in "dabc"], rounds=2, warm_up=1, block=4)
+    assert [(record["mode"], record["ms_per_step"]) for record in records] == [("a", 10), ("b", 20), ("c", 30)]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("ours bf16 d: not measured")
+
+
+def test_work_is_that_of_a_part_of_the_batch_where_the_whole_does_not_fit(monkeypatch):
+    def step_work(take_step):
+        if take_step.batch_size > 16:
+            raise torch.OutOfMemoryError
+        return Work(flop=10.0 * take_step.batch_size, saved_bytes=take_step.batch_size, parameters=7)
+
+    monkeypatch.setattr(step, "build_step", lambda contender, setting: setting)
+    monkeypatch.setattr(step, "step_work", step_work)
+    assert step.count_work(Setting("cuda", 64, 64)) == Work(flop=640.0, saved_bytes=64, parameters=7)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import struct
 import sys
 import time
+import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import CHUNK, Loader, open_cache
+from data_loader import Loader, open_cache
 from datasets.sources import Source, find_source
 from errors import UserError
 
@@ -76,7 +79,7 @@ def test_the_cache_is_built_by_open_and_by_nothing_else(tmp_path):
 def test_checksum_depends_on_the_images_and_their_number(tmp_path):
     def checksum(count, seed):
         source = find_source("toy", toy_num=count, seed=seed)
-        return Loader(source, 8, 4, cache_path=tmp_path, num_workers=0).open().checksum()
+        return Loader(source, 8, 4, cache_path=tmp_path, num_workers=0).open().identity["checksum"]
 
     assert checksum(600, 0) == checksum(600, 0)
     assert len({checksum(600, 0), checksum(600, 1), checksum(601, 0), checksum(20, 0)}) == 4
@@ -143,8 +146,11 @@ def replace(path, old, new):
     lambda folder: (folder / "info.json").write_bytes(b"\xff\xfe\x00"),
     lambda folder: (folder / "info.json").write_text("[]"),
     lambda folder: (folder / "info.json").write_text("3"),
-    lambda folder: replace(folder / "info.json", '"format": 1', '"format": 0'),
+    lambda folder: replace(folder / "info.json", '"format": 2', '"format": 3'),
     lambda folder: replace(folder / "info.json", '"count": 10', '"count": 9'),
+    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": 3'),
+    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [[99, "no such item"]]'),
+    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [["a", "no number"]]'),
 ])  # fmt: skip
 def test_a_damaged_cache_is_rebuilt(toy, tmp_path, damage):
     first = toy().batch(0)
@@ -152,6 +158,23 @@ def test_a_damaged_cache_is_rebuilt(toy, tmp_path, damage):
     damage(cache_folder(tmp_path))
     assert torch.equal(toy().batch(0), first)
     assert (cache_folder(tmp_path) / "info.json").read_bytes() == info
+
+
+def test_a_whole_cache_of_format_1_is_used(toy, tmp_path, monkeypatch):
+    first = toy().batch(0)
+    replace(cache_folder(tmp_path) / "info.json", '"format": 2', '"format": 1')
+    monkeypatch.setattr(data_loader, "_build_cache", None)
+    assert torch.equal(toy().batch(0), first)
+
+
+def test_a_cache_of_format_1_with_skipped_images_is_rebuilt(tmp_path):
+    make_images(tmp_path / "images", good=3, bad=2)
+    before, skipped = open_images(tmp_path)
+    before, info = before.tobytes(), cache_folder(tmp_path) / "info.json"
+    info.write_text(json.dumps({"format": 1, "count": 3, "skipped": skipped}))
+    after, again = open_images(tmp_path)
+    assert after.tobytes() == before and again == skipped
+    assert json.loads(info.read_text())["format"] == 2
 
 
 def test_a_killed_build_leaves_no_cache(toy, tmp_path, monkeypatch):
@@ -166,21 +189,161 @@ def test_a_killed_build_leaves_no_cache(toy, tmp_path, monkeypatch):
 def test_stale_builds_are_removed(toy, tmp_path):
     toy()
     folder = cache_folder(tmp_path)
-    for age, name in ((0, "live"), (2 * data_loader.STALE_SECONDS, "dead")):
+    for age, name in ((0, "live"), (2 * data_loader.STALE_SECONDS, "dead"), (2 * data_loader.STALE_SECONDS, "mixed")):
         leftover = folder.with_name(f"{folder.name}.building-{name}")
         leftover.mkdir()
         (leftover / "images.bin").write_bytes(b"half")
-        for path in (leftover / "images.bin", leftover):
+        if name == "mixed":
+            (leftover / "notes.txt").write_text("the user's")
+        for path in (*leftover.iterdir(), leftover):
             os.utime(path, (time.time() - age,) * 2)
     shutil.rmtree(folder)
     toy()
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".building-live"}
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".building-live", ".building-mixed"}
+    assert [path.name for path in (tmp_path / "cache").glob("*mixed/*")] == ["notes.txt"]
 
 
-def make_images(folder, good):
+def test_a_stale_build_that_another_process_removes_first_is_no_error(toy, tmp_path, monkeypatch):
+    def vanish(path):
+        path.rmdir()
+        return iter([path / "images.bin"])
+
+    toy()
+    folder = cache_folder(tmp_path)
+    folder.with_name(f"{folder.name}.building-dead").mkdir()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(Path, "iterdir", vanish)
+    assert len(toy().images) == 10
+
+
+def test_a_damaged_cache_with_the_user_s_files_is_an_error_and_keeps_them(toy, tmp_path):
+    toy()
+    folder = cache_folder(tmp_path)
+    (folder / "notes.txt").write_text("the user's")
+    (folder / "info.json").write_text("{")
+    with pytest.raises(UserError, match="--cache_path"):
+        toy()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert [*(tmp_path / "cache").iterdir()] == [folder]
+
+
+def make_images(folder, good, bad=0):
     folder.mkdir()
     for number in range(good):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"good{number}.png")
+    for number in range(bad):
+        (folder / f"bad{number}.png").write_text("not an image")
+
+
+def open_images(tmp_path, workers=0):
+    return open_cache(find_source("folder", str(tmp_path / "images")), 32, tmp_path / "cache", workers)
+
+
+@pytest.fixture
+def flaky(tmp_path):
+    """A source of 10 items: `broken` cannot be read, `open` opens the cache, `tried` are those that it has decoded."""
+    broken, tried = set(), []
+
+    def decode(item, size):
+        tried.append(item)
+        if item in broken:
+            raise OSError("no connection")
+        return Image.new("RGB", (size, size), (int(item), 0, 0))
+
+    def open_flaky():
+        tried.clear()
+        return open_cache(Source("flaky", [*"0123456789"], decode, "1", "10 images"), 8, tmp_path / "cache", 0)
+
+    return SimpleNamespace(broken=broken, tried=tried, open=open_flaky)
+
+
+def test_skipped_images_alone_are_tried_again_at_the_next_start(flaky, capsys):
+    flaky.broken |= {"3", "5"}
+    images, skipped = flaky.open()
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 4, 6, 7, 8, 9]
+    again, still_skipped = flaky.open()
+    assert flaky.tried == ["3", "5"]
+    assert np.array_equal(again, images) and still_skipped == skipped
+    assert capsys.readouterr().out == ""
+
+
+def test_the_cache_is_built_again_when_a_skipped_image_can_be_read(flaky, tmp_path, capsys):
+    flaky.broken |= {"3", "5"}
+    flaky.open()
+    flaky.broken.remove("5")
+    images, skipped = flaky.open()
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert skipped == ["3: OSError: no connection"]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert cache_folder(tmp_path)  # the only one
+    flaky.open()
+    assert flaky.tried == ["3"]
+
+
+def test_a_cache_stays_if_it_cannot_be_built_again_as_well(flaky, tmp_path, monkeypatch, capsys):
+    flaky.broken |= {"3"}
+    before, _ = flaky.open()
+    flaky.broken.clear()
+
+    def decode(*arguments):  # more is broken by then
+        flaky.broken.update({"3", "4", "5"})
+        return _decode(*arguments)
+
+    _decode = data_loader._decode
+    monkeypatch.setattr(data_loader, "_decode", decode)
+    images, skipped = flaky.open()
+    assert np.array_equal(images, before) and skipped == ["3: OSError: no connection"]
+    flaky.broken.clear()
+    monkeypatch.setattr(Path, "mkdir", refuse(errno.EROFS))
+    images, skipped = flaky.open()
+    assert np.array_equal(images, before) and skipped == ["3: OSError: no connection"]
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+def refuse(number):
+    def raise_error(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return raise_error
+
+
+def test_a_cache_that_can_only_be_read_is_used(toy, tmp_path, monkeypatch):
+    expected = toy().batch(0)
+    for name in ("mkdir", "touch", "unlink", "rmdir", "write_text"):
+        monkeypatch.setattr(Path, name, refuse(errno.EROFS))
+    assert torch.equal(toy().batch(0), expected)
+
+
+def test_a_cache_that_cannot_be_read_is_an_error_and_stays(toy, tmp_path, monkeypatch):
+    toy()
+    files = {path: path.read_bytes() for path in cache_folder(tmp_path).iterdir()}
+    monkeypatch.setattr(Path, "read_text", refuse(errno.EACCES))
+    with pytest.raises(UserError, match=r"Permission denied.*--cache_path"):
+        toy()
+    assert {path: path.read_bytes() for path in cache_folder(tmp_path).iterdir()} == files
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENODEV, errno.EINVAL, errno.EACCES])
+def test_a_cache_that_cannot_be_memory_mapped_is_read(toy, monkeypatch, number):
+    expected = toy().batch(0)
+    monkeypatch.setattr("mmap.mmap", refuse(number))
+    monkeypatch.setattr(data_loader, "_build_cache", None)
+    assert torch.equal(toy().batch(0), expected)
+
+
+def test_opening_a_cache_prints_no_warning(toy, monkeypatch):
+    from_numpy = torch.from_numpy
+
+    def from_numpy_of_a_new_process(array):  # later torch does not repeat the warning
+        if not array.flags.writeable:
+            warnings.warn("not writable", stacklevel=1)
+        return from_numpy(array)
+
+    monkeypatch.setattr(torch, "from_numpy", from_numpy_of_a_new_process)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy()
+        toy()
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path):
@@ -276,27 +439,10 @@ def fail(item, size):
 
 def test_no_readable_image_is_an_error(tmp_path):
     with pytest.raises(UserError, match="a: OSError: broken"):
-        open_cache(Source("folder", ["a", "b", "c"], fail, "x"), 32, tmp_path / "cache", 0)
+        open_cache(Source("folder", ["a", "b", "c"], fail, "x", "3 images"), 32, tmp_path / "cache", 0)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="--cache_path"):
         open_cache(find_source("toy", toy_num=2), 32, tmp_path / "cache", 0)
-
-
-def test_an_interruption_while_tasks_are_submitted_does_not_decode_the_rest(tmp_path, monkeypatch):
-    submit, submitted, path = ProcessPoolExecutor.submit, [], tmp_path / "images.bin"
-
-    def interrupted(*arguments):
-        submitted.append(arguments)
-        if len(submitted) > 100:
-            raise KeyboardInterrupt
-        return submit(*arguments)
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
-    source = find_source("toy", toy_num=200 * CHUNK)
-    path.touch()
-    with pytest.raises(KeyboardInterrupt):
-        list(data_loader._decode_chunks(source, 8, path, range(0, 200 * CHUNK, CHUNK), 2))
-    assert path.stat().st_size < 50 * CHUNK * 8 * 8 * 3

@@ -1,9 +1,17 @@
 """Exit codes, and the line that an error prints."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from errors import PeerFailed, RankLost, UserError, exit_code, silence_other_ranks
+from errors import PeerFailed, RankLost, Tolerate, UserError, exit_code, silence_other_ranks, stop_signals, warn_once
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("error, code, token", [
@@ -12,7 +20,13 @@ from errors import PeerFailed, RankLost, UserError, exit_code, silence_other_ran
     (RankLost("rank 1"), 1, "rank 1"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 2, "--batch_size"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "--batch_size"),
+    (OSError(12, "Cannot allocate memory"), 2, "--batch_size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), 2, "--batch_size"),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), 2, "--batch_size"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "--batch_size"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "--batch_size"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), 2, "--batch_size"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte"), 2, "--batch_size"),
 ])  # fmt: skip
 def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, token):
     assert exit_code(error) == code
@@ -40,13 +54,38 @@ def test_a_bug_is_raised_again(capsys, error):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("rank, printed", [(None, "text\n"), ("0", "text\n"), ("3", "")])
-def test_only_rank_zero_prints(monkeypatch, capsys, rank, printed):
-    if rank is None:
-        monkeypatch.delenv("RANK", raising=False)
-    else:
-        monkeypatch.setenv("RANK", rank)
-    with silence_other_ranks():
+@pytest.mark.parametrize("rank, printed", [(0, "text\n"), (3, "")])
+def test_only_rank_zero_prints(capsys, rank, printed):
+    with silence_other_ranks(rank):
         print("text")
     print("after")
     assert capsys.readouterr().out == printed + "after\n"
+
+
+def test_an_oserror_is_tolerated_with_one_warning_for_each_kind(capsys):
+    tolerate = Tolerate("pictures")
+    for number in (28, 28, 13):
+        with tolerate:
+            raise OSError(number, os.strerror(number))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("pictures" in line for line in lines)
+    assert "No space" in lines[0] and "Permission" in lines[1]
+    with pytest.raises(ZeroDivisionError), tolerate:
+        raise ZeroDivisionError
+
+
+def test_a_warning_may_be_printed_once_only(capsys):
+    warn_once.cache_clear()
+    for message in ("a", "a", "b"):
+        warn_once(message)
+    assert capsys.readouterr().err.splitlines() == ["warning: a", "warning: b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_signals_that_are_ignored_stay_ignored_but_for_ctrl_c():
+    assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    code = "import errors; print(*[number.name for number in errors.stop_signals()])"
+    done = subprocess.run(
+        ["sh", "-c", f'trap "" HUP INT; exec {sys.executable} -c "{code}"'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGUSR1"]

@@ -1,5 +1,7 @@
 """The program as users run it: a whole run in a process of its own, and the mistakes that users make."""
 
+import ast
+import io
 import json
 import os
 import shlex
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,16 +17,20 @@ import torch
 from PIL import Image
 
 import main
+from errors import stop_signals
 from sagan_models import Discriminator, Generator
 
 ROOT = Path(__file__).parent.parent
+SIGNALS = stop_signals()
 SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu")
 TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
 
 
 def start(folder, *words):
     command = [sys.executable, str(ROOT / "main.py"), *words]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def run(folder, *words):
@@ -65,25 +72,86 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_saves_a_checkpoint_and_ends_the_run(tmp_path, number, code):
-    process = start(tmp_path, *TOY, "--log_step", "1")
-    metrics = tmp_path / "logs/sagan_celeb/metrics.jsonl"
+def wait_for_steps(folder):
+    """Wait until a run in a folder has logged a step."""
+    metrics = folder / "logs/sagan_celeb/metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, number):
+    process = start(tmp_path, *TOY, "--log_step", "1")
+    wait_for_steps(tmp_path)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert process.returncode == 128 + number, err
+    lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
+    step = json.loads(lines[-1])["step"]
     assert f"--pretrained_model {step}" in out
-    assert (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
+    for path in ("models/sagan_celeb/{}_state.pth", "models/sagan_celeb/{}_G.pth", "attn/sagan_celeb/{}_explorer.html",
+                 "attn/sagan_celeb/{}_G_attn1.png", "attn/sagan_celeb/{}_D_attn2.png"):  # fmt: skip
+        assert (tmp_path / path.format(step)).exists(), path
+    report = (tmp_path / "logs/sagan_celeb/report.html").read_text()
+    assert "stopped" in report and f"step {step:,} of" in report and "ETA" not in report
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_run_under_nohup_survives_the_end_of_its_terminal(tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "main.py"), *TOY, "--log_step", "1"])
+    process = subprocess.Popen(
+        ["sh", "-c", f'trap "" HUP; exec {command}'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_steps(tmp_path)
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_lines_appear_at_once_in_a_pipe_and_without_carriage_returns(tmp_path):
+    process = start(tmp_path, *TOY, "--log_step", "1")
+    assert process.stdout.readline().startswith("Network")
+    progress = next(line for line in process.stderr if line.startswith("step "))
+    assert process.poll() is None  # it had not ended, which would have flushed them
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert "img/s" in progress and "\r" not in progress + err
+
+
+def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch):
+    """They have neither `reconfigure` nor a terminal; `%run main.py` calls `main` like this."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        assert main.main() == 0
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    assert "training finished" in out.getvalue()
+    assert "step 2/2" in err.getvalue() and "\r" not in err.getvalue()
+
+
+@pytest.mark.parametrize("version", [(3, 8, 18), (3, 9, 1)])
+def test_an_old_python_is_one_line(version):
+    source = (ROOT / "main.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=version[:2])
+    code = (
+        f"import runpy, sys; sys.version_info = {version}; sys.modules['errors'] = None; "
+        f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "Python 3.10" in done.stderr
 
 
 @pytest.fixture
 def fail(tmp_path, monkeypatch, capfd):
-    """A function that runs `main` and returns its one error line; the run may write a cache, nothing else."""
+    """A function that runs `main` and returns its one error line; the run may warn and write a cache, nothing else."""
     monkeypatch.chdir(tmp_path)
 
     def written():
@@ -93,9 +161,9 @@ def fail(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["main.py", *words])
         before = written()
         assert main.main() == 2
-        *bar, error = capfd.readouterr().err.splitlines()
+        *others, error = capfd.readouterr().err.splitlines()
         assert error.startswith("error: ")
-        assert all("decoding" in line or not line for line in bar)
+        assert all("decoding" in line or line.startswith("warning: ") or not line for line in others)
         assert written() == before, "something was written"
         return error
 
@@ -108,6 +176,46 @@ def test_no_data(fail, tmp_path):
         assert token in error
     (tmp_path / "data").mkdir()
     assert "no image" in fail(*SMALL, "--dataset", "folder")
+
+
+@pytest.mark.parametrize("variables, token", [
+    (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK"),
+    (dict(WORLD_SIZE="2"), "torchrun"), (dict(WORLD_SIZE="two"), "WORLD_SIZE"),
+])  # fmt: skip
+def test_a_launcher_s_incomplete_environment(fail, monkeypatch, variables, token):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert token in fail(*TOY)
+
+
+def test_a_rank_without_a_world_size_silences_nothing(fail, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert "no image" in fail(*SMALL, "--dataset", "folder", "--image_path", ".")
+
+
+def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp_path):
+    """`fail` checks that nothing was removed or written."""
+    for number in range(16):
+        path = tmp_path / "samples/cats" / f"{number}_fake.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(path)
+    words = [*SMALL, "--dataset", "folder", "--image_path", "samples/cats", "--overwrite", "true"]
+    assert "samples/cats" in fail(*words, "--version", "cats")
+
+
+def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd):
+    """`cd pictures; main.py --image_path .`, three times."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(16):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}_ema.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["main.py", *SMALL, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
+    for options in ([], ["--overwrite", "true"], ["--version", "other"]):
+        monkeypatch.setattr(sys, "argv", [*words, *options])
+        assert main.main() == 0
+        assert "16 images" in capfd.readouterr().out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_fewer_images_than_a_batch(fail):
@@ -127,7 +235,8 @@ def test_a_folder_that_cannot_be_written(fail):
 @pytest.mark.parametrize("option", ["sample_path", "attn_path", "model_save_path", "log_path", "cache_path"])
 def test_a_path_that_is_a_file(fail, tmp_path, option):
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in fail(*TOY, f"--{option}", "file")
+    token = "--cache_path" if option == "cache_path" else str(tmp_path / "file")
+    assert token in fail(*TOY, f"--{option}", "file")
 
 
 @pytest.fixture
@@ -181,17 +290,19 @@ def test_a_name_that_is_too_long(fail):
     assert "vvv" in fail(*TOY, "--log_path", "v" * 300)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True)])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, number, code):
+def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, name, is_group):
+    """A terminal and a scheduler signal the whole process group, the workers too."""
+    number = signal.Signals[name]
     process = start(tmp_path, *SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/*.building-*/images.bin")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(1)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number) if is_group else os.kill(process.pid, number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code
+    assert process.returncode == 128 + number
     assert "Traceback" not in err
     assert not list((tmp_path / "cache").iterdir())
 
@@ -219,7 +330,7 @@ def test_a_run_that_diverges_saves_nothing(fail, tmp_path, monkeypatch):
 def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
     """Most results need no training images; the face rate needs neither a download nor weights."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
-    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false"])
+    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false", "--dataset", "folder"])
     assert main.main() == 0
     out, err = capfd.readouterr()
     assert "warning: " in err and "nearest.png" in err
@@ -235,5 +346,5 @@ def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_pa
 
 
 def test_metrics_need_images_and_best_needs_a_best_checkpoint(trained, fail):
-    assert "no CelebA" in fail(*SMALL, "--train", "false", "--metrics", "faces")
+    assert "no CelebA" in fail(*SMALL, "--train", "false", "--metrics", "faces", "--dataset", "celeb")
     assert "--pretrained_model best" in fail(*TOY, "--train", "false", "--pretrained_model", "best")

@@ -72,6 +72,18 @@ def test_a_config_created_in_code_is_checked_too(values):
         Config(**values)
 
 
+def test_a_home_that_is_unknown_is_a_plain_name():
+    assert Config(sample_path="~no_such_user/x").sample_folder == Path("~no_such_user/x/sagan_celeb")
+    assert Config(sample_path="~/x").sample_folder == Path.home() / "x/sagan_celeb"
+
+
+def test_output_folders_are_all_that_the_program_writes_to():
+    paths = {f"{name}_path": f"{name}s" for name in ("sample", "attn", "model_save", "log", "cache")}
+    config = Config(**paths, version="v")
+    assert config.output_folders == [Path(path) for path in paths.values()]
+    assert [folder.parent for folder in config.folders.values()] == config.output_folders[:4]
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().batch_size = 3

@@ -27,7 +27,7 @@ def softplus_g(fake_logits: Tensor) -> Tensor:
 
 """
 GRAY_CASE = """        case "gray":
-            return Source("gray", range(20), decode_gray, "1")
+            return Source("gray", range(20), decode_gray, "1", "20 gray images")
 """
 GRAY = """def decode_gray(index: int, size: int) -> Image.Image:
     return Image.new("RGB", (size, size), (index, index, index))
@@ -112,7 +112,7 @@ def test_the_recipes_for_a_loss_a_dataset_and_an_attention_layer(tmp_path):
     edit(tmp_path / "parameter.py", 'one_of("hinge", ', 'one_of("softplus", "hinge", ')
     sources = tmp_path / "datasets" / "sources.py"
     edit(sources, '        case "toy":', GRAY_CASE + '        case "toy":')
-    edit(sources, "def to_rgb(", GRAY + "def to_rgb(")
+    edit(sources, "def _celeb(", GRAY + "def _celeb(")
     edit(tmp_path / "parameter.py", '"folder", "toy")', '"folder", "toy", "gray")')
     edit(tmp_path / "sagan_models.py", "else (16, 32)", "else (8, 16, 32)")
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 import tester
 from data_loader import to_model_range
 from errors import UserError
+from training.resuming import load_test_checkpoint
 from training.run_folders import TEST_RESULTS
 from visuals.attention_stats import attention_stats
 
@@ -24,6 +26,12 @@ def trained(make_trainer):
     return trainer
 
 
+def make_tester(config, loader):
+    """A tester of the checkpoint that the options name, all of them as if they were on the command line."""
+    saved, config = load_test_checkpoint(config, set(vars(config)))
+    return tester.Tester(config, loader, saved)
+
+
 @pytest.fixture(autouse=True)
 def fewer_images_for_statistics(monkeypatch):
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 64)
@@ -35,13 +43,13 @@ def contents(folder):
 
 def test_results_are_a_function_of_the_seed(trained, make_config):
     folder = trained.config.sample_folder / "test_3"
-    tester.Tester(make_config(num_samples=6), trained.loader).test()
+    make_tester(make_config(num_samples=6), trained.loader).test()
     first = contents(folder)
-    tester.Tester(make_config(num_samples=6, batch_size=5), trained.loader).test()
+    make_tester(make_config(num_samples=6, batch_size=5), trained.loader).test()
     again = contents(folder)
     assert again.keys() == first.keys()
     assert all(again[path] == first[path] for path in first if "samples" in path.parts)
-    tester.Tester(make_config(num_samples=2, seed=1), trained.loader).test()
+    make_tester(make_config(num_samples=2, seed=1), trained.loader).test()
     other = contents(folder)
     assert other[next(path for path in other if "samples" in path.parts)] not in first.values()
 
@@ -53,14 +61,14 @@ def test_a_new_test_replaces_its_own_files_only(trained, make_config):
     removed = [folder / "metrics.json", folder / "G_attn7.png", folder / "samples" / "00002.png"]
     for path in [*kept, *removed]:
         path.touch()
-    tester.Tester(make_config(num_samples=2), trained.loader).test()
+    make_tester(make_config(num_samples=2), trained.loader).test()
     assert all(path.exists() for path in kept) and not any(path.exists() for path in removed)
     assert all(TEST_RESULTS.fullmatch(path.as_posix()) for path in contents(folder) if folder / path not in kept)
 
 
 def test_output_names_every_file(trained, make_config, capsys):
     config = make_config(num_samples=6)
-    tested = tester.Tester(config, trained.loader)
+    tested = make_tester(config, trained.loader)
     capsys.readouterr()
     tested.test()
     explorer = config.attn_folder / "3_explorer.html"
@@ -73,7 +81,7 @@ def test_output_names_every_file(trained, make_config, capsys):
 
 
 def test_contents_of_the_files(trained, make_config):
-    tested = tester.Tester(make_config(num_samples=5, truncation=0.7), trained.loader)
+    tested = make_tester(make_config(num_samples=5, truncation=0.7), trained.loader)
     tested.test()
     z = tested._sample_z(5)
     assert z.abs().max() <= 0.7
@@ -91,11 +99,11 @@ def test_contents_of_the_files(trained, make_config):
 
 
 def test_ema_generator_is_used_if_there_is_one(trained, make_config):
-    ema, raw = (tester.Tester(make_config(use_ema=use_ema), None) for use_ema in (True, False))
+    ema, raw = (make_tester(make_config(use_ema=use_ema), None) for use_ema in (True, False))
     assert torch.equal(ema.G.last[0].weight, trained.ema.network.last[0].weight)
     assert torch.equal(raw.G.last[0].weight, trained.G.last[0].weight)
     (trained.config.model_folder / "3_state.pth").unlink()  # the reference saves none
-    weights_only = tester.Tester(make_config(pretrained_model="3"), None)
+    weights_only = make_tester(make_config(pretrained_model="3"), None)
     assert torch.equal(weights_only.G.last[0].weight, trained.G.last[0].weight)
 
 
@@ -104,19 +112,39 @@ def test_weights_alone_without_images_and_logs(trained, make_config):
     shutil.rmtree(trained.config.log_folder)
     for path in trained.config.sample_folder.glob("*.png"):
         path.unlink()
-    tested = tester.Tester(make_config(), None)
+    tested = make_tester(make_config(), None)
     assert tested.test() == 0
     assert {path.name for path in tested.folder.iterdir()} == FILES - {"progress.gif", "gamma.svg", "nearest.png"}
+
+
+def test_a_generator_alone_is_enough(trained, make_config):
+    """Someone shares 500_G.pth: samples, the attention of G, nearest images and metrics work."""
+    folder = trained.config.model_folder
+    (folder / "3_G.pth").rename(folder / "500_G.pth")
+    for name in ("3_state.pth", "3_D.pth"):
+        (folder / name).unlink()
+    tested = make_tester(make_config(metrics="faces", metric_num=12), trained.loader)
+    assert tested.test() == 0
+    names = FILES - {"D_attn1.png", "D_attn2.png"} | {"metrics.json"}
+    assert {path.name for path in tested.folder.iterdir()} == names
+    assert (trained.config.attn_folder / "500_explorer.html").exists()
+
+
+def test_other_images_than_those_of_the_checkpoint_are_pointed_out(trained, make_config, make_trainer, capsys):
+    make_tester(make_config(), trained.loader)
+    assert not capsys.readouterr().err
+    make_tester(make_config(), make_trainer(toy_num=24).loader)
+    assert re.search("24 training images.*20", capsys.readouterr().err)
 
 
 def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        tester.Tester(make_config(), None)
+        make_tester(make_config(), None)
         assert not torch.backends.cudnn.allow_tf32
         assert torch.are_deterministic_algorithms_enabled() == deterministic
-        tester.Tester(make_config(deterministic=True), None)
+        make_tester(make_config(deterministic=True), None)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(deterministic)
@@ -125,11 +153,31 @@ def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkey
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_images_may_be_on_another_device(trained, make_config):
-    tested = tester.Tester(make_config(device="cuda"), trained.loader)
+    tested = make_tester(make_config(device="cuda"), trained.loader)
     tested.test()
     assert (tested.folder / "nearest.png").exists()
 
 
+def test_networks_and_real_images_have_the_memory_format_of_the_device(trained, make_config, monkeypatch):
+    formats, given = [], []
+    collect_attention = tester.collect_attention
+
+    def collect(G, D, z, real):
+        given.extend([*G.parameters(), *D.parameters(), *([] if real is None else [real])])
+        return collect_attention(G, D, z, real)
+
+    def contiguous(device, precision):
+        formats.append((device.type, precision))
+        return torch.contiguous_format
+
+    monkeypatch.setattr(tester, "conv_memory_format", contiguous)
+    monkeypatch.setattr(tester, "collect_attention", collect)
+    make_tester(make_config(), trained.loader).test()
+    assert formats == [("cpu", "fp32")]
+    assert any(tensor.shape == (4, 3, 32, 32) for tensor in given)
+    assert all(tensor.is_contiguous() for tensor in given)
+
+
 def test_missing_checkpoint_raises(make_config):
     with pytest.raises(UserError, match="checkpoint"):
-        tester.Tester(make_config(), None)
+        make_tester(make_config(), None)

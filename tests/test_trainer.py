@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import log
 from PIL import Image
 from torch import nn
 
 from errors import UserError
 from sagan_models import SelfAttention
 from training import checkpoint
+from utils import files_by_step
 
 LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake"}
 
@@ -90,6 +92,42 @@ def test_optimizers_have_the_options_rates_and_betas_also_after_resuming(make_tr
         for optimizer, rate in ((trainer.g_optimizer, 1e-3), (trainer.d_optimizer, 2e-3)):
             (group,) = optimizer.param_groups
             assert group["lr"] == rate and group["betas"] == (0.5, 0.999)
+
+
+def test_networks_and_batches_have_the_memory_format_of_the_device(make_trainer, monkeypatch):
+    """Contiguous on some; the results are the same up to rounding."""
+    stats = make_trainer().train_step()
+    monkeypatch.setattr("trainer.conv_memory_format", lambda device, precision: torch.contiguous_format)
+    trainer, given = make_trainer(), []
+    updates = trainer.updates
+    monkeypatch.setattr(trainer, "updates", lambda real, z, mix: given.extend(real) or updates(real, z, mix))
+    for name, value in trainer.train_step().items():
+        assert value.item() == pytest.approx(stats[name].item(), rel=1e-4, abs=1e-6), name
+    given += [sample.images for sample in trainer._attention() if sample.name == "real"]
+    assert len(given) == 2
+    networks = (trainer.G, trainer.D, trainer.ema.network)
+    weights = [parameter for network in networks for parameter in network.parameters()]
+    assert all(tensor.is_contiguous() for tensor in (*given, *weights))
+
+
+def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer):
+    """Fused Adam on a CPU does not look at strides, and that on CUDA refuses different ones."""
+    make_trainer(total_step=2, version="whole").train()
+    saved = make_trainer(total_step=2, version="other")
+    saved.train()
+    path = saved.config.model_folder / "2_state.pth"
+    state = torch.load(path, weights_only=True)
+    changed = 0
+    for name in ("g_optimizer", "d_optimizer"):
+        for moments in state[name]["state"].values():
+            changed += not moments["exp_avg"].is_contiguous()
+            moments |= {key: moment.contiguous() for key, moment in moments.items()}
+    assert changed > 5
+    torch.save(state, path)
+    resumed = [make_trainer(total_step=4, version=name, pretrained_model="2") for name in ("whole", "other")]
+    for trainer in resumed:
+        trainer.train()
+    assert_same_weights(*resumed)
 
 
 def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer):
@@ -247,6 +285,22 @@ def test_learning_rate_schedules(make_trainer, schedule, n_critic, expected):
     assert scales == pytest.approx(expected)
 
 
+def test_the_learning_rate_does_not_jump_when_the_data_or_the_batch_changes(make_trainer, capsys):
+    """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
+    options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
+    make_trainer(**options, total_step=7).train()
+    changed = dict(toy_num=40, batch_size=2, g_num=2)
+    for total_step, pretrained_model in ((10, "7"), (40, "10")):  # continued twice
+        capsys.readouterr()
+        resumed = make_trainer(**options, **changed, total_step=total_step, pretrained_model=pretrained_model)
+        resumed.train()
+        assert ("40 training images; the checkpoint was trained with 20" in capsys.readouterr().err) == (
+            total_step == 10
+        )
+    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
+    assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
+
+
 def test_weights_without_a_state_file_resume_with_a_warning(make_trainer, capsys):
     first = make_trainer()
     first.train()
@@ -289,10 +343,24 @@ def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer):
 
 
 def test_save_minutes_saves_by_the_clock(make_trainer):
-    trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2, keep_weights=1)
+    """Checkpoints for resuming only, which do not stay; the last one has exports."""
+    trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2)
     trainer.train()
     left = {path.name for path in trainer.config.model_folder.glob("*.pth")}
-    assert left == {f"{step}_{part}.pth" for step in (4, 5) for part in ("G", "D", "state")} | {"3_G.pth", "3_D.pth"}
+    assert left == {"4_state.pth", "5_state.pth", "5_G.pth", "5_D.pth"}
+
+
+def test_checkpoints_of_a_small_dataset_are_at_least_min_save_step_apart(make_trainer):
+    trainer = make_trainer(total_step=7, model_save_step=0.2, min_save_step=3, keep_checkpoints=0)
+    trainer.train()
+    assert checkpoint.list_steps(trainer.config.model_folder) == [7, 6, 3]
+
+
+def test_old_samples_and_figures_are_thinned(make_trainer):
+    trainer = make_trainer(total_step=9, sample_step=1, attn_step=2, keep_samples=3)
+    trainer.train()
+    assert list(files_by_step(trainer.config.sample_folder, "ema.png")) == [4, 8, 9]
+    assert list(files_by_step(trainer.config.attn_folder, "G_attn1.png")) == [4, 8, 9]
 
 
 def test_model_save_step_counts_epochs_of_the_data(make_trainer):
@@ -397,7 +465,7 @@ def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(ma
     lines = (measured.config.log_folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line).get("fid") for line in lines] == [9.0, 3.0, 5.0, None]
     assert "the disk is full" in capsys.readouterr().err
-    best = checkpoint.load(measured.config.model_folder, "best", measured.config.architecture)
+    best = checkpoint.load(measured.config.model_folder, "best")
     assert best.step == 2
     assert checkpoint.list_steps(measured.config.model_folder) == [4]  # `latest` does not find the best one
 
@@ -405,7 +473,7 @@ def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(ma
     resumed = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
                              pretrained_model="latest")  # fmt: skip
     resumed.train()
-    assert checkpoint.load(measured.config.model_folder, "best", measured.config.architecture).step == 2
+    assert checkpoint.load(measured.config.model_folder, "best").step == 2
     make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError
+from errors import UserError, stop_signals, warn_once
 from sagan_models import Generator
 from utils import (
     EMA,
     StopSignals,
     check_writable,
+    conv_memory_format,
     derive_seed,
     eval_mode,
     evenly_spaced,
@@ -66,7 +67,9 @@ def test_an_unavailable_device_is_a_user_error(machine, devices, name, local_ran
 
 def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
     machine(mps=True)
-    assert resolve_device("mps").type == "mps"
+    warn_once.cache_clear()
+    for _ in range(2):  # `main` and `Trainer`
+        assert resolve_device("mps").type == "mps"
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -79,6 +82,16 @@ def test_resolved_precision(machine, name, device, capability, expected):
     machine(gpus=1, capability=capability)
     assert resolve_precision(name, torch.device(device)) == expected
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
+
+
+@pytest.mark.parametrize("device, precision, expected", [
+    ("cpu", "fp32", torch.channels_last), ("cpu", "bf16", torch.channels_last),
+    ("cuda", "tf32", torch.channels_last), ("cuda", "bf16", torch.channels_last),
+    ("cuda", "fp32", torch.contiguous_format),  # no tensor cores
+    ("mps", "fp32", torch.contiguous_format), ("mps", "bf16", torch.contiguous_format),
+])  # fmt: skip
+def test_memory_format_of_convolutions(device, precision, expected):
+    assert conv_memory_format(torch.device(device), precision) == expected
 
 
 @pytest.mark.parametrize("name, device", [("tf32", "cpu"), ("tf32", "cuda"), ("bf16", "cuda")])
@@ -164,7 +177,7 @@ def test_ema_does_not_change_the_source():
     assert all(torch.equal(before[key], value) for key, value in G.state_dict().items())
 
 
-@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+@pytest.mark.parametrize("number", stop_signals())
 def test_the_first_signal_is_received_and_the_second_exits(number):
     previous = signal.getsignal(number)
     with StopSignals() as stop:

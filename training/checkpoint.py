@@ -2,6 +2,7 @@
 
 A checkpoint is one file, `{step}_state.pth`: G, D and all else that the next step depends on. `{step}_G.pth` and
 `{step}_D.pth` beside it are exports, plain state dicts that the reference reads too; a state file never needs them.
+A checkpoint that is only for resuming has no exports, and is removed when it is no longer one of the newest.
 
 Crash safety: all three files are written under temporary names and flushed to the disk, so that a full disk changes
 nothing. Then the state file is renamed, and the exports after it. A process killed before the first rename leaves the
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, warn
-from utils import files_by_step
+from utils import files_by_step, flush_to_disk
 
 PARTS = ("state", "G", "D")  # in the order in which the files are renamed
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
@@ -34,34 +35,46 @@ Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 class Checkpoint:
     """State dicts of G and D on the CPU, and the state that was saved with them.
 
-    `state` is None for weights without a state file: those saved by the reference, and those of old checkpoints.
+    `state` is None for weights without a state file: those saved by the reference, and those of old checkpoints. `D` is
+    None for a generator that came without its discriminator.
     """
 
     step: int
     G: dict[str, Tensor]
-    D: dict[str, Tensor]
+    D: dict[str, Tensor] | None
     state: dict[str, Any] | None
 
 
-def save(folder: Path, name: Name, state: Mapping[str, Any], keep_checkpoints: int = 0, keep_weights: int = 0) -> None:
-    """Write a checkpoint and its exports, then remove old ones.
+def save(
+    folder: Path,
+    name: Name,
+    state: Mapping[str, Any],
+    *,
+    export: bool = True,
+    keep_checkpoints: int = 0,
+    keep_weights: int = 0,
+) -> None:
+    """Write a checkpoint, and its exports on request, then remove old ones.
 
-    All but the newest `keep_checkpoints` lose their state file, if their weights are exported, and of those all but
-    the newest `keep_weights` lose their exports too; 0 keeps all. Checkpoints after `name` and "best" are not removed.
+    All but the newest `keep_checkpoints` lose their state file, unless a kill cost them their exports, and of those all
+    but the newest `keep_weights` lose their exports too; 0 keeps all. Checkpoints after `name` and "best" stay.
 
     Args:
-        folder: where the checkpoints are.
+        folder: where the checkpoints are; created if it is missing.
         name: the step, or "best", which replaces the best checkpoint so far.
         state: what the next step depends on. "G" and "D" are the state dicts to export, "step" names the step.
+        export: write the exports; False for a checkpoint that is only for resuming.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written. Earlier checkpoints are intact.
     """
-    temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in PARTS}
+    contents = {"state": {**state, "exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
+    temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in contents}
     try:
-        for part, content in (("state", state), ("G", state["G"]), ("D", state["D"])):
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+        for part, content in contents.items():
             _write(temporary[part], content)
-        for part in PARTS:
+        for part in contents:
             os.replace(temporary[part], _path(folder, name, part))
         _sync_folder(folder)
         if name != "best":
@@ -76,43 +89,71 @@ def save(folder: Path, name: Name, state: Mapping[str, Any], keep_checkpoints: i
             path.unlink(missing_ok=True)
 
 
-def load(folder: Path, wanted: str, architecture: Mapping[str, int]) -> Checkpoint:
+def load(folder: Path, wanted: str, *, needs_D: bool = True) -> Checkpoint:
     """Read a checkpoint to the CPU, with `weights_only=True`: code inside the files does not run.
 
     Args:
         folder: where the checkpoints are.
         wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged.
-        architecture: imsize, z_dim, g_conv_dim and d_conv_dim of the networks to load it into.
+        needs_D: do not return a generator alone.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is of other networks.
+        UserError: there is none, or it cannot be read.
     """
-    names = _candidates(folder, wanted)
+    names = _candidates(folder, wanted, needs_D)
     for name in names:
         try:
-            checkpoint = _load(folder, name)
-            break
+            return _load(folder, name, needs_D)
         except UserError as error:
             if name == names[-1]:
                 raise
             warn(f"{error}; falling back to the previous checkpoint")
-    _check_architecture(checkpoint, architecture)
-    return checkpoint
 
 
-def list_steps(folder: Path) -> list[int]:
+def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
     """Return the steps of the checkpoints in a folder in the order in which "latest" tries them.
 
     Those with a state file come first, then those with weights only, each newest first.
     """
-    full, weights = _full_and_weights(folder)
+    full, weights = _full_and_weights(folder, needs_D)
     return full + [step for step in weights if step not in full]
+
+
+def saved_architecture(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return imsize, z_dim, g_conv_dim and, if there is a discriminator, d_conv_dim of the networks in a checkpoint.
+
+    Raises:
+        UserError: these are other networks.
+    """
+    try:
+        sizes = {
+            "imsize": 4 * 2 ** sum(bool(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key)) for key in checkpoint.G),
+            "z_dim": checkpoint.G["l1.0.module.weight_bar"].shape[0],
+            "g_conv_dim": checkpoint.G["last.0.weight"].shape[0],
+        }
+        if checkpoint.D is not None:
+            sizes["d_conv_dim"] = checkpoint.D["l1.0.module.weight_bar"].shape[0]
+    except (KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"checkpoint {checkpoint.step} does not contain SAGAN's networks: {error}") from error
+    return sizes
+
+
+def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
+    """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
+    saved = saved_architecture(checkpoint)
+    different = [
+        f"--{name} {saved[name]} (not {expected[name]})"
+        for name in saved.keys() & expected
+        if saved[name] != expected[name]
+    ]
+    if different:
+        raise UserError(f"checkpoint {checkpoint.step} is of another architecture: it needs {', '.join(different)}")
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of a process killed while it saved. No other may be writing to the folder."""
-    for part in PARTS:
-        for path in folder.glob(f"*_{part}.tmp"):
+    for path in folder.iterdir():
+        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -125,58 +166,46 @@ def reraise_load_errors(name: Name) -> Iterator[None]:
         raise UserError(f"checkpoint {name} is incomplete or incompatible: {_one_line(error)}") from error
 
 
-def _candidates(folder: Path, wanted: str) -> list[Name]:
+def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     """Return the checkpoints that `wanted` may mean, in the order in which to try them; `UserError` if none."""
     if wanted == "best":
         if not _path(folder, "best", "state").exists():
             raise UserError(f"--pretrained_model best: none in {folder}; a run with --metrics fid saves one")
         return ["best"]
-    steps = list_steps(folder)
+    steps = list_steps(folder, needs_D=needs_D)
+    found = steps if wanted == "latest" else [step for step in steps if step == int(wanted)]
+    if found:
+        return found
+    if needs_D and (alone := [step for step in list_steps(folder, needs_D=False) if step not in steps]):
+        missing = _path(folder, alone[0], "D")
+        raise UserError(f"--pretrained_model {wanted}: {missing} is missing; only --train false can do without")
     if not steps:
         raise UserError(f"--pretrained_model {wanted}: no checkpoint in {folder}")
-    if wanted == "latest":
-        return steps
-    if int(wanted) not in steps:
-        newest = sorted(steps)[-12:]
-        raise UserError(f"--pretrained_model {wanted}: not in {folder}; newest there: {', '.join(map(str, newest))}")
-    return [int(wanted)]
+    newest = sorted(steps)[-12:]
+    raise UserError(f"--pretrained_model {wanted}: not in {folder}; newest there: {', '.join(map(str, newest))}")
 
 
-def _load(folder: Path, name: Name) -> Checkpoint:
+def _load(folder: Path, name: Name, needs_D: bool) -> Checkpoint:
     state_path = _path(folder, name, "state")
     state = _read(state_path) if state_path.exists() else None
     networks = state or {}
     if "G" not in networks:  # weights only, or a state file of an older version, which left G and D to their own files
-        networks = {part: _read(_path(folder, name, part)) for part in ("G", "D")}
+        parts = ("G", "D") if needs_D or _path(folder, name, "D").exists() else ("G",)
+        networks = {part: _read(_path(folder, name, part)) for part in parts}
     with reraise_load_errors(name):
-        G, D = (_strip_dataparallel_prefix(networks[part]) for part in ("G", "D"))
+        G = _strip_dataparallel_prefix(networks["G"])
+        D = _strip_dataparallel_prefix(networks["D"]) if "D" in networks else None
         return Checkpoint(state["step"] if name == "best" else name, G, D, state)
-
-
-def _check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
-    """Raise `UserError` that names the options if the saved networks have other sizes than expected."""
-    try:
-        saved = {
-            "imsize": 4 * 2 ** sum(bool(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key)) for key in checkpoint.G),
-            "z_dim": checkpoint.G["l1.0.module.weight_bar"].shape[0],
-            "g_conv_dim": checkpoint.G["last.0.weight"].shape[0],
-            "d_conv_dim": checkpoint.D["l1.0.module.weight_bar"].shape[0],
-        }
-    except (KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"checkpoint {checkpoint.step} does not contain SAGAN's networks: {error}") from error
-    different = [f"--{name} {saved[name]} (not {expected[name]})" for name in saved if saved[name] != expected[name]]
-    if different:
-        raise UserError(f"checkpoint {checkpoint.step} is of another architecture: it needs {', '.join(different)}")
 
 
 def _path(folder: Path, name: Name, part: str) -> Path:
     return folder / f"{name}_{part}.pth"
 
 
-def _full_and_weights(folder: Path) -> tuple[list[int], list[int]]:
-    """Return the steps with a state file, and those with weights of both networks, each newest first."""
+def _full_and_weights(folder: Path, needs_D: bool = True) -> tuple[list[int], list[int]]:
+    """Return the steps with a state file, and those with exported weights, each newest first."""
     state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in PARTS)
-    return sorted(state, reverse=True), sorted(G & D, reverse=True)
+    return sorted(state, reverse=True), sorted(G & D if needs_D else G, reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -205,7 +234,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     with open(path, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -213,7 +242,7 @@ def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # Windows cannot open folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            flush_to_disk(descriptor)
         finally:
             os.close(descriptor)
 
@@ -222,12 +251,21 @@ def _prune(folder: Path, newest: int, keep_checkpoints: int, keep_weights: int) 
     """Remove old state files and exports up to step `newest`, see `save`."""
     full, weights = ([step for step in steps if step <= newest] for steps in _full_and_weights(folder))
     kept = full[: keep_checkpoints or None]
-    for step in (set(full) - set(kept)) & set(weights):
-        _path(folder, step, "state").unlink()
+    for step in set(full) - set(kept):
+        if step in weights or not _was_exported(_path(folder, step, "state")):
+            _path(folder, step, "state").unlink()
     if keep_weights:
         for step in [step for step in weights if step not in kept][keep_weights:]:
             for part in ("G", "D"):
                 _path(folder, step, part).unlink()
+
+
+def _was_exported(path: Path) -> bool:
+    """Return whether a state file was saved with exports; True if that cannot be known."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("exported", True)
+    except Exception:  # as in `_read`
+        return True
 
 
 def _strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,8 @@ class GraphedStep:
     Args:
         step: takes real batches, latents and mixing coefficients (three lists); returns named 0-d tensors.
         device: the GPU, which must be the current one.
-        fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead.
+        fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead. Some
+            versions of torch do not free the memory of a failed capture.
     """
 
     def __init__(self, step: Callable[..., dict[str, Tensor]], device: torch.device, fallback: bool = True):
@@ -91,7 +92,13 @@ class GraphedStep:
             torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
             if not self.fallback:
                 raise
-            reason = error.__context__ or error  # leaving the capture may raise a second, less specific error
-            print(f"CUDA graph disabled, running eagerly: {str(reason).splitlines()[0]}")
+            print(f"CUDA graph disabled, running eagerly: {_first_cause(error)}")
         else:
             self.graph = graph
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the first line of what went wrong first: leaving a failed capture raises further, less specific errors."""
+    while error.__context__:
+        error = error.__context__
+    return str(error).split("\n")[0]

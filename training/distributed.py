@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import PeerFailed, RankLost, UserError
+from errors import PeerFailed, RankLost, UserError, stop_signals
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
+from training.environment import read_launch
 
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(seconds=60)  # of the collectives of a step, which all ranks reach at about the same time
@@ -176,12 +177,13 @@ def process_group(device: str) -> Iterator[Ranks]:
     """Connect the ranks that torchrun started, and yield the `Ranks` of this process.
 
     Args:
-        device: `--device`. CUDA devices use NCCL, others gloo.
+        device: `--device`. CUDA devices use NCCL where there is one (not on Windows), others gloo.
 
     Raises:
         RankLost: another rank died or does not answer. Each collective can notice it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    launch = read_launch()
+    if launch.size == 1:
         yield Ranks()
         return
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -190,7 +192,7 @@ def process_group(device: str) -> Iterator[Ranks]:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps its store over a restart, with the addresses of the ranks that died (pytorch issue 135712).
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        backend = "nccl" if on_cuda else "gloo"
+        backend = "nccl" if on_cuda and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
         wait_group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
         with warnings.catch_warnings():
@@ -198,19 +200,19 @@ def process_group(device: str) -> Iterator[Ranks]:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             # Harmless: DDP copies the few gradients of 1x1 convolutions, whose strides are ambiguous.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
-            yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), wait_group)
+            yield Ranks(rank, size, launch.local_rank, wait_group)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, which begin with the path of its source file.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise RankLost(f"rank {os.environ['RANK']}: lost connection to another rank ({reason})") from error
+        raise RankLost(f"rank {launch.rank}: lost connection to another rank ({reason})") from error
     dist.destroy_process_group()
 
 
 def processes_to_start(device: str) -> int:
     """Return, and print, how many processes `--parallel true` starts: one per visible GPU. 1 is this one alone."""
-    if "WORLD_SIZE" in os.environ:  # this is one of them
+    if "TORCHELASTIC_RUN_ID" in os.environ or read_launch().size > 1:  # this is one of them
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus > 1:
@@ -228,6 +230,8 @@ def launch(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = run.parse_args(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
+    # By default torchrun ends at a SIGHUP that nohup lets it ignore, and does not pass SIGUSR1 on as a request to stop.
+    arguments.signals_to_handle = ",".join(number.name for number in stop_signals())
     try:
         run.run(arguments)
     except ChildFailedError as error:

@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from errors import Tolerate
+from utils import flush_to_disk
+
 
 class RunLog:
     """Append to a run's logs, as a context that closes them; first drop the entries after `step`.
+
+    A failed write costs the entry: a warning. Files that somebody else removes are made again.
 
     Args:
         folder: the run's log folder.
@@ -17,19 +22,27 @@ class RunLog:
         use_tensorboard: write TensorBoard's event files too.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written at the start.
     """
 
     def __init__(self, folder: Path, step: int, use_tensorboard: bool):
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            os.truncate(path, _size_up_to(path, step))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  a killed run keeps its entries
+        self._path, self._use_tensorboard = folder / "metrics.jsonl", use_tensorboard
+        self._tolerate = Tolerate("log entries")
+        if self._path.exists():
+            os.truncate(self._path, _size_up_to(self._path, step))
+        self._open(purge_step=step + 1 if step else None)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
-        if use_tensorboard:
+        if self._use_tensorboard:
             from tensorboardX import SummaryWriter  # takes a second to import
 
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(self._path.parent), purge_step=purge_step)
+            # An OSError would end tensorboardX's thread, and `add_scalar` would wait for it without end.
+            events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
+            events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
+            events.close = tolerate(events.close)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -38,18 +51,35 @@ class RunLog:
         self._file.close()
         if self._writer:
             self._writer.close()
+            self._writer = None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a log entry. TensorBoard groups curves by the part of their name before "/"."""
         rounded = {name: float(f"{value:.9g}") for name, value in values.items()}  # a float32 has no more digits
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+        with self._tolerate:
+            if not self._path.exists():
+                self.__exit__()
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._open()
+            self._append((json.dumps({"step": step, **rounded}) + "\n").encode())
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)  # part of an entry would hide all that follow it
+            raise
+
     def flush(self) -> None:
         """Force the entries so far to the disk."""
-        os.fsync(self._file.fileno())
+        with self._tolerate:
+            if not self._file.closed:  # as it is where the file was removed and could not be made again
+                flush_to_disk(self._file.fileno())
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Write an image, to TensorBoard only."""

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import warn
+from errors import Tolerate
 from parameter import Config, option_groups
 from training import checkpoint
 from training.background import Background
 from training.log import RunLog
-from training.run_folders import init_folders, lock_folders
-from utils import memory_mib, refresh_seconds
+from training.run_folders import ATTENTION_FIGURES, SAMPLE_GRIDS, init_folders, lock_folders, thin_results
+from utils import LINE_SECONDS, bar_options, memory_mib
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
 from visuals.figures import attention_figures, sample_grid
 from visuals.report import Run, report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+# Where stderr is no terminal, `log` prints lines: after its entries, which have the numbers.
+LINES = {"bar_format": "step {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}", "mininterval": math.inf}
 POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  gamma"
 REPORT_SECONDS = 60  # between two reports at least, longer where they take long: checkpoints may be seconds apart
 
@@ -44,6 +47,7 @@ class Recorder:
         step: finished steps at the start; log entries of later ones are dropped.
         precision: of the training, for the report.
         skipped: the images that could not be read, a line each.
+        total: the number of images, with those.
 
     Attributes:
         saved_step: step of the newest checkpoint; at first that of the start.
@@ -52,7 +56,9 @@ class Recorder:
         UserError: a folder is in use or cannot be written.
     """
 
-    def __init__(self, config: Config, step: int, device: torch.device, precision: str, skipped: Sequence[str]):
+    def __init__(
+        self, config: Config, step: int, device: torch.device, precision: str, skipped: Sequence[str], total: int
+    ):
         self.config, self.device, self.saved_step = config, device, step
         self._is_new = step == 0
         self._run = _report_run(config, f"{device} in {precision}")
@@ -60,20 +66,21 @@ class Recorder:
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
+        self._prints_lines, self._line_due = not sys.stderr.isatty(), 0.0
+        results = ("sample grids", "attention figures", "the explorer", "the report")
+        self._tolerate = {name: Tolerate(name) for name in results}
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
-            init_folders(config, step, skipped)
+            init_folders(config, step, skipped, total)
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
-            self._background = stack.enter_context(Background())
+            self._background = stack.enter_context(Background(device))
             self._bar = stack.enter_context(
                 tqdm(
                     total=config.total_step,
                     initial=step,
-                    bar_format=BAR,
-                    dynamic_ncols=True,
-                    mininterval=refresh_seconds(),
                     delay=0.5,  # so that it does not appear before the first lines of the run
+                    **bar_options() | LINES if self._prints_lines else bar_options() | {"bar_format": BAR},
                 )
             )
             self._stack = stack.pop_all()
@@ -98,50 +105,72 @@ class Recorder:
         self._log.scalars(step, numbers)
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
         self._bar.set_postfix_str(" ".join([POSTFIX.format_map(numbers), *gammas]), refresh=False)
+        if self._prints_lines and (now >= self._line_due or step == self.config.total_step):
+            self._bar.refresh()
+            self._line_due = now + LINE_SECONDS
 
     def real_images(self, images: Tensor) -> None:
         """Write `real.png`, a grid of images (B, 3, S, S), for a new run or where there is none."""
         path = self.config.sample_folder / "real.png"
         if self._is_new or not path.exists():
-            sample_grid(images).save(path)
+            with self._tolerate["sample grids"]:
+                sample_grid(images).save(path)
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`."""
-        self._background.submit(self._write_samples, step, images)
+        self._background.submit(self._tolerate["sample grids"](self._write_samples), step, images)
 
     def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write a figure for each attention layer, `{step}_{layer}.png`."""
-        self._background.submit(self._write_attention, step, samples)
+        self._background.submit(self._tolerate["attention figures"](self._write_attention), step, samples)
 
     def explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write the interactive page of the attention maps, `{step}_explorer.html`."""
-        self._background.submit(write_explorer, self.config.attn_folder, self.config.version, step, samples)
+        self._background.submit(self._tolerate["the explorer"](self._write_explorer), step, samples)
 
-    def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any]) -> None:
-        """Save a copy of a state under the number of its step, or as the best one."""
+    def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
+        """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
         if name != "best":
             self.saved_step, self._saved_at = name, time.monotonic()
-        self._background.submit(self._write_checkpoint, name, copy.deepcopy(state))
+        self._background.submit(self._write_checkpoint, name, copy.deepcopy(state), export)
 
     def is_save_overdue(self) -> bool:
         """Return whether `--save_minutes` have passed since the last checkpoint, or since the start."""
         return 0 < self.config.save_minutes <= (time.monotonic() - self._saved_at) / 60
 
     def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
+        folder, config = self.config.sample_folder, self.config
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         for name, batch in images.items():
             grid = sample_grid(batch)
-            grid.save(self.config.sample_folder / f"{step}_{name}.png")
+            grid.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"samples/{name}", grid)
+        if config.keep_samples:
+            thin_results(folder, SAMPLE_GRIDS, config.sample_step, config.keep_samples, step)
 
     def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
+        folder, config = self.config.attn_folder, self.config
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in attention_figures(samples, step).items():
-            figure.save(self.config.attn_folder / f"{step}_{name}.png")
+            figure.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
+        if config.keep_samples:
+            thin_results(folder, ATTENTION_FIGURES, config.attn_step, config.keep_samples, step)
 
-    def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any]) -> None:
+    def _write_explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
+        self.config.attn_folder.mkdir(parents=True, exist_ok=True)
+        write_explorer(self.config.attn_folder, self.config.version, step, samples)
+
+    def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool) -> None:
         self._log.flush()  # a run that resumes here finds all log entries up to here
-        keep = self.config.keep_checkpoints, self.config.keep_weights
-        checkpoint.save(self.config.model_folder, name, state, *keep)
+        checkpoint.save(
+            self.config.model_folder,
+            name,
+            state,
+            export=export,
+            keep_checkpoints=self.config.keep_checkpoints,
+            keep_weights=self.config.keep_weights,
+        )
         if name != "best":
             self._written_step = name
             if time.monotonic() >= self._report_due:
@@ -151,13 +180,12 @@ class Recorder:
         """Write the report of the run up to its newest checkpoint."""
         start = time.monotonic()
         command = self.config.command_line(pretrained_model=str(self._written_step))
-        page = report_page(self._run, self._written_step, command, datetime.now(), state)
         path = self.config.log_folder / "report.html"
-        try:
+        with self._tolerate["the report"]:
+            page = report_page(self._run, self._written_step, command, datetime.now(), state)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(page, encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
-        except OSError as error:
-            warn(f"cannot write {path}: {error.strerror}")
         end = time.monotonic()
         self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))
 

@@ -1,12 +1,15 @@
-"""Resume a run: find its checkpoint, compare its options, advise after a non-finite loss."""
+"""Continue from a checkpoint: find it, compare its options and images, advise after a non-finite loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
+from errors import warn
 from parameter import Config
 from training import checkpoint
 from training.divergence import NonFiniteError
+
+DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num")
 
 
 def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
@@ -18,7 +21,56 @@ def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     wanted = config.pretrained_model
     if wanted == "auto":
         wanted = "latest" if checkpoint.list_steps(config.model_folder) else None
-    return checkpoint.load(config.model_folder, wanted, config.architecture) if wanted else None
+    if wanted is None:
+        return None
+    saved = checkpoint.load(config.model_folder, wanted)
+    checkpoint.check_architecture(saved, config.architecture)
+    return saved
+
+
+def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
+    """Return the checkpoint that `--train false` evaluates, and the options with those of its networks and data.
+
+    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it.
+
+    Args:
+        given: names of the options on the command line.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is of other networks than the command line says.
+    """
+    wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
+    saved = checkpoint.load(config.model_folder, wanted, needs_D=False)
+    checkpoint.check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
+    with checkpoint.reraise_load_errors(saved.step):
+        options = saved.state["config"] if saved.state else {}
+        names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
+        options = {name: options[name] for name in names if name in options} | checkpoint.saved_architecture(saved)
+        if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
+            options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
+        adopted = {name: options[name] for name in options if name not in given}
+        adopted = {name: value for name, value in adopted.items() if value != getattr(config, name)}
+        tested = dataclasses.replace(config, **adopted)
+    if adopted:
+        print("from the checkpoint: " + " ".join(f"--{name} {value}" for name, value in adopted.items()))
+    different = {name: value for name, value in options.items() if value != getattr(tested, name)}
+    if different:
+        warn("the checkpoint was trained with " + " ".join(f"--{name} {value}" for name, value in different.items()))
+    return saved, tested
+
+
+def warn_of_other_images(saved: Mapping[str, int] | None, current: Mapping[str, int]) -> None:
+    """Print a warning if the images are not those that a checkpoint was trained with, if it says which.
+
+    Args:
+        saved, current: `Loader.identity` then and now.
+    """
+    if saved is None or saved == current:
+        return
+    if saved["images"] == current["images"]:
+        warn(f"the {current['images']:,} training images are not those of the checkpoint")
+    else:
+        warn(f"there are {current['images']:,} training images; the checkpoint was trained with {saved['images']:,}")
 
 
 def changed_options(saved: Mapping[str, Any], config: Config) -> list[str]:

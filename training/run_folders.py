@@ -1,9 +1,10 @@
-"""The folders of a run: check that it may write there, lock them, clear what earlier runs left."""
+"""The folders of a run: check that it may write there, lock them, remove what earlier runs left and old results."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from parameter import Config
 from training import checkpoint
 from utils import check_writable
 
+CHECKPOINT_FILES = r"([0-9]+)_(?:G|D|state)\.pth"  # the first group is the step
+SAMPLE_GRIDS = r"([0-9]+)_(?:fake|ema)\.png"
+ATTENTION_FIGURES = r"([0-9]+)_[GD]_attn[0-9]+\.png"
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
     r"|(attention|metrics)\.json|nearest\.png"
@@ -26,20 +30,20 @@ def check_folders(config: Config, step: int) -> None:
     Raises:
         UserError: a folder cannot be written, or has results of an earlier run that this one would overwrite.
     """
-    for folder in (*config.folders.values(), Path(config.cache_path).expanduser()):
+    for folder in config.folders.values():
         check_writable(folder)
     if config.overwrite or config.pretrained_model == "auto":
         return
-    later = [found for found in checkpoint.list_steps(config.model_folder) if found > step]
-    if step and later:
+    if not step:
+        if _is_nonempty(config.log_folder / "metrics.jsonl") or any(_later_results(config, 0)):
+            raise UserError(
+                f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
+                "another --version, or delete them with --overwrite true"
+            )
+    elif later := [found for found in checkpoint.list_steps(config.model_folder) if found > step]:
         warn(
             f"{config.model_folder} has checkpoints after step {step}, up to {max(later)}: --pretrained_model latest "
             "resumes from those until this run has passed them; --overwrite true deletes them"
-        )
-    elif later or (not step and _is_nonempty(config.log_folder / "metrics.jsonl")):
-        raise UserError(
-            f"--version {config.version} already has results: resume with --pretrained_model latest, choose another "
-            "--version, or delete them with --overwrite true"
         )
 
 
@@ -53,22 +57,39 @@ def lock_folders(config: Config) -> Iterator[None]:
     with ExitStack() as locks:
         for folder in config.folders.values():
             folder.mkdir(parents=True, exist_ok=True)
+        if without := [str(folder) for folder in config.folders.values() if not _can_lock(folder)]:
+            warn(f"no locks on the file system of {', '.join(without)}: make sure that no other run writes there")
+        for folder in config.folders.values():
+            if str(folder) in without:
+                continue
             try:
                 locks.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout as error:
                 raise UserError(
                     f"another run is writing to {folder}: wait until it ends, or choose another --version"
                 ) from error
-            except NotImplementedError:
-                warn(f"{folder} is on a file system without locks: make sure that no other run writes to it")
         yield
 
 
-def init_folders(config: Config, step: int, skipped: Sequence[str]) -> None:
+def _can_lock(folder: Path) -> bool:
+    """Return whether the file system has locks. Versions of filelock differ in what they do without."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows, where all file systems have them
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return False
+    return True
+
+
+def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) -> None:
     """Prepare the locked folders for a run that starts after `step` steps, and write `config.json`.
 
     Removes unfinished checkpoints, and under `--overwrite` the results of later steps. `skipped` names the images that
-    could not be read: they are listed in `skipped_images.txt`, with a warning.
+    could not be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
     if config.overwrite:
@@ -79,7 +100,7 @@ def init_folders(config: Config, step: int, skipped: Sequence[str]) -> None:
     path.unlink(missing_ok=True)
     if skipped:
         path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        warn(f"{len(skipped)} images could not be read and are skipped, see {path}")
+        warn(f"{len(skipped):,} of {total:,} images could not be read and are skipped, see {path}")
 
 
 def remove_test_results(folder: Path) -> None:
@@ -92,25 +113,54 @@ def remove_test_results(folder: Path) -> None:
             path.rmdir()
 
 
+def thin_results(folder: Path, names: str, interval: int, keep: int, step: int) -> None:
+    """Remove results of steps before `step` so that those of at most `keep` steps, `step` included, are left.
+
+    The others that stay are those at multiples of ``interval * 2**k`` with the smallest k that makes them few enough,
+    so that they are always evenly spaced. Later steps are not counted.
+
+    Args:
+        names: pattern of the file names, whose first group is the step.
+        interval: steps between results.
+        keep: at least 1.
+    """
+    files: dict[int, list[Path]] = {}
+    for path in folder.iterdir():
+        if (match := re.fullmatch(names, path.name)) and int(match[1]) < step:
+            files.setdefault(int(match[1]), []).append(path)
+    kept = list(files)
+    while len(kept) >= keep:
+        kept = [number for number in kept if number % interval == 0]
+        interval *= 2
+    for number in files.keys() - kept:
+        for path in files[number]:
+            path.unlink(missing_ok=True)
+
+
 def _remove_later_results(config: Config, step: int) -> None:
-    """Remove results of steps after `step`, and for a new run those without a step too.
+    """Remove results of steps after `step`, and for a new run those without a step too."""
+    for path, remove in list(_later_results(config, step)):
+        remove(path)
+
+
+def _later_results(config: Config, step: int) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """Yield what a run has written after `step`, for a new run also what has no step, with what removes it.
 
     Only files and folders with names that this program writes: others in the folders are the user's.
     """
     for folder, names, remove in (
-        (config.model_folder, r"([0-9]+)_(?:G|D|state)\.pth", Path.unlink),
-        (config.sample_folder, r"([0-9]+)_(?:fake|ema)\.png", Path.unlink),
+        (config.model_folder, CHECKPOINT_FILES, Path.unlink),
+        (config.sample_folder, SAMPLE_GRIDS, Path.unlink),
         (config.sample_folder, r"test_([0-9]+)", remove_test_results),
-        (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
+        (config.attn_folder, ATTENTION_FIGURES, Path.unlink),
+        (config.attn_folder, r"([0-9]+)_explorer\.html", Path.unlink),
+        *([(config.model_folder, r"best_(?:G|D|state)\.pth", Path.unlink)] if step == 0 else []),
+        *([(config.log_folder, r"events\.out\.tfevents\..*", Path.unlink)] if step == 0 else []),
     ):
-        for path in folder.iterdir():
+        for path in folder.iterdir() if folder.is_dir() else ():
             match = re.fullmatch(names, path.name)
-            if match and int(match[1]) > step:
-                remove(path)
-    if step == 0:
-        best = [config.model_folder / f"best_{part}.pth" for part in checkpoint.PARTS]
-        for path in (*best, *config.log_folder.glob("events.out.tfevents.*")):
-            path.unlink(missing_ok=True)
+            if match and (not match.groups() or int(match[1]) > step):
+                yield path, remove
 
 
 def _is_nonempty(path: Path) -> bool:

@@ -27,15 +27,17 @@ class AttentionStats(NamedTuple):
     non_local_share: float  # fraction of the attention that goes outside the 3 x 3 neighborhood, in [0, 1]
 
 
-def collect_attention(G: Generator, D: Discriminator, z: Tensor, real: Tensor | None) -> list[AttentionSample]:
+def collect_attention(G: Generator, D: Discriminator | None, z: Tensor, real: Tensor | None) -> list[AttentionSample]:
     """Return the maps of G and D on generated images and, if given, those of D on real images.
 
     Args:
-        G, D: in evaluation mode, because a forward in training mode changes their buffers.
+        G, D: in evaluation mode, because a forward in training mode changes their buffers; D may be missing.
         z: (B, z_dim).
         real: (B', 3, S, S) in [-1, 1], or None.
     """
     fake, *g_maps = G(z, return_attention=True)
+    if D is None:
+        return [AttentionSample("generated", fake, _name_layers("G", g_maps))]
     d_maps = D(fake, return_attention=True)[1:]
     samples = [AttentionSample("generated", fake, _name_layers("G", g_maps) | _name_layers("D", d_maps))]
     if real is not None:

@@ -7,7 +7,8 @@ import pytest
 import torchvision.transforms as T
 from PIL import Image
 
-from datasets.sources import crop_center, find_source, resize, to_rgb
+from datasets.image_files import crop_center, resize
+from datasets.sources import CELEB_COUNT, find_source
 from errors import UserError
 
 
@@ -32,10 +33,99 @@ def test_celeb_pixels_equal_the_reference_s_transforms(tmp_path, size, shape):
     assert np.array_equal(np.asarray(source.decode(source.items[0], size)), expected)
 
 
-@pytest.mark.parametrize("folder", ["celeba/img_align_celeba", "CelebA/img_align_celeba", "CelebA", "img_align_celeba"])
-def test_celeb_is_found_in_each_layout(tmp_path, folder):
+@pytest.mark.parametrize("image_path, folder", [
+    (".", "celeba/img_align_celeba"), (".", "CelebA/img_align_celeba"), (".", "CelebA"), (".", "img_align_celeba"),
+    ("celeba", "celeba/img_align_celeba"), ("CelebA", "CelebA/Img/img_align_celeba"), ("CelebA", "CelebA"),
+    ("CelebA/Img", "CelebA/Img/img_align_celeba"), ("img_align_celeba", "img_align_celeba/img_align_celeba"),
+])  # fmt: skip
+def test_celeb_is_found_in_each_layout(tmp_path, image_path, folder):
     save(picture(), tmp_path / folder / "000001.jpg")
-    assert len(find_source("celeb", str(tmp_path)).items) == 1
+    assert len(find_source("celeb", str(tmp_path / image_path)).items) == 1
+
+
+@pytest.mark.parametrize("aligned, other", [
+    ("CelebA/Img/img_align_celeba", "CelebA/Img/img_celeba"),  # the official layout
+    ("img_align_celeba/img_align_celeba", "img_align_celeba/thumbnails"),  # Kaggle's
+    ("CelebA/img_align_celeba_png", "CelebA/img_celeba"),
+    ("CelebA/img_align_celeba", "CelebA/img_align_celeba_png"),
+])  # fmt: skip
+def test_of_celeb_the_aligned_images_are_taken(tmp_path, capsys, aligned, other):
+    save(picture(), tmp_path / aligned / "000001.jpg")
+    save(picture(300, 300), tmp_path / other / "000001.jpg")
+    source = find_source("celeb", str(tmp_path))
+    (item,) = source.items
+    assert (tmp_path / aligned.split("/")[0] / item).samefile(tmp_path / aligned / "000001.jpg")
+    assert source.decode(item, 32).size == (32, 32)
+    assert capsys.readouterr().err == ""
+
+
+def test_celeb_images_of_another_size_are_a_warning_unless_the_crop_is_given(tmp_path, capsys):
+    for number in range(5):
+        save(picture(), tmp_path / "CelebA" / f"{number}.jpg")
+    find_source("celeb", str(tmp_path))
+    assert capsys.readouterr().err == ""
+    for number in (4, 2):
+        save(picture(300, 400), tmp_path / "CelebA" / f"{number}.jpg")
+        find_source("celeb", str(tmp_path))
+        (line,) = capsys.readouterr().err.splitlines()
+        for token in (f"{number}.jpg has 300x400", "178x218", "160 pixels", "--crop_size", "--dataset folder"):
+            assert token in line
+        find_source("celeb", str(tmp_path), crop_size=178)
+        assert capsys.readouterr().err == ""
+    (tmp_path / "CelebA" / "2.jpg").write_text("no image")
+    os.remove(tmp_path / "CelebA" / "4.jpg")
+    find_source("celeb", str(tmp_path))  # an unreadable one is skipped when it is decoded
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("count, words", [
+    (50, "50 of CelebA's 202,599 images in "), (CELEB_COUNT, "CelebA's 202,599 images in "),
+    (CELEB_COUNT + 1, "202,600 images in "),
+])  # fmt: skip
+def test_the_description_says_how_many_images_of_celeb_there_are(tmp_path, monkeypatch, count, words):
+    (tmp_path / "CelebA").mkdir()
+    files = [(f"{number}.jpg", 0, 0) for number in range(count)]
+    monkeypatch.setattr("datasets.sources.find_images", lambda *_, **__: (files, {}))
+    assert find_source("celeb", str(tmp_path)).description == f"{words}{tmp_path / 'CelebA'}"
+
+
+def test_the_description_of_folders_and_toy_faces(tmp_path):
+    for number in range(3):
+        save(picture(8, 8), tmp_path / f"{number}.png")
+    assert find_source("folder", str(tmp_path)).description == f"3 images in {tmp_path}"
+    assert find_source("toy").description == "10,000 toy faces"
+
+
+def test_the_program_s_own_folders_are_no_data(tmp_path):
+    for folder in ("cats", "samples/v1", "cache/x"):
+        save(picture(8, 8), tmp_path / folder / "a.png")
+    program = {"run_folders": [tmp_path / "samples" / "v2"], "exclude": [tmp_path / "samples", tmp_path / "cache"]}
+    assert find_source("folder", str(tmp_path), **program).items == [os.path.join("cats", "a.png")]
+    (tmp_path / "cats").rename(tmp_path / "CelebA")
+    program = {"run_folders": [tmp_path / "CelebA"], "exclude": [tmp_path]}
+    with pytest.raises(UserError, match="--version"):
+        find_source("celeb", str(tmp_path), **program)
+
+
+def test_files_that_are_no_images_are_counted_in_one_warning(tmp_path, capsys):
+    save(picture(8, 8), tmp_path / "a.png")
+    find_source("folder", str(tmp_path))
+    assert capsys.readouterr().err == ""
+    for name in ("b.mov", "c.mov", "nameless"):
+        (tmp_path / name).touch()
+    find_source("folder", str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (f"warning: {tmp_path}: 3 files are not images that can be read here and are left out: "
+                    "2 .mov, 1 without ending")  # fmt: skip
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"no image .* 2 \.mov"):
+        find_source("folder", str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_home_folder_that_does_not_exist_is_an_error():
+    with pytest.raises(UserError, match="is not a folder"):
+        find_source("folder", "~nobody-of-this-name/pictures")
 
 
 def test_missing_celeb_names_both_layouts_and_the_toy_faces(tmp_path):
@@ -65,25 +155,11 @@ def test_folder_images_are_cropped_to_the_largest_center_square(tmp_path):
     assert np.array_equal(np.unique(np.asarray(source.decode("wide.png", 32)).reshape(-1, 3), axis=0), [[0, 0, 255]])
 
 
-def test_crop_size_sets_the_crop_which_never_pads(tmp_path):
-    assert crop_center(picture(50, 40), 20).size == (20, 20)
-    assert crop_center(picture(50, 40), 160).size == (40, 40)
+def test_crop_size_sets_the_crop(tmp_path):
     save(picture(), tmp_path / "CelebA" / "a.png")
     source = find_source("celeb", str(tmp_path), crop_size=80)
     expected = resize(crop_center(picture(), 80), 32)
     assert np.array_equal(np.asarray(source.decode("a.png", 32)), np.asarray(expected))
-
-
-def test_folder_finds_images_in_subfolders_and_through_links(tmp_path):
-    images, outside = tmp_path / "images", tmp_path / "outside"
-    for path in (images / "a.jpg", images / "deep" / "er" / "b.PNG", outside / "c.webp"):
-        save(picture(40, 40), path)
-    (images / "notes.txt").write_text("no image")
-    (images / "._a.jpg").write_bytes(b"macOS writes such files")
-    os.symlink(outside, images / "linked")
-    os.symlink(images, images / "cycle")
-    names = find_source("folder", str(images)).items
-    assert sorted(names) == ["a.jpg", os.path.join("deep", "er", "b.PNG"), os.path.join("linked", "c.webp")]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])
@@ -91,47 +167,6 @@ def test_a_folder_without_images_is_an_error(tmp_path, make):
     make(tmp_path / "images")
     with pytest.raises(UserError, match="images"):
         find_source("folder", str(tmp_path / "images"))
-
-
-GRAY = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
-
-
-@pytest.mark.parametrize("image", [
-    Image.fromarray(GRAY), Image.fromarray(GRAY.astype(np.uint16) * 257), Image.fromarray(GRAY.astype(np.int32) * 257),
-    Image.fromarray(GRAY.astype(np.float32) / 255), Image.merge("RGB", [Image.fromarray(GRAY)] * 3),
-    Image.merge("RGBA", [Image.fromarray(GRAY)] * 3 + [Image.new("L", (64, 64), 255)]),
-    Image.merge("RGB", [Image.fromarray(GRAY)] * 3).convert("CMYK"), Image.merge("LA", [Image.fromarray(GRAY),
-    Image.new("L", (64, 64), 255)]), Image.fromarray(GRAY).convert("P"), Image.fromarray(GRAY).convert("YCbCr"),
-], ids=lambda image: image.mode)  # fmt: skip
-def test_every_mode_gives_the_same_gray(image):
-    rgb = to_rgb(image)
-    assert rgb.mode == "RGB"
-    assert np.abs(np.asarray(rgb).astype(int) - GRAY[..., None]).max() <= 2
-
-
-def test_a_16_bit_png_is_scaled_to_8_bits(tmp_path):
-    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    decoded = find_source("folder", str(tmp_path)).decode("deep.png", 64)
-    assert np.abs(np.asarray(decoded).astype(int) - GRAY[..., None]).max() <= 2
-
-
-def test_float_gray_has_the_same_scale_in_every_image():
-    dark = Image.fromarray(GRAY.astype(np.float32) / 255 / 2)
-    assert np.abs(np.asarray(to_rgb(dark)).astype(int) - GRAY[..., None] // 2).max() <= 2
-
-
-def test_black_and_white_and_transparency():
-    assert set(np.unique(np.asarray(to_rgb(Image.fromarray(GRAY).convert("1"))))) == {0, 255}
-    assert np.asarray(to_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))).min() == 255  # transparent becomes white
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    upright = picture(64, 64)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
-    decoded = find_source("folder", str(tmp_path)).decode("rotated.png", 64)
-    assert np.array_equal(np.asarray(decoded), np.asarray(upright))
 
 
 def test_fingerprint_depends_on_the_files_and_the_crop(tmp_path):
@@ -172,6 +207,7 @@ def test_cifar10(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     source = find_source("cifar10", str(tmp_path))
     assert len(source.items) == 20
+    assert source.description == "20 images of CIFAR-10"
     assert source.decode(7, 64).size == (64, 64)
 
 
@@ -189,6 +225,7 @@ def test_lsun(tmp_path):
             transaction.put(str(number).encode(), file.getvalue())
     source = find_source("lsun", str(tmp_path))
     assert len(source.items) == 3
+    assert source.description.startswith("3 images of LSUN church_outdoor_train in ")
     expected = T.Resize((32, 32))(picture(90, 60, seed=1))  # without a crop
     for decode in (source.decode, pickle.loads(pickle.dumps(source.decode))):
         assert np.array_equal(np.asarray(decode(source.items[1], 32)), np.asarray(expected))

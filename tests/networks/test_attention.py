@@ -1,7 +1,19 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from networks.attention import attend, attention_map
+
+
+def claiming(device, tensors):
+    """The tensors, which say that they are on another device."""
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device(device)
+
+    return [tensor.as_subclass(Elsewhere) for tensor in tensors]
 
 
 def inputs(dtype=torch.float32, grad=True):
@@ -41,3 +53,31 @@ def test_a_second_derivative_of_the_fast_path_is_an_error_not_a_wrong_number():
     (gradient,) = torch.autograd.grad(attend(query, key, value).square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_multiply_by_the_explicit_map(monkeypatch, device):
+    """torch's fused attention on MPS returns a wrong width before torch 2.12."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    query, key, value = inputs()
+    out = attend(*claiming(device, (query, key, value)))
+    assert torch.equal(out.as_subclass(torch.Tensor), explicit(query, key, value))
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    gradient.sum().backward()
+    assert value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("d, c", [(8, 64), (5, 40), (1, 8)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_fused_kernel_is_given_what_it_can_read(monkeypatch, memory_format, d, c):
+    """Rows that are contiguous and begin at multiples of 16 bytes; otherwise torch falls back to explicit maps."""
+    given = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *heads, scale: given.extend(heads) or attention(
+        *(head.as_subclass(torch.Tensor) for head in heads), scale=scale))  # fmt: skip
+    projected = torch.randn(2, 2 * d + c, 4, 4).contiguous(memory_format=memory_format)
+    query, key, value = projected.flatten(2).transpose(1, 2).split([d, d, c], 2)
+    out = attend(*claiming("cuda", (query, key, value)))
+    torch.testing.assert_close(out, explicit(query, key, value), rtol=1e-5, atol=1e-5)
+    assert all(head.shape[:3] == (2, 1, 16) and head.shape[3] % 8 == 0 and head.is_contiguous() for head in given)
+    assert len(given) == 3 and given[2].shape[3] == c

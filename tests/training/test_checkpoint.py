@@ -1,14 +1,17 @@
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 
-from errors import UserError
+from errors import UserError, warn_once
 from sagan_models import Discriminator, Generator
 from training import checkpoint
 
@@ -75,7 +78,7 @@ def flip_a_bit(path):
 
 def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path):
     checkpoint.save(tmp_path, 7, make_state(7))
-    assert_is(checkpoint.load(tmp_path, "7", SIZES), 7)
+    assert_is(checkpoint.load(tmp_path, "7"), 7)
     assert names(tmp_path) == files_of(7)
 
 
@@ -93,15 +96,15 @@ def test_a_full_checkpoint_needs_no_exports(tmp_path, change):
     for part in ("G", "D"):
         change(tmp_path / f"7_{part}.pth")
     for wanted in ("7", "latest"):
-        assert_is(checkpoint.load(tmp_path, wanted, SIZES), 7)
+        assert_is(checkpoint.load(tmp_path, wanted), 7)
 
 
 def test_checkpoints_in_the_old_format_load(tmp_path):
     save_old_format(tmp_path, 7, make_state(7))
     save_old_format(tmp_path, "best", make_state(5))
-    assert_is(checkpoint.load(tmp_path, "7", SIZES), 7)
-    assert_is(checkpoint.load(tmp_path, "latest", SIZES), 7)
-    assert_is(checkpoint.load(tmp_path, "best", SIZES), 5)
+    assert_is(checkpoint.load(tmp_path, "7"), 7)
+    assert_is(checkpoint.load(tmp_path, "latest"), 7)
+    assert_is(checkpoint.load(tmp_path, "best"), 5)
 
 
 @pytest.mark.parametrize("part", ["G", "D", "state"])
@@ -110,7 +113,7 @@ def test_latest_falls_back_from_a_damaged_checkpoint_in_the_old_format(tmp_path,
     for step in (5, 7):
         save_old_format(tmp_path, step, make_state(step))
     damage(tmp_path / f"7_{part}.pth")
-    assert checkpoint.load(tmp_path, "latest", SIZES).step == 5
+    assert checkpoint.load(tmp_path, "latest").step == 5
 
 
 def test_latest_is_the_newest_full_checkpoint(tmp_path):
@@ -119,29 +122,29 @@ def test_latest_is_the_newest_full_checkpoint(tmp_path):
     save_weights(tmp_path, 200, make_state(200))
     (tmp_path / "300_G.pth").write_bytes(b"no D beside it")
     assert checkpoint.list_steps(tmp_path) == [100, 10, 9, 200]
-    assert_is(checkpoint.load(tmp_path, "latest", SIZES), 100)
+    assert_is(checkpoint.load(tmp_path, "latest"), 100)
 
 
 def test_latest_falls_back_to_weights_only(tmp_path):
     for step in (5, 20):
         save_weights(tmp_path, step, make_state(step))
-    assert_is(checkpoint.load(tmp_path, "latest", SIZES), 20, full=False)
+    assert_is(checkpoint.load(tmp_path, "latest"), 20, full=False)
 
 
 def test_a_missing_step_lists_those_that_exist(tmp_path):
     with pytest.raises(UserError, match="--pretrained_model latest"):
-        checkpoint.load(tmp_path, "latest", SIZES)
+        checkpoint.load(tmp_path, "latest")
     for step in (10, 20):
         checkpoint.save(tmp_path, step, make_state(step))
     with pytest.raises(UserError, match="10, 20"):
-        checkpoint.load(tmp_path, "15", SIZES)
+        checkpoint.load(tmp_path, "15")
 
 
 @pytest.mark.parametrize("name, value", [("imsize", 64), ("z_dim", 128), ("g_conv_dim", 64), ("d_conv_dim", 64)])
 def test_an_architecture_mismatch_names_the_option(tmp_path, name, value):
     checkpoint.save(tmp_path, 1, make_state(1))
     with pytest.raises(UserError, match=f"--{name} {SIZES[name]}.*{value}") as error:
-        checkpoint.load(tmp_path, "1", SIZES | {name: value})
+        checkpoint.check_architecture(checkpoint.load(tmp_path, "1"), SIZES | {name: value})
     assert str(error.value).count("--") == 1
 
 
@@ -164,14 +167,14 @@ def test_a_damaged_file_is_one_line(tmp_path, part, damage):
         save_weights(tmp_path, 1, make_state(1))
     damage(tmp_path / f"1_{part}.pth")
     with pytest.raises(UserError, match="checkpoint") as error:
-        checkpoint.load(tmp_path, "1", SIZES)
+        checkpoint.saved_architecture(checkpoint.load(tmp_path, "1"))
     assert "\n" not in str(error.value)
 
 
 def test_weights_of_other_networks_are_refused(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1, "G": {"weight": torch.ones(2)}, "D": {"weight": torch.ones(2)}})
     with pytest.raises(UserError, match="SAGAN"):
-        checkpoint.load(tmp_path, "1", SIZES)
+        checkpoint.saved_architecture(checkpoint.load(tmp_path, "1"))
 
 
 def test_the_prefix_of_the_references_parallel_is_removed(tmp_path):
@@ -179,14 +182,14 @@ def test_the_prefix_of_the_references_parallel_is_removed(tmp_path):
     for part in ("G", "D"):
         prefixed = {f"module.{key}": value for key, value in state[part].items()}
         torch.save(prefixed, tmp_path / f"1_{part}.pth")
-    assert_is(checkpoint.load(tmp_path, "1", SIZES), 1, full=False)
+    assert_is(checkpoint.load(tmp_path, "1"), 1, full=False)
 
 
 def test_files_of_torchs_format_before_zip_load(tmp_path):
     state = make_state(1)
     for part in ("G", "D"):
         torch.save(state[part], tmp_path / f"1_{part}.pth", _use_new_zipfile_serialization=False)
-    assert_is(checkpoint.load(tmp_path, "1", SIZES), 1, full=False)
+    assert_is(checkpoint.load(tmp_path, "1"), 1, full=False)
 
 
 class Bomb:
@@ -206,7 +209,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, part, write):
     save_weights(tmp_path, 1, make_state(1))
     write(tmp_path / f"1_{part}.pth", {"l1": Bomb(tmp_path / "ran")})
     with pytest.raises(UserError, match=f"1_{part}.pth"):
-        checkpoint.load(tmp_path, "1", SIZES)
+        checkpoint.load(tmp_path, "1")
     assert not (tmp_path / "ran").exists()
 
 
@@ -228,18 +231,18 @@ def test_latest_falls_back_from_a_damaged_checkpoint(tmp_path, capsys, wanted):
     flip_a_bit(tmp_path / "20_state.pth")
     torch.load(tmp_path / "20_state.pth", weights_only=True)
     if wanted == "latest":
-        assert_is(checkpoint.load(tmp_path, wanted, SIZES), 10)
+        assert_is(checkpoint.load(tmp_path, wanted), 10)
         assert "20_state.pth" in capsys.readouterr().err
     else:
         with pytest.raises(UserError, match=r"20_state\.pth"):
-            checkpoint.load(tmp_path, wanted, SIZES)
+            checkpoint.load(tmp_path, wanted)
 
 
 class Killed(BaseException):
     """Raised in place of SIGKILL."""
 
 
-def save_until(monkeypatch, point, *arguments):
+def save_until(monkeypatch, point, *arguments, **options):
     """Save until the call number `point` that touches the disk; it and all later ones fail, as after SIGKILL.
 
     Returns whether the save ended before it.
@@ -258,7 +261,7 @@ def save_until(monkeypatch, point, *arguments):
         for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "unlink")):
             patch.setattr(owner, name, killed_at_the_point(getattr(owner, name)))
         try:
-            checkpoint.save(*arguments)
+            checkpoint.save(*arguments, **options)
         except Killed:
             return False
     return True
@@ -283,24 +286,24 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_
         folder.mkdir()
         for other, other_step in before.items():
             checkpoint.save(folder, other, make_state(other_step))
-        ended = save_until(monkeypatch, point, folder, name, make_state(step, 9), 1)
+        ended = save_until(monkeypatch, point, folder, name, make_state(step, 9), keep_checkpoints=1)
 
         # What the next run finds, before and after it has cleared up.
         for _ in range(2):
             path = folder / f"{name}_state.pth"
             is_new = path.exists() and bool(torch.load(path)["numbers"][0] == 9)
             if is_new:
-                assert_is(checkpoint.load(folder, wanted, SIZES), step, 9)
+                assert_is(checkpoint.load(folder, wanted), step, 9)
             elif before:
-                assert_is(checkpoint.load(folder, wanted, SIZES), max(before.values()))
+                assert_is(checkpoint.load(folder, wanted), max(before.values()))
             else:
                 assert checkpoint.list_steps(folder) == []
             checkpoint.remove_unfinished(folder)
             assert not list(folder.glob("*.tmp"))
         outcomes.append(is_new)
 
-        checkpoint.save(folder, name, make_state(step, 9), 1)
-        assert_is(checkpoint.load(folder, wanted, SIZES), step, 9)
+        checkpoint.save(folder, name, make_state(step, 9), keep_checkpoints=1)
+        assert_is(checkpoint.load(folder, wanted), step, 9)
         assert all(torch.load(folder / f"{name}_{part}.pth")["attn1.gamma"] == 9 for part in "GD")
         if ended:
             break
@@ -322,12 +325,12 @@ def test_files_are_flushed_before_they_are_renamed_and_the_folder_before_others_
 @pytest.mark.parametrize("point", range(1, 20))
 def test_a_kill_loses_no_weights_when_older_checkpoints_are_pruned(tmp_path, monkeypatch, point):
     checkpoint.save(tmp_path, 1, make_state(1))
-    save_until(monkeypatch, point, tmp_path, 2, make_state(2), 1)
+    save_until(monkeypatch, point, tmp_path, 2, make_state(2), keep_checkpoints=1)
     checkpoint.remove_unfinished(tmp_path)
     present = checkpoint.list_steps(tmp_path)
-    checkpoint.save(tmp_path, 3, make_state(3), 1)
+    checkpoint.save(tmp_path, 3, make_state(3), keep_checkpoints=1)
     for step in present:
-        loaded = checkpoint.load(tmp_path, str(step), SIZES)
+        loaded = checkpoint.load(tmp_path, str(step))
         assert_is(loaded, step, full=loaded.state is not None)
 
 
@@ -352,23 +355,76 @@ def test_a_state_file_without_exports_is_not_pruned(tmp_path):
     (tmp_path / "1_G.pth").unlink()
     for step in (2, 3):
         checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=1)
-    assert_is(checkpoint.load(tmp_path, "1", SIZES), 1)
+    assert_is(checkpoint.load(tmp_path, "1"), 1)
     assert not (tmp_path / "2_state.pth").exists()
+
+
+def test_a_checkpoint_for_resuming_only_has_no_exports_and_does_not_stay(tmp_path):
+    for step, export in ((1, True), (2, False), (3, False), (4, True)):
+        checkpoint.save(tmp_path, step, make_state(step), export=export, keep_checkpoints=2)
+        assert_is(checkpoint.load(tmp_path, "latest"), step)
+    assert names(tmp_path) == ["1_D.pth", "1_G.pth", "3_state.pth", *files_of(4)]
+    assert checkpoint.list_steps(tmp_path) == [4, 3, 1]
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    checkpoint.save(tmp_path / "models" / "v", 1, make_state(1))
+    assert_is(checkpoint.load(tmp_path / "models" / "v", "1"), 1)
+
+
+def test_a_generator_alone_is_enough_where_d_is_not_needed(tmp_path):
+    save_weights(tmp_path, 500, make_state(500))
+    save_weights(tmp_path, 600, make_state(600))
+    (tmp_path / "600_D.pth").unlink()
+    alone = checkpoint.load(tmp_path, "latest", needs_D=False)
+    assert alone.step == 600 and alone.D is None and alone.state is None
+    assert checkpoint.saved_architecture(alone) == {name: SIZES[name] for name in SIZES if name != "d_conv_dim"}
+    assert checkpoint.load(tmp_path, "latest").step == 500
+    (tmp_path / "500_D.pth").unlink()
+    for wanted in ("latest", "600"):
+        with pytest.raises(UserError, match=r"600_D\.pth is missing"):
+            checkpoint.load(tmp_path, wanted)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed where the system can")
+@pytest.mark.parametrize("number, is_refusal", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_flush_folders_is_a_warning(tmp_path, monkeypatch, capsys, number, is_refusal):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    warn_once.cache_clear()
+    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError):
+        for step in (1, 2):
+            checkpoint.save(tmp_path, step, make_state(step))
+    assert capsys.readouterr().err.count("warning") == is_refusal
+    assert_is(checkpoint.load(tmp_path, "latest"), 2 if is_refusal else 1)
+
+
+def test_only_its_own_unfinished_files_are_removed(tmp_path):
+    for name in ("5_state.tmp", "best_G.tmp", "my_G.tmp", "notes_state.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["my_G.tmp", "notes_state.tmp"]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_others(tmp_path):
     with pytest.raises(UserError, match="--pretrained_model best"):
-        checkpoint.load(tmp_path, "best", SIZES)
+        checkpoint.load(tmp_path, "best")
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=1, keep_weights=1)
     checkpoint.save(tmp_path, "best", make_state(2), keep_checkpoints=1, keep_weights=1)
-    assert_is(checkpoint.load(tmp_path, "best", SIZES), 2)
+    assert_is(checkpoint.load(tmp_path, "best"), 2)
     assert checkpoint.list_steps(tmp_path) == [3, 2]
     checkpoint.save(tmp_path, "best", make_state(3))
-    assert_is(checkpoint.load(tmp_path, "best", SIZES), 3)
+    assert_is(checkpoint.load(tmp_path, "best"), 3)
     os.truncate(tmp_path / "best_state.pth", 1000)
     with pytest.raises(UserError, match=r"best_state\.pth"):
-        checkpoint.load(tmp_path, "best", SIZES)
+        checkpoint.load(tmp_path, "best")
 
 
 def test_errors_of_unfitting_content_become_one_line():

@@ -321,6 +321,23 @@ def test_a_single_process_changes_nothing(monkeypatch):
         assert ranks == Ranks()
 
 
+@pytest.mark.parametrize("device, has_nccl, expected", [("cuda", True, "nccl"), ("cuda", False, "gloo"),
+                                                        ("cpu", True, "gloo")])  # fmt: skip
+def test_gpus_without_nccl_use_gloo(monkeypatch, device, has_nccl, expected):
+    """There is no NCCL on Windows."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    used = []
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: used.append(backend))
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(device) as ranks:
+        assert (ranks, used) == (Ranks(0, 2, 0), [expected])
+
+
 def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
     assert [list(range(9))[Ranks(rank, 3).shard(9)] for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     with pytest.raises(UserError, match=r"--batch_size 8 .* 9$"):
@@ -333,7 +350,16 @@ def test_parallel_starts_a_process_per_gpu(monkeypatch, capsys):
     assert processes_to_start("auto") == processes_to_start("cuda") == 4
     assert processes_to_start("cpu") == processes_to_start("cuda:1") == 1
     assert capsys.readouterr().out.count("--parallel") == 4
-    monkeypatch.setenv("WORLD_SIZE", "4")
+
+
+@pytest.mark.parametrize("variables", [
+    dict(WORLD_SIZE="4", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500"),
+    dict(WORLD_SIZE="1", TORCHELASTIC_RUN_ID="none"),
+])  # fmt: skip
+def test_parallel_starts_nothing_in_a_process_that_a_launcher_started(monkeypatch, variables):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert processes_to_start("auto") == 1
 
 

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -51,3 +54,87 @@ def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     assert b"d_loss" in content
     assert b"samples/fake" in content
     assert b"PNG" in content
+
+
+@pytest.mark.parametrize("use_tensorboard", [False, True])
+def test_files_that_somebody_removes_are_made_again(tmp_path, use_tensorboard):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with RunLog(folder, 0, use_tensorboard) as log:
+        log.scalars(10, {"d_loss": 1.0})
+        shutil.rmtree(folder)
+        log.flush()
+        log.scalars(20, {"d_loss": 1.0})
+        log.scalars(30, {"d_loss": 1.0})
+    assert logged_steps(folder) == [20, 30]
+    assert len(list(folder.glob("events.out.tfevents.*"))) == use_tensorboard
+
+
+def test_a_folder_that_cannot_be_made_again_costs_the_entries_and_one_warning(tmp_path, capsys):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with RunLog(folder, 0, use_tensorboard=True) as log:
+        shutil.rmtree(folder)
+        folder.touch()  # a file
+        for step in (10, 20):
+            log.scalars(step, {"d_loss": 1.0})
+            log.flush()
+            log.image(step, "samples/fake", Image.new("RGB", (8, 8)))
+        folder.unlink()
+        log.scalars(30, {"d_loss": 1.0})
+    assert logged_steps(folder) == [30]
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+class FullDisk:
+    """A file to which at most `free` bytes can be written until the disk has room again."""
+
+    def __init__(self, file, free):
+        self.file, self.free = file, free
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if self.free == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[: self.free])
+        self.free -= written
+        return written
+
+
+def test_a_full_disk_costs_the_entry_and_leaves_no_half_line(tmp_path, capsys):
+    with RunLog(tmp_path, 0, use_tensorboard=False) as log:
+        log.scalars(10, {})
+        disk = log._file = FullDisk(log._file, 5)
+        log.scalars(20, {})
+        log.scalars(30, {})
+        disk.free = 1000
+        log.scalars(40, {})
+    assert logged_steps(tmp_path) == [10, 40]
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+@pytest.mark.parametrize("method", ["write_event", "flush", "close"])
+def test_tensorboard_that_cannot_write_neither_ends_nor_stops_the_run(tmp_path, monkeypatch, capsys, method):
+    """One error in tensorboardX's thread would end it: its queue fills up, and the 11th scalar waits for ever."""
+    from tensorboardX.event_file_writer import EventsWriter
+
+    original, failures = getattr(EventsWriter, method), iter([True])
+
+    def fail_once(self, *arguments):
+        if started and next(failures, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, *arguments)
+
+    started = False
+    monkeypatch.setattr(EventsWriter, method, fail_once)
+    with RunLog(tmp_path, 0, use_tensorboard=True) as log:
+        started = True
+        for step in range(100):
+            log.scalars(step, {"d_loss": 1.0, "g_loss": 2.0})
+    assert capsys.readouterr().err.count("warning") == 1
+    assert logged_steps(tmp_path) == list(range(100))
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    pending = 10 if method == "close" else 1  # what may be lost with the failed call
+    assert events.read_bytes().count(b"g_loss") >= 100 - pending

@@ -1,17 +1,27 @@
+import dataclasses
 import hashlib
+import re
 
 import pytest
 import torch
 
 from errors import UserError
+from parameter import Config
 from sagan_models import Discriminator, Generator
 from training import checkpoint
 from training.divergence import NonFiniteError
-from training.resuming import changed_options, load_resume_checkpoint, non_finite_message
+from training.resuming import (
+    changed_options,
+    load_resume_checkpoint,
+    load_test_checkpoint,
+    non_finite_message,
+    warn_of_other_images,
+)
 
 
 def save(config, step):
-    state = {"step": step, "G": Generator(32, 16, 8).state_dict(), "D": Discriminator(32, 8).state_dict()}
+    networks = {"G": Generator(32, 16, 8).state_dict(), "D": Discriminator(32, 8).state_dict()}
+    state = {"step": step, "config": dataclasses.asdict(config), **networks}
     config.model_folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(config.model_folder, step, state)
 
@@ -57,10 +67,60 @@ def test_a_run_that_diverged_names_the_last_checkpoint(make_config):
         assert token in message
 
 
+def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, capsys):
+    trained = make_config(dataset="folder", image_path="/pics", crop_size=40, seed=3, batch_size=16)
+    save(trained, 5)
+    default = dataclasses.replace(
+        Config(train=False), **{name: getattr(trained, name) for name in ("model_save_path", "version")}
+    )
+    saved, config = load_test_checkpoint(default, {"train", "model_save_path", "version"})
+    assert saved.step == 5
+    names = ("imsize", "z_dim", "g_conv_dim", "d_conv_dim", "dataset", "image_path", "crop_size", "seed", "batch_size")
+    assert all(getattr(config, name) == getattr(trained, name) for name in names)
+    out, err = capsys.readouterr()
+    assert "--dataset folder" in out and "--z_dim 16" in out and not err
+
+    moved = dataclasses.replace(default, image_path="/moved", seed=4)
+    config = load_test_checkpoint(moved, {"image_path", "seed"})[1]
+    assert (config.dataset, config.image_path, config.crop_size, config.seed) == ("folder", "/moved", 40, 4)
+    assert "--image_path /pics" in capsys.readouterr().err
+
+    other = dataclasses.replace(default, dataset="toy")
+    config = load_test_checkpoint(other, {"dataset"})[1]
+    assert (config.dataset, config.image_path, config.crop_size, config.imsize) == ("toy", "./data", None, 32)
+    assert "--dataset folder" in capsys.readouterr().err
+
+    with pytest.raises(UserError, match="--z_dim 16"):
+        load_test_checkpoint(dataclasses.replace(default, z_dim=8), {"z_dim"})
+
+
+def test_weights_alone_tell_the_sizes_of_their_networks(make_config):
+    save(make_config(), 5)
+    (make_config().model_folder / "5_state.pth").unlink()
+    default = dataclasses.replace(make_config(), imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64)
+    assert load_test_checkpoint(default, set())[1].architecture == make_config().architecture
+
+
+@pytest.mark.parametrize("current, line", [
+    ({"images": 20, "checksum": 1}, ""), ({"images": 21, "checksum": 2}, "21 .*20"),
+    ({"images": 20, "checksum": 3}, "20 .*not those"),
+])  # fmt: skip
+def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
+    warn_of_other_images({"images": 20, "checksum": 1}, current)
+    err = capsys.readouterr().err
+    assert re.search(line, err) if line else not err
+    assert err.count("\n") == bool(line)
+    warn_of_other_images(None, current)
+    assert not capsys.readouterr().err
+
+
+NEW = ("G", "D", "best_fid", "schedule", "data", "exported")  # what state files of older versions do not have
+
+
 def to_old_format(folder, step):
     """Rewrite a checkpoint as older versions of the program wrote it: G and D in their own files only."""
     state = torch.load(folder / f"{step}_state.pth", weights_only=True)
-    old = {name: value for name, value in state.items() if name not in ("G", "D", "best_fid")}
+    old = {name: value for name, value in state.items() if name not in NEW}
     old["sha256"] = {part: hashlib.sha256((folder / f"{step}_{part}.pth").read_bytes()).hexdigest() for part in "GD"}
     torch.save(old, folder / f"{step}_state.pth")
 

@@ -1,6 +1,7 @@
 """The program on two ranks that torchrun starts: its messages, how it ends, its files."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_a_killed_rank_ends_all(tmp_path, rank):
 
 @needs_proc
 def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path):
-    words = ["--total_step", "60", "--pretrained_model", "auto", "--model_save_step", "1", "--sample_step", "1000"]
+    words = ["--total_step", "60", "--pretrained_model", "auto", "--model_save_step", "1", "--min_save_step", "1",
+             "--sample_step", "1000"]  # fmt: skip
     launcher = torchrun(tmp_path, *words, launcher=["--nproc_per_node=2", "--max_restarts=1"])
     wait_for((tmp_path / "models/sagan_celeb/10_state.pth").exists)
     os.kill(pid_of(launcher, 1), signal.SIGKILL)
@@ -129,18 +131,39 @@ def test_machines_with_different_images_are_an_error(tmp_path):
     assert len(errors) == 1 and "--cache_path" in errors[0]
 
 
-def test_parallel_starts_a_process_per_gpu(tmp_path):
-    """As if there were two GPUs, though the processes find none. The exit code is theirs."""
-    words = [str(ROOT / "main.py"), *TOY, "--device", "auto", "--parallel", "true", "--total_step", "2"]
+def parallel(folder, *words):
+    """Start the program with `--parallel true` as if there were two GPUs, though its ranks find none."""
+    words = [str(ROOT / "main.py"), *TOY, "--device", "auto", "--parallel", "true", *words]
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words}; import torch, main; "
         "torch.cuda.device_count = lambda: 2; sys.exit(main.main())"
     )
+    command = ["sh", "-c", f'trap "" HUP; exec {shlex.join([sys.executable, "-c", script])}']  # as nohup does
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_parallel_starts_a_process_per_gpu_and_returns_their_exit_code(tmp_path):
     for code, token in ((0, "world size 2"), (2, "--overwrite")):
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-        assert done.returncode == code, done.stderr
-        assert done.stdout.count("--parallel") == 1
-        assert (done.stdout + done.stderr).count(token) == 1
-        assert "Traceback" not in done.stderr
+        launcher = parallel(tmp_path, "--total_step", "2")
+        out, err = launcher.communicate(timeout=100)
+        assert launcher.returncode == code, err
+        assert out.count("--parallel") == 1
+        assert (out + err).count(token) == 1
+        assert "Traceback" not in err
+
+
+@needs_proc
+def test_parallel_passes_on_a_scheduler_s_warning_and_ignores_what_nohup_ignores(tmp_path):
+    launcher = parallel(tmp_path, "--total_step", "100000")
+    wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= 2)
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGUSR1)
+    out, err = launcher.communicate(timeout=100)
+    assert launcher.returncode == 128 + signal.SIGUSR1, err
+    assert out.count("checkpoint saved") == 1
+    assert list((tmp_path / "models/sagan_celeb").glob("*_state.pth"))

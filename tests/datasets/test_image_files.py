@@ -1,0 +1,298 @@
+import errno
+import os
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from datasets import image_files
+from datasets.image_files import (
+    count_by_ending,
+    crop_center,
+    decode_file,
+    find_images,
+    image_endings,
+    register_heif,
+    to_rgb,
+)
+from errors import UserError
+
+GRAY = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+
+
+def save(path, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+def names(root, **options):
+    return [name for name, _, _ in find_images(str(root), **options)[0]]
+
+
+def test_images_are_found_in_subfolders_and_through_links(tmp_path):
+    images, outside = tmp_path / "images", tmp_path / "outside"
+    for path in (images / "a.jpg", images / "deep" / "er" / "b.PNG", outside / "c.webp"):
+        save(path)
+    (images / "notes.txt").write_text("no image")
+    (images / "._a.jpg").write_bytes(b"macOS writes such files")
+    os.symlink(outside, images / "linked")
+    os.symlink(images, images / "cycle")
+    assert names(images) == ["a.jpg", os.path.join("deep", "er", "b.PNG"), os.path.join("linked", "c.webp")]
+
+
+def test_sizes_and_times_are_those_of_the_files(tmp_path):
+    save(tmp_path / "a.png")
+    os.utime(tmp_path / "a.png", ns=(5, 5))
+    os.symlink(tmp_path / "a.png", tmp_path / "b.png")
+    os.symlink(tmp_path / "nowhere", tmp_path / "c.png")
+    size = (tmp_path / "a.png").stat().st_size
+    assert find_images(str(tmp_path))[0] == [("a.png", size, 5), ("b.png", size, 5), ("c.png", 0, 0)]
+
+
+@pytest.mark.parametrize(
+    "folder", [".cache", ".git", "@eaDir", "__MACOSX", "#recycle", "lost+found", "$RECYCLE.BIN",
+               "System Volume Information"],
+)  # fmt: skip
+def test_hidden_and_junk_folders_are_no_data(tmp_path, folder):
+    save(tmp_path / "a.png")
+    save(tmp_path / folder / "deeper" / "b.png")
+    save(tmp_path / "cats" / folder / "c.png")
+    assert names(tmp_path) == ["a.png"]
+
+
+def test_the_image_folder_itself_may_be_hidden(tmp_path):
+    save(tmp_path / ".pictures" / "cats" / "a.png")
+    os.symlink(tmp_path / ".pictures" / "cats", tmp_path / "link")
+    assert names(tmp_path / ".pictures") == [os.path.join("cats", "a.png")]
+    assert names(tmp_path / "link") == ["a.png"]
+
+
+def test_excluded_folders_below_are_left_out_and_named_however_they_are_reached(tmp_path, capsys):
+    for folder in ("cats", "samples/v1", "elsewhere"):
+        save(tmp_path / "pics" / folder / "a.png")
+    (tmp_path / "out").symlink_to(tmp_path / "pics" / "elsewhere")
+    exclude = [tmp_path / "pics" / "cats" / ".." / "samples", tmp_path / "out", tmp_path / "not_yet_there"]
+    assert names(tmp_path / "pics", exclude=exclude) == [os.path.join("cats", "a.png")]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "samples" in line and "elsewhere" in line and "cats" not in line
+
+
+def test_images_among_the_run_s_results_are_an_error(tmp_path):
+    save(tmp_path / "samples" / "v1" / "mine" / "a.png")
+    for images in ("samples/v1", "samples/v1/mine"):
+        with pytest.raises(UserError, match="--version"):
+            find_images(str(tmp_path / images), [tmp_path / "samples" / "v1"], [tmp_path / "samples"])
+    with pytest.raises(UserError, match="--sample_path"):
+        find_images(str(tmp_path / "samples"), [tmp_path / "samples" / "v2"], [tmp_path / "samples"])
+
+
+def test_images_below_a_folder_of_the_program_or_of_another_run_are_legal(tmp_path):
+    save(tmp_path / "samples" / "v1" / "a.png")
+    for images in ("samples/v1", "samples/v1/../v1"):
+        assert names(tmp_path / images, run_folders=[tmp_path / "samples" / "v"], exclude=[tmp_path]) == ["a.png"]
+
+
+def test_other_files_are_counted_by_ending_except_companions_and_hidden_ones(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("1.HEIX", "b/2.heix", "film.mov", "nameless", "12.30 o'clock", "odd.a\nb", ".DS_Store", "labels.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images, others = find_images(str(tmp_path))
+    assert len(images) == 1
+    assert others == {".heix": 2, ".mov": 1, "without ending": 3}
+
+
+def test_the_count_by_ending_is_one_line_that_begins_with_the_most():
+    text = count_by_ending(Counter({".mov": 1, ".heic": 1200, "without ending": 2}))
+    assert text == "1,200 .heic, 2 without ending, 1 .mov (pip install pillow-heif reads .heic)"
+    assert count_by_ending(Counter({f".{number}": 1 for number in range(50)})).count(".") < 12
+
+
+def test_what_pillow_decodes_is_an_image():
+    endings = image_endings()
+    assert {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm",
+            ".jp2", ".mpo", ".tga"} <= endings  # fmt: skip
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"} & endings
+
+
+def test_each_format_that_only_identifies_files_is_left_out():
+    Image.init()
+    stubs = {name for name, (factory, _) in Image.OPEN.items()
+             if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}  # fmt: skip
+    assert stubs and stubs <= image_files.UNREADABLE_FORMATS
+
+
+@pytest.fixture
+def fresh_formats(monkeypatch):
+    """Let the formats be registered anew; what a test registers is gone at its end."""
+    Image.init()
+    for name in ("ID", "OPEN", "EXTENSION"):
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    for function in (image_endings, register_heif):
+        function.cache_clear()
+    yield
+    for function in (image_endings, register_heif):
+        function.cache_clear()
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch, fresh_formats):
+    def register():
+        Image.register_open("HEIF", lambda file, name: Image.new("RGB", (8, 8), "red"), lambda start: start == b"heic")
+        Image.register_extensions("HEIF", [".heic"])
+
+    (tmp_path / "a.heic").write_bytes(b"heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert names(tmp_path) == ["a.heic"]
+    register_heif.cache_clear()  # as in a worker process, which decodes only
+    assert decode_file(str(tmp_path), None, "a.heic", 8).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_heic_is_another_file_without_pillow_heif(tmp_path, monkeypatch, fresh_formats):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    save(tmp_path / "a.png")
+    (tmp_path / "b.heic").touch()
+    images, others = find_images(str(tmp_path))
+    assert len(images) == 1 and others == {".heic": 1}
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """A function after whose call these folders cannot be listed."""
+    scandir = os.scandir
+
+    def refuse(*folders):
+        def checked(path):
+            if Path(path) in folders:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", checked)
+
+    return refuse
+
+
+def test_a_subfolder_that_cannot_be_listed_is_a_warning(tmp_path, refuse, capsys):
+    for folder in ("cats", "cows", "dogs"):
+        save(tmp_path / folder / "a.png")
+    for refused, found, more in ((["dogs"], ["cats", "cows"], False), (["cows", "dogs"], ["cats"], True)):
+        refuse(*(tmp_path / folder for folder in refused))
+        assert names(tmp_path) == [os.path.join(folder, "a.png") for folder in found]
+        (line,) = capsys.readouterr().err.splitlines()
+        assert any(f"{tmp_path / folder} (Permission denied)" in line for folder in refused)
+        assert line.endswith(" and 1 more") == more
+
+
+def test_an_image_folder_that_cannot_be_listed_is_an_error(tmp_path, refuse):
+    refuse(tmp_path)
+    with pytest.raises(UserError, match="cannot be listed: Permission denied"):
+        find_images(str(tmp_path))
+
+
+def test_images_in_a_folder_that_cannot_be_entered_are_found(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(os, "stat", lambda path: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied")))
+    assert find_images(str(tmp_path))[0] == [("a.png", 0, 0)]  # and listed when they are decoded
+
+
+@pytest.mark.parametrize("image", [
+    Image.fromarray(GRAY), Image.fromarray(GRAY.astype(np.uint16) * 257), Image.fromarray(GRAY.astype(np.int32) * 257),
+    Image.fromarray(GRAY.astype(np.float32) / 255), Image.merge("RGB", [Image.fromarray(GRAY)] * 3),
+    Image.merge("RGBA", [Image.fromarray(GRAY)] * 3 + [Image.new("L", (64, 64), 255)]),
+    Image.merge("RGB", [Image.fromarray(GRAY)] * 3).convert("CMYK"), Image.merge("LA", [Image.fromarray(GRAY),
+    Image.new("L", (64, 64), 255)]), Image.fromarray(GRAY).convert("P"), Image.fromarray(GRAY).convert("YCbCr"),
+], ids=lambda image: image.mode)  # fmt: skip
+def test_every_mode_gives_the_same_gray(image):
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - GRAY[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize("bits, kind, ending", [
+    *((bits, np.uint16, ending) for bits in (8, 12, 16) for ending in ("png", "tif")),
+    *((bits, kind, "tif") for bits in (8, 12, 16, 20) for kind in (np.int32, np.float32)),
+])  # fmt: skip
+def test_deep_grays_are_scaled_by_the_bits_that_they_use(tmp_path, bits, kind, ending):
+    Image.fromarray((GRAY / 255 * (2**bits - 1)).round().astype(kind)).save(tmp_path / f"deep.{ending}")
+    decoded = decode_file(str(tmp_path), None, f"deep.{ending}", 64)
+    assert np.abs(np.asarray(decoded).astype(int) - GRAY[..., None]).max() <= 2
+
+
+def test_the_tags_of_a_tiff_file_say_how_many_bits_it_uses(tmp_path):
+    dark = GRAY.astype(np.uint16) // 4  # at most 63
+    Image.fromarray(dark).save(tmp_path / "dark.tif", tiffinfo={281: 2**10 - 1})  # MaxSampleValue
+    decoded = np.asarray(decode_file(str(tmp_path), None, "dark.tif", 64)).astype(int)
+    assert np.abs(decoded - GRAY[..., None] // 16).max() <= 1
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "wrong.tif", tiffinfo={281: 2**10 - 1})
+    decoded = np.asarray(decode_file(str(tmp_path), None, "wrong.tif", 64)).astype(int)
+    assert np.abs(decoded - GRAY[..., None]).max() <= 2
+    (tmp_path / "packed.tif").write_bytes(twelve_bit_tiff([128, 255]))
+    assert np.asarray(decode_file(str(tmp_path), None, "packed.tif", 2))[..., 0].tolist() == [[8, 15], [8, 15]]
+
+
+def twelve_bit_tiff(row):
+    """Return a TIFF file of two rows of two grays in 12 bits each."""
+    pixels = bytes([row[0] >> 4, (row[0] & 15) << 4 | row[1] >> 8, row[1] & 255]) * 2
+    tags = [(256, 3, 2), (257, 3, 2), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (278, 3, 2), (279, 4, 6)]
+    entries = [struct.pack("<HHII" if kind == 4 else "<HHIHxx", tag, kind, 1, value) for tag, kind, value in tags]
+    header = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("brightest", [0.5, 1, 1.3])
+def test_float_gray_in_0_to_1_has_the_same_scale_in_every_image(brightest):
+    image = Image.fromarray(GRAY.astype(np.float32) / 255 * brightest)
+    expected = np.minimum(GRAY * brightest, 255).astype(int)
+    assert np.abs(np.asarray(to_rgb(image)).astype(int) - expected[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+def test_a_float_that_is_no_gray_does_not_make_the_image_unreadable(value):
+    levels = GRAY.astype(np.float32) / 255
+    levels[0] = value
+    assert np.abs(np.asarray(to_rgb(Image.fromarray(levels)))[1:].astype(int) - GRAY[1:, :, None]).max() <= 2
+
+
+def test_black_and_white_and_transparency():
+    assert set(np.unique(np.asarray(to_rgb(Image.fromarray(GRAY).convert("1"))))) == {0, 255}
+    assert np.asarray(to_rgb(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))).min() == 255  # transparent becomes white
+
+
+@pytest.fixture
+def upright():
+    return Image.merge("RGB", [Image.fromarray(GRAY)] * 3)
+
+
+def save_rotated(upright, path, damage=lambda exif: exif):
+    """Save an image that is to be rotated by 90 degrees clockwise, as its EXIF data says."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=damage(exif.tobytes()), lossless=True)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_exif_rotation_is_applied(tmp_path, upright, ending):
+    save_rotated(upright, tmp_path / f"a.{ending}")
+    assert np.array_equal(decode_file(str(tmp_path), None, f"a.{ending}", 64), upright)
+
+
+def test_an_image_whose_exif_cannot_be_parsed_is_used_as_it_lies(tmp_path, upright):
+    save_rotated(upright, tmp_path / "a.png", lambda exif: exif.replace(b"MM\0*", b"MM\0\xff"))
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(SyntaxError):
+        image.getexif()
+    assert np.array_equal(decode_file(str(tmp_path), None, "a.png", 64), upright.transpose(Image.Transpose.ROTATE_90))
+
+
+def test_an_image_is_rotated_where_pillow_fails_on_another_tag_afterwards(tmp_path, upright, monkeypatch):
+    save_rotated(upright, tmp_path / "a.png")
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: struct.pack(">H", "no integer"))
+    assert np.array_equal(decode_file(str(tmp_path), None, "a.png", 64), upright)
+
+
+def test_the_center_square_never_pads():
+    assert crop_center(Image.new("RGB", (50, 40)), 20).size == (20, 20)
+    assert crop_center(Image.new("RGB", (50, 40)), 160).size == (40, 40)

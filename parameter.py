@@ -74,7 +74,10 @@ def option(default: Any, help: str, constraint: Constraint = BOOLEAN, group: str
 class Config:
     """The options of one run. Raises `UserError` for a value that is not allowed."""
 
-    model: str = option("sagan", "network architecture", one_of("sagan"), group="Network")
+    model: str = option(
+        "sagan", "networks; sagan: the reference's; paper: the ResNets of the paper", one_of("sagan", "paper"),
+        group="Network",
+    )  # fmt: skip
     imsize: int = option(64, "height and width of the images in pixels", one_of(32, 64, 128, 256))
     z_dim: int = option(128, "length of the latent vector z", between(1, 8192))
     g_conv_dim: int = option(64, "channels of the generator's last hidden layer; earlier layers have more", WIDTH)
@@ -172,6 +175,8 @@ class Config:
                 raise UserError(f"--{field.name} must be a finite number, not {value}")
             if value is not None and not constraint.check(value):
                 raise UserError(f"--{field.name} must be {constraint.description}, not {value}")
+        if self.model == "paper" and self.imsize not in (64, 128):
+            raise UserError(f"--model paper has networks for --imsize 64 and 128, not {self.imsize}")
 
     @property
     def sample_folder(self) -> Path:
@@ -206,9 +211,9 @@ class Config:
         return [Path(os.path.expanduser(path)) for path in paths]
 
     @property
-    def architecture(self) -> dict[str, int]:
+    def architecture(self) -> dict[str, int | str]:
         """Options that decide the shapes of the weights; a checkpoint loads only if they are all equal."""
-        return {name: getattr(self, name) for name in ("imsize", "z_dim", "g_conv_dim", "d_conv_dim")}
+        return {name: getattr(self, name) for name in ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim")}
 
     def summary(self) -> str:
         """Return all options by group, a few lines that a run prints at its start."""

@@ -4,8 +4,8 @@
     logits = Discriminator()(images)                        # (16,)
     images, attn1, attn2 = Generator()(z, return_attention=True)
 
-DCGAN stacks with spectral norm on every hidden convolution and two self-attention layers (arXiv 1805.08318) each; the
-paper's own networks are ResNets. The attention layers' 1x1 convolutions and the last layers have no spectral norm.
+DCGAN stacks with spectral norm on every hidden convolution and two self-attention layers (arXiv 1805.08318) each. The
+attention layers' 1x1 convolutions and the last layers have no spectral norm. The paper's: networks/paper_models.py.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.attention import attend, attention_map
+from networks.attention import self_attention
 from spectral import SpectralNorm
 
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -49,11 +49,7 @@ class SelfAttention(nn.Module):
         bias = torch.cat([convolution.bias for convolution in convolutions])
         projected = F.conv2d(x, weight, bias).flatten(2).transpose(1, 2)  # (B, N, C/8 + C/8 + C)
         query, key, value = projected.split([channels // 8, channels // 8, channels], dim=2)
-        if return_attention:
-            attention = attention_map(query, key)  # (B, N, N)
-            out = attention.to(value.dtype) @ value  # (B, N, C)
-        else:
-            attention, out = None, attend(query, key, value)
+        out, attention = self_attention(query, key, value, return_attention)  # (B, N, C)
         out = out.transpose(1, 2).reshape(batch, channels, height, width)
         return torch.addcmul(x, self.gamma.to(x.dtype), out), attention
 
@@ -153,12 +149,12 @@ def _down_block(inputs: int, outputs: int) -> nn.Sequential:
 def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
     """Return gamma of each attention layer and sigma of each spectral norm of a network, for its log: 0-d, detached.
 
-    Names are such as "gamma/G_attn1" and "sigma/G_l1", with `prefix` in place of "G".
+    Names are such as "gamma/G_attn1", "sigma/G_l1" and "sigma/G_block1.conv1", with `prefix` in place of "G".
     """
     values = {}
     for name, layer in network.named_modules():
-        if isinstance(layer, SelfAttention):
+        if hasattr(layer, "gamma"):  # an attention layer, also of networks/paper_models.py
             values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
         elif isinstance(layer, SpectralNorm):
-            values[f"sigma/{prefix}_{name.split('.')[0]}"] = layer.sigma()
+            values[f"sigma/{prefix}_{name.removesuffix('.0')}"] = layer.sigma()
     return values

@@ -20,8 +20,8 @@ from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
 from networks.latents import sample_z, slerp
 from parameter import Config
-from sagan_models import Discriminator, Generator
 from training.checkpoint import Checkpoint, reraise_load_errors
+from training.models import MODELS
 from training.resuming import warn_of_other_images
 from training.run_folders import remove_test_results
 from utils import (
@@ -80,8 +80,9 @@ class Tester:
             warn_of_other_images(saved.state.get("data"), loader.identity)
         self.step = saved.step
         self.uses_ema = config.use_ema and saved.state is not None
-        self.G = Generator(config.imsize, config.z_dim, config.g_conv_dim)
-        self.D = Discriminator(config.imsize, config.d_conv_dim) if saved.D is not None else None
+        model = MODELS[config.model]
+        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim)
+        self.D = model.make_D(config.imsize, config.d_conv_dim) if saved.D is not None else None
         with reraise_load_errors(saved.step):
             self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
             if self.D is not None:
@@ -159,8 +160,13 @@ class Tester:
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
         numbers = {
-            layer: {"side": side, **stats._asdict(), "uniform": uniform_attention_stats(side)._asdict()}
-            for layer, (side, stats) in layers.items()
+            layer: {
+                "side": sides[0],
+                "key_side": sides[1],
+                **stats._asdict(),
+                "uniform": uniform_attention_stats(*sides)._asdict(),
+            }
+            for layer, (sides, stats) in layers.items()
         }
         self._write_json("attention.json", numbers)
 

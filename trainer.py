@@ -23,12 +23,13 @@ from metrics.evaluation import check_metrics, compute_metrics
 from networks.latents import sample_z
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
-from sagan_models import Discriminator, Generator, gammas_and_sigmas
+from sagan_models import gammas_and_sigmas
 from training.checkpoint import Checkpoint, reraise_load_errors
 from training.cuda_graph import GraphedStep, can_capture
 from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
+from training.models import MODELS
 from training.recorder import NullRecorder, Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
 from training.run_folders import check_folders
@@ -82,8 +83,10 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
 
         # Networks
-        self.G = ranks.convert_sync_batchnorm(Generator(config.imsize, config.z_dim, config.g_conv_dim), self.device)
-        self.D = Discriminator(config.imsize, config.d_conv_dim)
+        model = MODELS[config.model]
+        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim)
+        self.G = ranks.convert_sync_batchnorm(self.G, self.device)
+        self.D = model.make_D(config.imsize, config.d_conv_dim)
         for network in (self.G, self.D):
             network.to(self.device, memory_format=self.memory_format)
         self.ema = EMA(self.G, config.ema_decay)

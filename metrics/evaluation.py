@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_loader import Loader
 from metrics.scores import check_requirements, compute_scores
 from parameter import Config
-from sagan_models import Generator
 
 
 def check_metrics(config: Config, device: torch.device) -> None:
@@ -22,7 +21,7 @@ def check_metrics(config: Config, device: torch.device) -> None:
         check_requirements(config.metrics.split(","), config.imsize, device, _feature_extractor(config))
 
 
-def compute_metrics(config: Config, G: Generator, z: Tensor, loader: Loader) -> dict[str, float]:
+def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> dict[str, float]:
     """Compute the metrics of G's images of z (N, z_dim) against the loader's images; see `metrics/scores.py`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Matrix products of self-attention: the fastest way on each device, and the explicit N x N map.
+"""Matrix products of self-attention: the fastest way on each device, and the explicit map of N queries x M keys.
 
 Fused kernels on an NVIDIA GPU never store the map. Those of the CPU are slow, so the map is computed there, with a
 backward written by hand: autograd's asks for memory layouts in which a CPU's matrix product is four to eight times
@@ -15,12 +15,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def self_attention(query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the result of `attend` and the map of `attention_map` if asked for, else None.
+
+    The path with the map is slower and can be differentiated twice.
+    """
+    if not return_attention:
+        return attend(query, key, value), None
+    attention = attention_map(query, key)
+    return attention.to(value.dtype) @ value, attention
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return ``softmax(q k^T) v``, not scaled by sqrt(d), with logits and softmax in fp32 for any input type.
 
     Args:
-        query, key: (B, N, d).
-        value: (B, N, C).
+        query: (B, N, d).
+        key: (B, M, d).
+        value: (B, M, C).
 
     Returns:
         (B, N, C), which can be differentiated once only; use `attention_map` for a double backward.
@@ -29,15 +41,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _AttendOnCpu.apply(query, key, value)
     if value.device.type != "cuda":
         return attention_map(query, key).to(value.dtype) @ value
-    padding = (0, -query.shape[2] % 8)  # the fused kernel needs multiples of 8; zeros do not change the logits
-    # Contiguous, because the kernel needs rows that are contiguous and aligned to the 16 bytes that it loads at once.
-    heads = [tensor.contiguous().unsqueeze(1) for tensor in (F.pad(query, padding), F.pad(key, padding), value)]
+    # The fused kernel needs widths that are multiples of 8, where zeros do not change the logits, and rows that are
+    # contiguous and aligned to the 16 bytes that it loads at once. All channels are one head.
+    heads = [F.pad(tensor, (0, -tensor.shape[2] % 8)).contiguous()[:, None] for tensor in (query, key, value)]
     with sdpa_kernel(FUSED):
-        return F.scaled_dot_product_attention(*heads, scale=1.0).squeeze(1)  # one head
+        return F.scaled_dot_product_attention(*heads, scale=1.0)[:, 0, :, : value.shape[2]]
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
-    """Return ``softmax(q k^T)`` in fp32, (B, N, N), of (B, N, d) each; row i is what position i attends to."""
+    """Return ``softmax(q k^T)`` in fp32, (B, N, M), of (B, N, d) and (B, M, d); row i is what query i attends to."""
     with torch.autocast(query.device.type, enabled=False):
         return torch.softmax(query.float() @ key.float().transpose(1, 2), dim=-1)
 
@@ -45,9 +57,9 @@ def attention_map(query: Tensor, key: Tensor) -> Tensor:
 class _AttendOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key = query.transpose(1, 2).contiguous(), key.transpose(1, 2).contiguous()  # (B, d, N)
+        query, key = query.transpose(1, 2).contiguous(), key.transpose(1, 2).contiguous()  # (B, d, N), (B, d, M)
         with torch.autocast("cpu", enabled=False):
-            logits = query.float().transpose(1, 2) @ key.float()  # (B, N, N)
+            logits = query.float().transpose(1, 2) @ key.float()  # (B, N, M)
             attention = torch.softmax(logits, -1, out=logits).to(value.dtype)
             out = attention @ value  # (B, N, C)
         ctx.save_for_backward(query, key, value, attention, out)

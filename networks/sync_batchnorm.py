@@ -17,7 +17,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         for parent in list(network.modules()):
             for name, layer in parent.named_children():
                 if isinstance(layer, nn.BatchNorm2d):
-                    synced = CpuSyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
+                    synced = CpuSyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine)
                     synced.load_state_dict(layer.state_dict())
                     setattr(parent, name, synced)
 
@@ -30,8 +30,9 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         moments = torch.stack([v.mean((0, 2, 3), dtype=torch.float64) for v in (values, values.square())])
         mean, mean_square = _AllReduceSum.apply(moments) / size
         variance = mean_square - mean.square()
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
+        scale = torch.rsqrt(variance + self.eps)
+        scale = self.weight * scale if self.affine else scale
+        shift = (self.bias if self.affine else 0) - mean * scale
         with torch.no_grad():
             count = size * x.numel() // x.shape[1]
             self.num_batches_tracked += 1

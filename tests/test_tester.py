@@ -94,6 +94,7 @@ def test_contents_of_the_files(trained, make_config):
     with torch.no_grad():
         maps = tested.G(tested._sample_z(64), return_attention=True)[1]
     assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
+    assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
 

@@ -130,6 +130,18 @@ def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer
     assert_same_weights(*resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adv_loss", ["hinge", "wgan-gp"])
+def test_the_papers_networks_resume_exactly(make_trainer, adv_loss):
+    options = dict(model="paper", imsize=64, batch_size=2, g_num=2, adv_loss=adv_loss)
+    whole = make_trainer(**options, version="whole", total_step=4)
+    whole.train()
+    make_trainer(**options, version="parts", total_step=2).train()
+    resumed = make_trainer(**options, version="parts", total_step=4, pretrained_model="latest")
+    resumed.train()
+    assert_same_weights(whole, resumed)
+
+
 def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer):
     trainer = make_trainer(adv_loss="wgan-gp", total_step=4, lambda_gp=5.0)
     for layer in trainer.D.modules():

@@ -16,7 +16,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, warn
+from training.models import MODELS
 from utils import files_by_step, flush_to_disk
 
 PARTS = ("state", "G", "D")  # in the order in which the files are renamed
@@ -119,32 +120,26 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
     return full + [step for step in weights if step not in full]
 
 
-def saved_architecture(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return imsize, z_dim, g_conv_dim and, if there is a discriminator, d_conv_dim of the networks in a checkpoint.
+def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str]:
+    """Return model, imsize, z_dim, g_conv_dim and, if there is a discriminator, d_conv_dim of a checkpoint's networks.
 
     Raises:
-        UserError: these are other networks.
+        UserError: these are none of `MODELS`.
     """
-    try:
-        sizes = {
-            "imsize": 4 * 2 ** sum(bool(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key)) for key in checkpoint.G),
-            "z_dim": checkpoint.G["l1.0.module.weight_bar"].shape[0],
-            "g_conv_dim": checkpoint.G["last.0.weight"].shape[0],
-        }
-        if checkpoint.D is not None:
-            sizes["d_conv_dim"] = checkpoint.D["l1.0.module.weight_bar"].shape[0]
-    except (KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"checkpoint {checkpoint.step} does not contain SAGAN's networks: {error}") from error
-    return sizes
+    for name, model in MODELS.items():
+        with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
+            d_sizes = model.d_sizes(checkpoint.D) if checkpoint.D is not None else {}
+            return {"model": name, **model.g_sizes(checkpoint.G), **d_sizes}
+    raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
 
 
-def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int]) -> None:
+def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int | str]) -> None:
     """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
     saved = saved_architecture(checkpoint)
     different = [
         f"--{name} {saved[name]} (not {expected[name]})"
-        for name in saved.keys() & expected
-        if saved[name] != expected[name]
+        for name in saved
+        if name in expected and saved[name] != expected[name]
     ]
     if different:
         raise UserError(f"checkpoint {checkpoint.step} is of another architecture: it needs {', '.join(different)}")

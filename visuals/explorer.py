@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from visuals.attention_stats import AttentionSample
+from visuals.attention_stats import AttentionSample, grid_sides
 from visuals.figures import HEAT, layer_name, query_points, to_pixels
 
 LEVELS = 63  # highest level of a quantized map: at six bits a value, even maps of noise keep a page of 64x64 below 6 MB
@@ -35,8 +35,8 @@ def explorer_page(samples: Sequence[AttentionSample], title: str) -> str:
     """Return the page as HTML.
 
     Args:
-        samples: the images to choose from, with maps (B, N, N) over a grid of sqrt(N) x sqrt(N) positions, rows summing
-            to 1; any device and dtype.
+        samples: the images to choose from, with maps (B, N, M), sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys,
+            rows summing to 1; any device and dtype.
         title: plain text.
 
     Raises:
@@ -55,7 +55,7 @@ def explorer_page(samples: Sequence[AttentionSample], title: str) -> str:
 
 
 def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a map (N, N) to levels (N, N) uint8 in 0 ... 63; return them and each row's maximum, (N,) float32.
+    """Quantize a map (N, M) to levels (N, M) uint8 in 0 ... 63; return them and each row's maximum, (N,) float32.
 
     ``(level / 63)**2 * maximum`` approximates the value. The square root is what the page shows as color; its error is
     at most 1/126. The error of the value is at most ``(2 * sqrt(value / maximum) + 1/126) / 126`` of the row's maximum:
@@ -78,20 +78,17 @@ def _image_entries(sample: AttentionSample) -> list[dict]:
             "size": pixels.shape[0],
             "pixels": _compress(pixels.tobytes()),
             "query": _initial_query(first[index]),
-            "layers": [
-                {"name": layer_name(name), "side": math.isqrt(maps.shape[1]), "data": _encode_map(maps[index])}
-                for name, maps in layers.items()
-            ],
+            "layers": [_layer_entry(name, maps[index]) for name, maps in layers.items()],
         }
         for index, pixels in enumerate(to_pixels(sample.images.float()))
     ]
 
 
 def _to_array(name: str, maps: Tensor, count: int) -> np.ndarray:
-    """Return a layer's maps as (B, N, N) float32 on the CPU, after checking shape and values."""
-    positions = maps.shape[-1]
-    if maps.shape != (count, positions, positions) or math.isqrt(positions) ** 2 != positions:
-        raise ValueError(f"{name}: {count} images need maps ({count}, N, N) with N a square, not {tuple(maps.shape)}")
+    """Return a layer's maps as (B, N, M) float32 on the CPU, after checking shape and values."""
+    query_side, key_side = grid_sides(maps)
+    if maps.shape != (count, query_side**2, key_side**2):
+        raise ValueError(f"{name}: {count} images need maps ({count}, N, M), N and M squares, not {tuple(maps.shape)}")
     values = maps.detach().float().cpu().numpy()
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: its maps contain NaN or Inf")
@@ -99,16 +96,18 @@ def _to_array(name: str, maps: Tensor, count: int) -> np.ndarray:
 
 
 def _initial_query(maps: np.ndarray) -> tuple[float, float]:
-    """Return the most distinctive query of maps (N, N): x and y of its center, as fractions of the image."""
+    """Return the most distinctive query of maps (N, M): x and y of its center, as fractions of the image."""
     side = math.isqrt(len(maps))
     row, column = divmod(query_points(maps, 1)[0], side)
     return (column + 0.5) / side, (row + 0.5) / side
 
 
-def _encode_map(maps: np.ndarray) -> str:
-    """Compress the row maxima, little-endian, then the levels: in this order the floats are aligned for the script."""
+def _layer_entry(name: str, maps: np.ndarray) -> dict:
+    """Return what the page's script reads of a layer's maps (N, M) of one image."""
+    query_side, key_side = grid_sides(maps)
     levels, maxima = quantize(maps)
-    return _compress(maxima.astype("<f4").tobytes() + levels.tobytes())
+    data = maxima.astype("<f4").tobytes() + levels.tobytes()  # in this order the floats are aligned for the script
+    return {"name": layer_name(name), "querySide": query_side, "keySide": key_side, "data": _compress(data)}
 
 
 def _compress(data: bytes) -> str:

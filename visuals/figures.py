@@ -1,6 +1,7 @@
 """Figures as Pillow images: sample grids, animations, nearest training images, attention maps.
 
-Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, N), row i holding the attention of query i.
+Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), row i holding the attention of query i to
+all M keys, with queries and keys on square grids over the image.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from visuals.attention_stats import AttentionSample
+from visuals.attention_stats import AttentionSample, grid_sides
 
 QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one per query
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
@@ -122,35 +123,39 @@ def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Ima
 
     Args:
         images: (B, 3, S, S) in [-1, 1].
-        attention: (B, N, N), rows summing to 1, over a grid of sqrt(N) x sqrt(N) positions.
+        attention: (B, N, M), rows summing to 1: sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys.
         title: the figure's first line.
     """
     attention = attention.cpu().numpy()
-    positions = attention.shape[1]
-    side = math.isqrt(positions)
+    keys = attention.shape[2]
+    query_side, key_side = grid_sides(attention)
+    if query_side == key_side:
+        grid, all_keys = f"{key_side} x {key_side} positions", f"all {keys} positions"
+    else:
+        grid, all_keys = f"{query_side} x {query_side} queries over {key_side} x {key_side} keys", f"all {keys} keys"
     header, footer, height = 58, 48, TILE + CAPTION + GAP
     width = (TILE + GAP) * (1 + len(QUERY_COLORS)) + GAP
     figure = Image.new("RGB", (width, header + len(images) * height + footer), BACKGROUND)
     draw = ImageDraw.Draw(figure)
     draw.text((GAP, 8), title, TEXT, _font(17))
     draw.text((GAP, 33), "image with queries", MUTED, _font(13))
-    draw.text((TILE + 2 * GAP, 33), f"attention map of each query ({side} x {side} positions)", MUTED, _font(13))
+    draw.text((TILE + 2 * GAP, 33), f"attention map of each query ({grid})", MUTED, _font(13))
     for row, (pixels, maps) in enumerate(zip(to_pixels(images), attention, strict=True)):
         top = header + row * height
         image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
         colors = dict(zip(query_points(maps, len(QUERY_COLORS)), QUERY_COLORS, strict=False))
-        figure.paste(_mark_queries(image, side, colors), (GAP, top))
+        figure.paste(_mark_queries(image, query_side, colors), (GAP, top))
         for column, (query, color) in enumerate(colors.items(), start=1):
             left = GAP + column * (TILE + GAP)
-            heatmap = overlay(image, maps[query].reshape(side, side))
-            figure.paste(_mark_queries(heatmap, side, {query: color}), (left, top))
-            draw.text((left, top + TILE + 1), f"max {maps[query].max() * positions:.1f}x uniform", MUTED, _font(12))
-    _draw_legend(figure, (GAP, figure.height - footer + 6), positions)
+            heatmap = overlay(image, maps[query].reshape(key_side, key_side))
+            figure.paste(_mark_queries(heatmap, query_side, {query: color}), (left, top))
+            draw.text((left, top + TILE + 1), f"max {maps[query].max() * keys:.1f}x uniform", MUTED, _font(12))
+    _draw_legend(figure, (GAP, figure.height - footer + 6), f"1x uniform = 1/{keys}: uniform attention over {all_keys}")
     return figure
 
 
 def query_points(maps: np.ndarray, count: int) -> list[int]:
-    """Select distinctive queries: their maps (N, N) differ most from the mean map, and they are not close together.
+    """Select distinctive queries: their maps (N, M) differ most from the mean map, and they are not close together.
 
     Greedy: the position whose map has the largest Kullback-Leibler divergence from the mean map, then the next at least
     a quarter of the image away from all chosen ones. Positions at the border are skipped, because the convolutions'
@@ -202,18 +207,15 @@ def _mark_queries(image: Image.Image, side: int, colors: Mapping[int, tuple[int,
     return marked
 
 
-def _draw_legend(figure: Image.Image, corner: tuple[int, int], positions: int) -> None:
-    """Draw the color scale and what the captions mean."""
+def _draw_legend(figure: Image.Image, corner: tuple[int, int], unit: str) -> None:
+    """Draw the color scale, how colors are computed, and the unit of the captions."""
     left, top = corner
     ramp = _heat_color(np.linspace(0, 1, TILE))[None].repeat(12, axis=0)
     figure.paste(Image.fromarray(ramp.astype(np.uint8)), corner)
     draw = ImageDraw.Draw(figure)
     for offset, label, anchor in ((0, "0", "la"), (TILE // 2, "1/4 max", "ma"), (TILE, "max", "ra")):
         draw.text((left + offset, top + 14), label, MUTED, _font(12), anchor=anchor)
-    text = (
-        "color = sqrt(attention / max), where max is the maximum of that map\n"
-        f"1x uniform = 1/{positions}: uniform attention over all {positions} positions"
-    )
+    text = f"color = sqrt(attention / max), where max is the maximum of that map\n{unit}"
     draw.text((left + TILE + GAP, top - 3), text, MUTED, _font(13), spacing=4)
 
 

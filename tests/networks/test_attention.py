@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks.attention import attend, attention_map
+from networks.attention import attend, attention_map, self_attention
+
+N = 20  # queries; pooled keys are a quarter of them
 
 
 def claiming(device, tensors):
@@ -16,9 +18,9 @@ def claiming(device, tensors):
     return [tensor.as_subclass(Elsewhere) for tensor in tensors]
 
 
-def inputs(dtype=torch.float32, grad=True):
+def inputs(dtype=torch.float32, grad=True, keys=N):
     torch.manual_seed(0)
-    shapes = ((3, 20, 4), (3, 20, 4), (3, 20, 32))
+    shapes = ((3, N, 4), (3, keys, 4), (3, keys, 32))
     return [torch.randn(shape).to(dtype).requires_grad_(grad) for shape in shapes]
 
 
@@ -26,16 +28,27 @@ def explicit(query, key, value):
     return attention_map(query, key).to(value.dtype) @ value
 
 
-def test_the_fast_path_equals_the_explicit_one_in_values_and_gradients():
+@pytest.mark.parametrize("keys", [N, N // 4])
+def test_the_fast_path_equals_the_explicit_one_in_values_and_gradients(keys):
     results = []
     for function in (explicit, attend):
-        tensors = inputs()
+        tensors = inputs(keys=keys)
         out = function(*tensors)
         weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
         (out * weights).sum().backward()
         results.append([out, *(tensor.grad for tensor in tensors)])
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_map_has_a_row_for_each_query_and_sums_to_1_over_the_keys():
+    query, key, value = inputs(grad=False, keys=N // 4)
+    out, attention = self_attention(query, key, value, return_attention=True)
+    assert attention.shape == (3, N, N // 4)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(3, N))
+    fast, no_map = self_attention(query, key, value, return_attention=False)
+    torch.testing.assert_close(fast, out)
+    assert no_map is None
 
 
 def test_logits_of_bf16_inputs_are_fp32():
@@ -55,11 +68,11 @@ def test_a_second_derivative_of_the_fast_path_is_an_error_not_a_wrong_number():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("device", ["mps", "xpu"])
-def test_other_devices_multiply_by_the_explicit_map(monkeypatch, device):
+@pytest.mark.parametrize("device, keys", [("mps", N), ("mps", N // 4), ("xpu", N)])
+def test_other_devices_multiply_by_the_explicit_map(monkeypatch, device, keys):
     """torch's fused attention on MPS returns a wrong width before torch 2.12."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    query, key, value = inputs()
+    query, key, value = inputs(keys=keys)
     out = attend(*claiming(device, (query, key, value)))
     assert torch.equal(out.as_subclass(torch.Tensor), explicit(query, key, value))
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
@@ -67,9 +80,10 @@ def test_other_devices_multiply_by_the_explicit_map(monkeypatch, device):
     assert value.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("d, c", [(8, 64), (5, 40), (1, 8)])
+@pytest.mark.parametrize("d, c", [(8, 64), (5, 40), (1, 8), (1, 4)])
+@pytest.mark.parametrize("keys", [16, 4])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_the_fused_kernel_is_given_what_it_can_read(monkeypatch, memory_format, d, c):
+def test_the_fused_kernel_is_given_what_it_can_read(monkeypatch, memory_format, keys, d, c):
     """Rows that are contiguous and begin at multiples of 16 bytes; otherwise torch falls back to explicit maps."""
     given = []
     attention = F.scaled_dot_product_attention
@@ -77,7 +91,9 @@ def test_the_fused_kernel_is_given_what_it_can_read(monkeypatch, memory_format, 
         *(head.as_subclass(torch.Tensor) for head in heads), scale=scale))  # fmt: skip
     projected = torch.randn(2, 2 * d + c, 4, 4).contiguous(memory_format=memory_format)
     query, key, value = projected.flatten(2).transpose(1, 2).split([d, d, c], 2)
+    key, value = key[:, :keys], value[:, :keys]
     out = attend(*claiming("cuda", (query, key, value)))
     torch.testing.assert_close(out, explicit(query, key, value), rtol=1e-5, atol=1e-5)
-    assert all(head.shape[:3] == (2, 1, 16) and head.shape[3] % 8 == 0 and head.is_contiguous() for head in given)
-    assert len(given) == 3 and given[2].shape[3] == c
+    assert [head.shape[:3] for head in given] == [(2, 1, 16), (2, 1, keys), (2, 1, keys)]
+    assert all(head.shape[3] % 8 == 0 and head.is_contiguous() for head in given)
+    assert given[2].shape[3] == (c if c % 8 == 0 else 8)

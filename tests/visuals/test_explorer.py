@@ -3,13 +3,14 @@
 import base64
 import io
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from visuals.attention_stats import AttentionSample
+from visuals.attention_stats import AttentionSample, grid_sides
 from visuals.explorer import LEVELS, explorer_page, quantize
 from visuals.figures import overlay, query_points, to_pixels
 
@@ -21,6 +22,7 @@ WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriver
 SIDES = {"G attn1": 8, "G attn2": 16, "D attn1": 4}
 RANDOM, PEAKED, UNIFORM, REAL = range(4)  # the images of the page, in this order
 FINEST = 16
+POOLED = 8  # side of the grid of pooled keys, for FINEST x FINEST queries
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +41,34 @@ def samples() -> list[AttentionSample]:
 
 
 @pytest.fixture(scope="module")
-def address(samples, tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("page") / "attention.html"
-    file.write_text(explorer_page(samples, "A title"), encoding="utf-8")
-    return file.as_uri()
+def pooled_sample() -> AttentionSample:
+    """An image whose two layers have pooled keys: one with random maps; one where each query attends to one key."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, FINEST**2, POOLED**2)
+    maps = {"G attn1": torch.softmax(logits, -1), "D attn1": torch.softmax(1000 * logits, -1)}
+    return AttentionSample("generated", torch.rand(1, 3, 32, 32) * 2 - 1, maps)
+
+
+@pytest.fixture(scope="module")
+def addresses(samples, pooled_sample, tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pages")
+    for name, shown in (("page", samples), ("pooled_page", [pooled_sample])):
+        (folder / name).with_suffix(".html").write_text(explorer_page(shown, "A title"), encoding="utf-8")
+    return {path.stem: path.as_uri() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def page(browser, address):
+def page(browser, addresses):
     """The opened page; after each test, check that it has logged no error and requested nothing."""
+    yield from open_page(browser, addresses["page"])
+
+
+@pytest.fixture
+def pooled_page(browser, addresses):
+    yield from open_page(browser, addresses["pooled_page"])
+
+
+def open_page(browser, address):
     yield Page(browser, address)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
@@ -58,6 +79,7 @@ class Page:
 
     def __init__(self, browser: webdriver.Chrome, address: str):
         self.browser = browser
+        self.command("Emulation.setFocusEmulationEnabled", enabled=True)  # a window has no focus before the first click
         browser.get(address)
         self.image = browser.find_element(By.ID, "image")
         WebDriverWait(browser, 20, poll_frequency=0.02).until(lambda _: self.state()["layers"])
@@ -115,8 +137,13 @@ class Page:
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
 
 
+def outline_width(parent, name: str) -> float:
+    """Width of an outline as a fraction of the image or panel that it is in."""
+    return parent.find_element(By.CLASS_NAME, name).size["width"] / parent.size["width"]
+
+
 def bound(maps: np.ndarray) -> np.ndarray:
-    """Largest error of the page in each value of a map (N, N), as stated by `quantize`."""
+    """Largest error of the page in each value of a map (N, M), as stated by `quantize`."""
     peaks = maps.max(axis=1, keepdims=True)
     return (2 * np.sqrt(maps / peaks) + 1 / 126) / 126 * peaks + 1e-6
 
@@ -142,6 +169,7 @@ def test_rows_of_zeros_are_quantized_to_zeros():
         (AttentionSample("real", torch.zeros(2, 3, 8, 8), {}), "real"),
         (AttentionSample("real", torch.zeros(2, 3, 8, 8), {"D attn1": torch.ones(1, 16, 16)}), r"\(1, 16, 16\)"),
         (AttentionSample("real", torch.zeros(1, 3, 8, 8), {"D attn1": torch.ones(1, 12, 12)}), r"\(1, 12, 12\)"),
+        (AttentionSample("real", torch.zeros(1, 3, 8, 8), {"D attn1": torch.ones(1, 16, 8)}), r"\(1, 16, 8\)"),
         (AttentionSample("real", torch.zeros(1, 3, 8, 8), {"D attn1": torch.full((1, 16, 16), math.nan)}), "NaN"),
     ],
 )
@@ -159,34 +187,52 @@ def test_bfloat16_maps_that_require_gradients_are_accepted():
 def test_page_of_incompressible_noise_stays_below_6_mb():
     random = np.random.default_rng(0)
 
-    def noise(side: int) -> torch.Tensor:
-        return torch.from_numpy(random.random((5, side**2, side**2), np.float32) ** 2)  # squared: levels are uniform
+    def noise(query_side: int, key_side: int) -> torch.Tensor:
+        values = random.random((5, query_side**2, key_side**2), np.float32) ** 2  # squared: levels are uniform
+        return torch.from_numpy(values)
 
-    images = torch.from_numpy(random.random((5, 3, 64, 64), np.float32) * 2 - 1)
-    d_maps = {"D attn1": noise(8), "D attn2": noise(4)}
-    generated = AttentionSample("generated", images, {"G attn1": noise(16), "G attn2": noise(32)} | d_maps)
-    assert len(explorer_page([generated, AttentionSample("real", images, d_maps)], "title").encode()) < 6_000_000
+    def page_size(image_size: int, g_maps: dict, d_maps: dict) -> int:
+        images = torch.from_numpy(random.random((5, 3, image_size, image_size), np.float32) * 2 - 1)
+        samples = [AttentionSample("generated", images, g_maps | d_maps), AttentionSample("real", images, d_maps)]
+        return len(explorer_page(samples, "title").encode())
+
+    g_maps = {"G attn1": noise(16, 16), "G attn2": noise(32, 32)}
+    assert page_size(64, g_maps, {"D attn1": noise(8, 8), "D attn2": noise(4, 4)}) < 6_000_000
+    assert page_size(128, {"G attn1": noise(32, 16)}, {"D attn1": noise(32, 16)}) < 6_000_000
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("image", [RANDOM, PEAKED, UNIFORM, REAL])
 def test_panels_show_the_maps(page, samples, image):
     sample, index = (samples[0], image) if image < REAL else (samples[1], 0)
-    pixels = Image.fromarray(to_pixels(sample.images)[index])
     page.select(image)
+    assert page.state()["image"] == image
+    check_panels(page, sample, index)
+
+
+@pytest.mark.browser
+def test_panels_of_pooled_keys_show_the_maps(pooled_page, pooled_sample):
+    check_panels(pooled_page, pooled_sample, 0)
+
+
+def check_panels(page: Page, sample: AttentionSample, index: int) -> None:
+    """Compare values and pixels of the panels with the maps of the selected image, in both directions."""
+    pixels = Image.fromarray(to_pixels(sample.images)[index])
     for attended_by, x, y in ((False, 0.03, 0.03), (False, 0.4, 0.72), (True, 0.4, 0.72), (True, 0.97, 0.55)):
         page.point(x, y)
         if attended_by != page.state()["attendedBy"]:
             page.press("r")
         state = page.state()
-        assert (state["image"], state["attendedBy"]) == (image, attended_by)
+        assert state["attendedBy"] == attended_by
         assert [layer["name"][0] + layer["name"][-6:] for layer in state["layers"]] == list(sample.maps)
         for layer, panel, maps in zip(state["layers"], page.panels(), sample.maps.values(), strict=True):
-            maps, side = maps[index].numpy(), layer["side"]
-            cell = int(y * side) * side + int(x * side)
+            maps = maps[index].numpy()
+            query_side, key_side = grid_sides(maps)
+            selected_side, side = (key_side, query_side) if attended_by else (query_side, key_side)
+            cell = int(y * selected_side) * selected_side + int(x * selected_side)
             expected, error = (maps[:, cell], bound(maps)[:, cell]) if attended_by else (maps[cell], bound(maps)[cell])
             values = np.array(layer["values"])
-            assert layer["cell"] == cell
+            assert (layer["selectedSide"], layer["cell"], layer["side"]) == (selected_side, cell, side)
             assert (np.abs(values - expected) <= error).all()
             if values.max() > 0:  # a column may be all zeros after quantization
                 assert np.abs(page.pixels(panel) - overlay(pixels, values.reshape(side, side))).max() <= 1
@@ -208,6 +254,75 @@ def test_screen_shows_query_outline_and_maximum(page, samples):
     png = panel.find_element(By.TAG_NAME, "canvas").screenshot_as_png
     screen = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((side, side), Image.Resampling.BOX), int)
     assert screen[..., 0].argmax() == samples[0].maps["G attn1"][PEAKED, layer["cell"]].argmax()
+
+
+@pytest.mark.browser
+def test_screen_shows_the_only_key_that_a_query_attends_to_and_the_reverse(pooled_page, pooled_sample):
+    page, attended = pooled_page, pooled_sample.maps["D attn1"][0].argmax(1)  # (256,): the key of each query
+    panel = page.panels()[1]
+
+    def bright_cells(side):
+        png = panel.find_element(By.TAG_NAME, "canvas").screenshot_as_png
+        screen = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((side, side), Image.Resampling.BOX), int)
+        return set(np.flatnonzero(screen[..., 0] - screen[..., 2] > 40))  # yellow on gray
+
+    page.browser.execute_script("document.querySelectorAll('i').forEach((outline) => (outline.style.opacity = 0))")
+    query = 12 * FINEST + 5
+    page.point(5.5 / FINEST, 12.5 / FINEST)
+    key = attended[query].item()
+    assert bright_cells(POOLED) == {key}
+    page.press("r")
+    page.point((key % POOLED + 0.5) / POOLED, (key // POOLED + 0.5) / POOLED)
+    assert bright_cells(FINEST) == set(np.flatnonzero(attended.numpy() == key)) > {query}
+
+
+@pytest.mark.browser
+def test_a_pooled_key_is_selected_on_its_own_grid(pooled_page):
+    page = pooled_page
+    position = page.browser.find_element(By.ID, "position")
+    outline = lambda parent: outline_width(parent, "query")  # noqa: E731
+    square = page.panels()[0].find_element(By.CLASS_NAME, "square")
+    page.point(0.53, 0.72)
+    query = page.cell()
+    assert position.text == "query: row 12, column 9 of 16 × 16"
+    assert outline(page.image) == pytest.approx(1 / FINEST, abs=0.01) == outline(square)
+    assert "16 × 16 queries, 8 × 8 keys" in page.panels()[0].text and "self" in page.panels()[0].text
+    page.press("r")
+    assert position.text == "key: row 6, column 5 of 8 × 8"
+    assert outline(page.image) == pytest.approx(1 / POOLED, abs=0.01) == outline(square)
+    page.press("r")
+    assert page.cell() == query
+    page.press("r", Keys.ARROW_LEFT, Keys.ARROW_DOWN)
+    assert position.text == "key: row 7, column 4 of 8 × 8"
+    page.point(0.28, 0.72)
+    assert position.text == "key: row 6, column 3 of 8 × 8"
+    assert page.cell() == (4, 11)  # the query at the pointer
+    page.press(Keys.ARROW_RIGHT)
+    page.press(*[Keys.ARROW_DOWN] * POOLED)
+    assert page.state()["layers"][0]["cell"] == 7 * POOLED + 3
+
+
+@pytest.mark.browser
+def test_text_below_a_panel_of_pooled_keys(pooled_page, pooled_sample):
+    page, maps = pooled_page, pooled_sample.maps["G attn1"][0]
+    panel = page.panels()[0]
+    facts, square = panel.find_element(By.CLASS_NAME, "facts"), panel.find_element(By.CLASS_NAME, "square")
+    times_uniform = lambda: float(re.match(r"max ([\d.]+)", facts.text)[1])  # noqa: E731
+    query, key = 2 * FINEST + 6, 1 * POOLED + 3
+    page.point(0.4, 0.15)
+    assert times_uniform() == pytest.approx(64 * maps[query].max().item(), rel=0.03)
+    own = float(re.search(r"self ([\d.]+)", facts.text)[1]) / 100
+    assert own == pytest.approx(maps[query, key].item(), rel=0.03)
+    page.move_to(*page.position(square, 0.9, 0.1))
+    assert page.state()["layers"][0]["readout"] == POOLED - 1
+    assert facts.text.endswith("row 1, column 8")
+    assert outline_width(square, "readout") == pytest.approx(1 / POOLED, abs=0.01)
+    page.press("r")  # the pointer rests: the same place, on the grid of queries
+    assert page.state()["layers"][0]["readout"] == FINEST + 14
+    assert facts.text.endswith("row 2, column 15")
+    assert outline_width(square, "readout") == pytest.approx(1 / FINEST, abs=0.01)
+    page.point(0.4, 0.15)
+    assert times_uniform() == pytest.approx(64 * maps[:, key].max().item(), rel=0.03)
 
 
 @pytest.mark.browser

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from visuals.attention_stats import AttentionSample
@@ -48,6 +48,13 @@ def test_query_points_have_distinctive_maps_and_keep_their_distance():
             assert (rows[i] - rows[j]) ** 2 + (columns[i] - columns[j]) ** 2 >= 4
 
 
+def test_query_points_of_pooled_keys_are_on_the_grid_of_queries():
+    maps = np.full((256, 64), 1 / 64)
+    for point in (40, 100, 200):
+        maps[point] = np.eye(64)[point // 4]
+    assert set(query_points(maps, 3)) == {40, 100, 200}
+
+
 def test_query_points_exclude_the_border():
     points = np.array(query_points(np.random.default_rng(0).dirichlet(np.ones(256), 256), 4))
     assert len(points) == 4
@@ -79,6 +86,24 @@ def test_figure_marks_each_query_on_the_image_and_on_its_map(side):
     for index, color in enumerate(QUERY_COLORS):
         assert has(0, color)
         assert [has(column, color) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
+
+
+def test_figure_of_pooled_keys(monkeypatch):
+    """A query attends to one key of 8 x 8: the map is bright there, 64 times uniform."""
+    texts, query, key = [], 5 * 16 + 4, 6 * 8 + 5
+    attention = torch.full((1, 256, 64), 1 / 64)
+    attention[0, query] = torch.eye(64)[key]
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: texts.append(text))
+    figure = attention_figure(torch.zeros(1, 3, 64, 64), attention, "title")
+    image, heat = (np.asarray(figure, int)[58 : 58 + TILE, left : left + TILE] for left in (GAP, 2 * GAP + TILE))
+    cells = heat.sum(axis=2).reshape(8, TILE // 8, 8, TILE // 8).mean(axis=(1, 3))
+    assert cells.argmax() == key
+    for tile in (image, heat):
+        ring = np.argwhere((tile == QUERY_COLORS[0]).all(axis=2)).mean(axis=0) * 16 / TILE
+        assert ring == pytest.approx([5.5, 4.5], abs=0.1)
+    assert "attention map of each query (16 x 16 queries over 8 x 8 keys)" in texts
+    assert {"max 64.0x uniform", "max 1.0x uniform"} <= set(texts)
+    assert texts[-1].endswith("1x uniform = 1/64: uniform attention over all 64 keys")
 
 
 def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():

@@ -1,0 +1,237 @@
+"""The two networks of the SAGAN paper (arXiv 1805.08318), at 64x64 and 128x128: ResNets with one attention layer each.
+
+    images = Generator()(torch.randn(16, 128))              # (16, 3, 64, 64) in [-1, 1]
+    logits = Discriminator()(images)                        # (16,)
+    images, attn1 = Generator()(z, return_attention=True)
+    images = Generator(num_classes=10)(z, labels)           # labels (16,), integers from 0 to 9
+
+Spectral norm on all convolutions, linear layers and D's embedding, whose weights are Xavier uniform and biases 0 at
+first. With classes, G has class-conditional BatchNorm, and D is a projection discriminator (arXiv 1802.05637).
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.attention import self_attention
+from spectral import SpectralNorm
+
+# Widths of G's feature maps from z to the images, in units of conv_dim, by image size; D has them in reverse.
+WIDTHS = {64: (16, 8, 4, 2, 1), 128: (16, 16, 8, 4, 2, 1)}
+ATTENTION_SIZE = 32  # attention is where the feature map is 32x32
+
+
+class PooledAttention(nn.Module):
+    """Self-attention over all positions of a feature map, with keys and values max-pooled 2x2 and without biases.
+
+    ``out = gamma * out_conv(v A^T) + x`` with ``A = softmax(q^T k)`` over the keys, not scaled by sqrt(d). gamma is
+    learned and starts at 0, so that the layer starts as the identity.
+
+    Args:
+        channels: C of the input, a multiple of 8; queries and keys have C/8 channels, values C/2.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.query_conv = _conv(channels, channels // 8, 1, bias=False)
+        self.key_conv = _conv(channels, channels // 8, 1, bias=False)
+        self.value_conv = _conv(channels, channels // 2, 1, bias=False)
+        self.out_conv = _conv(channels // 2, channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N/4) if asked for, else None; N = H * W.
+
+        ``A[b, i, j]`` is how much position i attends to the j-th 2x2 square. The path without the map is faster; the
+        path with it can be differentiated twice.
+        """
+        projected = (self.query_conv(x), F.max_pool2d(self.key_conv(x), 2), F.max_pool2d(self.value_conv(x), 2))
+        query, key, value = (tensor.flatten(2).transpose(1, 2) for tensor in projected)  # (B, N or N/4, channels)
+        out, attention = self_attention(query, key, value, return_attention)  # (B, N, C/2)
+        out = self.out_conv(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return torch.addcmul(x, self.gamma.to(x.dtype), out), attention
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """BatchNorm whose scale and shift of each channel are looked up by class."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain, self.shift = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.gain.weight)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (B, C, H, W), labels (B,) -> (B, C, H, W)."""
+        gain, shift = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.gain, self.shift))
+        return torch.addcmul(shift, self.norm(x), gain)
+
+
+class UpBlock(nn.Module):
+    """Residual block of G, which doubles height and width. Conditional if num_classes is not 0."""
+
+    def __init__(self, inputs: int, outputs: int, num_classes: int):
+        super().__init__()
+        self.bn1, self.bn2 = _batch_norm(inputs, num_classes), _batch_norm(outputs, num_classes)
+        self.conv1, self.conv2 = _conv(inputs, outputs, 3), _conv(outputs, outputs, 3)
+        self.shortcut = _conv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, 2H, 2W); labels (B,) in a conditional block."""
+        out = self.conv1(_upsample(F.relu(self.bn1(x, *labels))))
+        out = self.conv2(F.relu(self.bn2(out, *labels)))
+        # A 1x1 convolution before upsampling has the result of one after it, for a quarter of the work.
+        return out + _upsample(self.shortcut(x))
+
+
+class DownBlock(nn.Module):
+    """Residual block of D: the first one has no ReLU before its first convolution, the last one keeps the size."""
+
+    def __init__(self, inputs: int, outputs: int, *, is_first: bool, is_last: bool):
+        super().__init__()
+        self.is_first, self.is_last = is_first, is_last
+        self.conv1, self.conv2 = _conv(inputs, outputs, 3), _conv(outputs, outputs, 3)
+        self.shortcut = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, H/2, W/2), or (B, outputs, H, W) by the last block."""
+        out = self.conv2(F.relu(self.conv1(x if self.is_first else F.relu(x))))
+        if not self.is_last:
+            # Pooling before the 1x1 convolution has the result of pooling after it, for a quarter of the work.
+            out, x = F.avg_pool2d(out, 2), F.avg_pool2d(x, 2)
+        return out + self.shortcut(x)
+
+
+class Generator(nn.Module):
+    """z to images: a linear layer to 4x4 and residual blocks, four at size 64 and five at 128; attention at 32x32.
+
+    Args:
+        image_size: 64 or 128.
+        z_dim: length of z.
+        conv_dim: width of the last block, a multiple of 8.
+        num_classes: 0 for an unconditional network.
+
+    Raises:
+        ValueError: image_size or conv_dim is none of these.
+    """
+
+    def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64, *, num_classes: int = 0):
+        super().__init__()
+        widths = _widths(image_size, conv_dim)
+        self.num_blocks, self.num_classes = len(widths) - 1, num_classes
+        self.linear = _spectral_norm(nn.Linear(z_dim, widths[0] * 4 * 4))
+        for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
+            self.add_module(f"block{index}", UpBlock(inputs, outputs, num_classes))
+            if 4 * 2**index == ATTENTION_SIZE:
+                self.attn1 = PooledAttention(outputs)
+        self.bn = nn.BatchNorm2d(conv_dim)
+        self.last = _conv(conv_dim, 3, 3)
+
+    def forward(
+        self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Generate images.
+
+        Args:
+            z: (B, z_dim).
+            labels: (B,), integers below num_classes; None in an unconditional network.
+            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
+
+        Returns:
+            images (B, 3, S, S) in [-1, 1], or the images and the map.
+        """
+        _check_labels(labels, self.num_classes)
+        conditions = () if labels is None else (labels,)
+        x = self.linear(z).unflatten(1, (-1, 4, 4))
+        for index in range(1, self.num_blocks + 1):
+            x = getattr(self, f"block{index}")(x, *conditions)  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
+            if x.shape[2] == ATTENTION_SIZE:
+                x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+        images = torch.tanh(self.last(F.relu(self.bn(x))))
+        return (images, attention) if return_attention else images
+
+
+class Discriminator(nn.Module):
+    """Images to logits: residual blocks, five at size 64 and six at 128, with attention at 32x32.
+
+    Args:
+        image_size: 64 or 128.
+        conv_dim: width of the first block, a multiple of 8.
+        num_classes: 0 for an unconditional network.
+
+    Raises:
+        ValueError: image_size or conv_dim is none of these.
+    """
+
+    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, num_classes: int = 0):
+        super().__init__()
+        widths = (3, *reversed(_widths(image_size, conv_dim)))
+        self.num_blocks, self.num_classes = len(widths) - 1, num_classes
+        for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
+            block = DownBlock(inputs, outputs, is_first=index == 1, is_last=index == self.num_blocks)
+            self.add_module(f"block{index}", block)
+            if image_size // 2**index == ATTENTION_SIZE:
+                self.attn1 = PooledAttention(outputs)
+        self.linear = _spectral_norm(nn.Linear(widths[-1], 1))
+        if num_classes:
+            self.embedding = _spectral_norm(nn.Embedding(num_classes, widths[-1]))
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Judge images.
+
+        Args:
+            x: (B, 3, S, S).
+            labels: (B,), integers below num_classes; None in an unconditional network.
+            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
+
+        Returns:
+            logits (B,), or the logits and the map.
+        """
+        _check_labels(labels, self.num_classes)
+        for index in range(1, self.num_blocks + 1):
+            x = getattr(self, f"block{index}")(x)  # at 64: (B, 64, 32, 32), ... (B, 512, 4, 4), (B, 1024, 4, 4)
+            if x.shape[2] == ATTENTION_SIZE:
+                x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+        features = F.relu(x).sum((2, 3))  # (B, 1024)
+        logits = self.linear(features).flatten()  # (B,)
+        if labels is not None:
+            logits = logits + (self.embedding(labels) * features).sum(1)
+        return (logits, attention) if return_attention else logits
+
+
+def _widths(image_size: int, conv_dim: int) -> tuple[int, ...]:
+    """Return the channels of G's feature maps, from z to the images."""
+    if image_size not in WIDTHS:
+        raise ValueError(f"image_size must be one of {tuple(WIDTHS)}, got {image_size}")
+    if conv_dim < 8 or conv_dim % 8:
+        raise ValueError(f"conv_dim must be a positive multiple of 8, got {conv_dim}")
+    return tuple(conv_dim * factor for factor in WIDTHS[image_size])
+
+
+def _check_labels(labels: Tensor | None, num_classes: int) -> None:
+    if (labels is not None) != (num_classes > 0):
+        raise ValueError("labels are needed by networks with num_classes > 0, and only by them")
+
+
+def _spectral_norm(layer: nn.Conv2d | nn.Linear | nn.Embedding) -> SpectralNorm:
+    nn.init.xavier_uniform_(layer.weight)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)
+    return SpectralNorm(layer)
+
+
+def _conv(inputs: int, outputs: int, kernel_size: int, bias: bool = True) -> SpectralNorm:
+    return _spectral_norm(nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias))
+
+
+def _batch_norm(channels: int, num_classes: int) -> nn.Module:
+    return ConditionalBatchNorm2d(channels, num_classes) if num_classes else nn.BatchNorm2d(channels)
+
+
+def _upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")

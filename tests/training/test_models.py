@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from training import checkpoint
+from training.checkpoint import Checkpoint
+from training.models import MODELS
+from visuals.attention_stats import collect_attention
+
+SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8)
+
+
+@pytest.mark.parametrize("imsize", [64, 128])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_tell_model_and_sizes(name, imsize):
+    G, D = MODELS[name].make_G(imsize, 16, 16), MODELS[name].make_D(imsize, 8)
+    saved = Checkpoint(5, G.state_dict(), D.state_dict(), None)
+    expected = {"model": name, **SIZES, "imsize": imsize}
+    assert checkpoint.saved_architecture(saved) == expected
+    alone = Checkpoint(5, G.state_dict(), None, None)
+    assert checkpoint.saved_architecture(alone) == {key: expected[key] for key in expected if key != "d_conv_dim"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_models_are_called_in_the_same_way(name):
+    G, D = MODELS[name].make_G(64, 16, 8).eval(), MODELS[name].make_D(64, 8).eval()
+    z = torch.randn(2, 16)
+    with torch.no_grad():
+        generated, real = collect_attention(G, D, z, torch.rand(3, 3, 64, 64))
+        assert G(z).shape == (2, 3, 64, 64) and D(G(z)).shape == (2,)
+    for maps in (*generated.maps.values(), *real.maps.values()):
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:2]))

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import signal
 import socket
 import warnings
 import zlib
@@ -15,11 +16,15 @@ import torch
 
 from data_loader import Loader
 from datasets.sources import find_source
+from errors import STOP_SIGNALS
 from networks.losses import g_loss, hinge_d_loss
 from parameter import Config
 from trainer import Trainer
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
+for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup; the programs that tests start would inherit it
+        signal.signal(number, lambda *_: None)
 SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0,
              min_save_step=1)  # fmt: skip
 BROWSER_FLAGS = (

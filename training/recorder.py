@@ -183,7 +183,6 @@ class Recorder:
         path = self.config.log_folder / "report.html"
         with self._tolerate["the report"]:
             page = report_page(self._run, self._written_step, command, datetime.now(), state)
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(page, encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
         end = time.monotonic()

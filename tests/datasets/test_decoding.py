@@ -28,7 +28,7 @@ from errors import exit_code, handle_signals, stop_signals
 
 def slow(item, size):
     Path("workers", str(os.getpid())).touch()
-    time.sleep(0.05)
+    time.sleep(0.4)
     return Image.new("RGB", (size, size))
 
 def main():
@@ -119,7 +119,7 @@ def test_a_signal_to_all_processes_ends_them_at_once_and_silently(tmp_path, star
     process = start()
     wait_for_workers(tmp_path)
     os.killpg(process.pid, getattr(signal, name))
-    _, err = process.communicate(timeout=10)  # a chunk takes 13 seconds; the pipes close when no process is left
+    _, err = process.communicate(timeout=60)  # a chunk takes 102 seconds; the pipes close when no process is left
     assert process.returncode == 128 + getattr(signal, name)
     assert err == ""
 
@@ -130,7 +130,7 @@ def test_a_signal_while_the_workers_start_prints_nothing(tmp_path, start):
     assert process.stdout.readline() == "started\n"
     time.sleep(0.15)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == ""
 
@@ -144,7 +144,7 @@ def test_a_signal_that_reaches_a_worker_alone_does_nothing(tmp_path, start):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.terminate()
-    assert process.communicate(timeout=10)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
 
 
 def test_workers_ignore_the_signals_also_where_none_are_blocked(monkeypatch):
@@ -160,14 +160,14 @@ def test_workers_end_when_the_program_is_killed(tmp_path, start):
     process = start()
     wait_for_workers(tmp_path)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
 
 
 @needs_signals
 def test_a_killed_worker_is_one_line_of_advice(tmp_path, start):
     process = start()
     os.kill(wait_for_workers(tmp_path)[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     (line,) = err.splitlines()
     assert "memory" in line and "--num_workers" in line

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import pytest
 from PIL import Image
@@ -127,12 +128,19 @@ def test_tensorboard_that_cannot_write_neither_ends_nor_stops_the_run(tmp_path, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(self, *arguments)
 
+    def write():
+        nonlocal started
+        with RunLog(tmp_path, 0, use_tensorboard=True) as log:
+            started = True
+            for step in range(100):
+                log.scalars(step, {"d_loss": 1.0, "g_loss": 2.0})
+
     started = False
     monkeypatch.setattr(EventsWriter, method, fail_once)
-    with RunLog(tmp_path, 0, use_tensorboard=True) as log:
-        started = True
-        for step in range(100):
-            log.scalars(step, {"d_loss": 1.0, "g_loss": 2.0})
+    thread = threading.Thread(target=write, daemon=True)  # a test that waits without end would not fail
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
     assert capsys.readouterr().err.count("warning") == 1
     assert logged_steps(tmp_path) == list(range(100))
     (events,) = tmp_path.glob("events.out.tfevents.*")

@@ -15,7 +15,7 @@ from errors import UserError, warn_once
 from sagan_models import Discriminator, Generator
 from training import checkpoint
 
-SIZES = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8)
+SIZES = dict(model="sagan", imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8)
 
 
 @functools.cache
@@ -140,7 +140,9 @@ def test_a_missing_step_lists_those_that_exist(tmp_path):
         checkpoint.load(tmp_path, "15")
 
 
-@pytest.mark.parametrize("name, value", [("imsize", 64), ("z_dim", 128), ("g_conv_dim", 64), ("d_conv_dim", 64)])
+@pytest.mark.parametrize(
+    "name, value", [("model", "paper"), ("imsize", 64), ("z_dim", 128), ("g_conv_dim", 64), ("d_conv_dim", 64)]
+)
 def test_an_architecture_mismatch_names_the_option(tmp_path, name, value):
     checkpoint.save(tmp_path, 1, make_state(1))
     with pytest.raises(UserError, match=f"--{name} {SIZES[name]}.*{value}") as error:
@@ -173,7 +175,7 @@ def test_a_damaged_file_is_one_line(tmp_path, part, damage):
 
 def test_weights_of_other_networks_are_refused(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1, "G": {"weight": torch.ones(2)}, "D": {"weight": torch.ones(2)}})
-    with pytest.raises(UserError, match="SAGAN"):
+    with pytest.raises(UserError, match="--model"):
         checkpoint.saved_architecture(checkpoint.load(tmp_path, "1"))
 
 

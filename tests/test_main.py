@@ -95,7 +95,7 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, num
                  "attn/sagan_celeb/{}_G_attn1.png", "attn/sagan_celeb/{}_D_attn2.png"):  # fmt: skip
         assert (tmp_path / path.format(step)).exists(), path
     report = (tmp_path / "logs/sagan_celeb/report.html").read_text()
-    assert "stopped" in report and f"step {step:,} of" in report and "ETA" not in report
+    assert "stopped" in report and f"step {step:,} of" in report and "<li>ETA" not in report
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

@@ -128,8 +128,7 @@ def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str]:
     """
     for name, model in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
-            d_sizes = model.d_sizes(checkpoint.D) if checkpoint.D is not None else {}
-            return {"model": name, **model.g_sizes(checkpoint.G), **d_sizes}
+            return {"model": name, **model.sizes(checkpoint.G, checkpoint.D)}
     raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
 
 

@@ -1,4 +1,4 @@
-"""The networks that `--model` chooses from, and how a checkpoint's weights tell which they are of."""
+"""The networks that `--model` chooses from, and where the weights of each tell their sizes."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,44 +9,54 @@ from torch import Tensor, nn
 import sagan_models
 from networks import paper_models
 
+Axis = tuple[str, int]  # a key of a state dict, and an axis of its tensor
+
 
 class Model(NamedTuple):
-    """The constructors of a pair of networks, and what their state dicts tell.
+    """A pair of networks.
 
     Attributes:
-        make_G: takes image_size, z_dim and conv_dim.
-        make_D: takes image_size and conv_dim.
-        g_sizes: state dict of G -> imsize, z_dim and g_conv_dim; `KeyError` if it is of another network.
-        d_sizes: state dict of D -> d_conv_dim; likewise.
+        make_G: constructor of G, of image_size, z_dim and conv_dim.
+        make_D: constructor of D, of image_size and conv_dim.
+        block: pattern of the keys of which G has one for each block that doubles the size.
+        z_dim, g_conv_dim: axes of G's weights that have these lengths.
+        d_conv_dim: axis of D's weights that has this length.
     """
 
     make_G: Callable[..., nn.Module]
     make_D: Callable[..., nn.Module]
-    g_sizes: Callable[[Mapping[str, Tensor]], dict[str, int]]
-    d_sizes: Callable[[Mapping[str, Tensor]], dict[str, int]]
+    block: str
+    z_dim: Axis
+    g_conv_dim: Axis
+    d_conv_dim: Axis
 
+    def sizes(self, G: Mapping[str, Tensor], D: Mapping[str, Tensor] | None) -> dict[str, int]:
+        """Return imsize, z_dim, g_conv_dim and, if D is given, d_conv_dim of networks by their state dicts.
 
-def _sagan_g_sizes(G: Mapping[str, Tensor]) -> dict[str, int]:
-    blocks = sum(bool(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key)) for key in G)
-    z_dim, conv_dim = G["l1.0.module.weight_bar"].shape[0], G["last.0.weight"].shape[0]
-    return {"imsize": 4 * 2**blocks, "z_dim": z_dim, "g_conv_dim": conv_dim}
-
-
-def _sagan_d_sizes(D: Mapping[str, Tensor]) -> dict[str, int]:
-    return {"d_conv_dim": D["l1.0.module.weight_bar"].shape[0]}
-
-
-def _paper_g_sizes(G: Mapping[str, Tensor]) -> dict[str, int]:
-    blocks = sum(bool(re.fullmatch(r"block\d+\.conv1\.module\.weight_bar", key)) for key in G)
-    z_dim, conv_dim = G["linear.module.weight_bar"].shape[1], G["last.module.weight_bar"].shape[1]
-    return {"imsize": 4 * 2**blocks, "z_dim": z_dim, "g_conv_dim": conv_dim}
-
-
-def _paper_d_sizes(D: Mapping[str, Tensor]) -> dict[str, int]:
-    return {"d_conv_dim": D["block1.conv1.module.weight_bar"].shape[0]}
+        Raises:
+            KeyError: these are other networks.
+        """
+        axes = [("z_dim", self.z_dim, G), ("g_conv_dim", self.g_conv_dim, G)]
+        axes += [("d_conv_dim", self.d_conv_dim, D)] if D is not None else []
+        lengths = {name: weights[key].shape[axis] for name, (key, axis), weights in axes}
+        return {"imsize": 4 * 2 ** sum(bool(re.fullmatch(self.block, key)) for key in G), **lengths}
 
 
 MODELS = {
-    "sagan": Model(sagan_models.Generator, sagan_models.Discriminator, _sagan_g_sizes, _sagan_d_sizes),
-    "paper": Model(paper_models.Generator, paper_models.Discriminator, _paper_g_sizes, _paper_d_sizes),
+    "sagan": Model(
+        sagan_models.Generator,
+        sagan_models.Discriminator,
+        block=r"l\d+\.0\.module\.weight_bar",
+        z_dim=("l1.0.module.weight_bar", 0),
+        g_conv_dim=("last.0.weight", 0),
+        d_conv_dim=("l1.0.module.weight_bar", 0),
+    ),
+    "paper": Model(
+        paper_models.Generator,
+        paper_models.Discriminator,
+        block=r"block\d+\.conv1\.module\.weight_bar",
+        z_dim=("linear.module.weight_bar", 1),
+        g_conv_dim=("last.module.weight_bar", 1),
+        d_conv_dim=("block1.conv1.module.weight_bar", 0),
+    ),
 }

@@ -23,7 +23,7 @@ from parameter import Config, option_groups
 from training import checkpoint
 from training.background import Background
 from training.log import RunLog
-from training.run_folders import ATTENTION_FIGURES, SAMPLE_GRIDS, init_folders, lock_folders, thin_results
+from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
@@ -80,7 +80,7 @@ class Recorder:
                     total=config.total_step,
                     initial=step,
                     delay=0.5,  # so that it does not appear before the first lines of the run
-                    **bar_options() | LINES if self._prints_lines else bar_options() | {"bar_format": BAR},
+                    **bar_options() | (LINES if self._prints_lines else {"bar_format": BAR}),
                 )
             )
             self._stack = stack.pop_all()
@@ -145,8 +145,8 @@ class Recorder:
             grid = sample_grid(batch)
             grid.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"samples/{name}", grid)
-        if config.keep_samples:
-            thin_results(folder, SAMPLE_GRIDS, config.sample_step, config.keep_samples, step)
+            if config.keep_samples:
+                thin_results(folder, f"{name}.png", config.sample_step, config.keep_samples, step)
 
     def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         folder, config = self.config.attn_folder, self.config
@@ -154,8 +154,8 @@ class Recorder:
         for name, figure in attention_figures(samples, step).items():
             figure.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
-        if config.keep_samples:
-            thin_results(folder, ATTENTION_FIGURES, config.attn_step, config.keep_samples, step)
+            if config.keep_samples:
+                thin_results(folder, f"{name}.png", config.attn_step, config.keep_samples, step)
 
     def _write_explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)

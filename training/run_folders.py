@@ -13,11 +13,8 @@ from filelock import FileLock, Timeout
 from errors import UserError, warn
 from parameter import Config
 from training import checkpoint
-from utils import check_writable
+from utils import check_writable, files_by_step
 
-CHECKPOINT_FILES = r"([0-9]+)_(?:G|D|state)\.pth"  # the first group is the step
-SAMPLE_GRIDS = r"([0-9]+)_(?:fake|ema)\.png"
-ATTENTION_FIGURES = r"([0-9]+)_[GD]_attn[0-9]+\.png"
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
     r"|(attention|metrics)\.json|nearest\.png"
@@ -113,28 +110,23 @@ def remove_test_results(folder: Path) -> None:
             path.rmdir()
 
 
-def thin_results(folder: Path, names: str, interval: int, keep: int, step: int) -> None:
-    """Remove results of steps before `step` so that those of at most `keep` steps, `step` included, are left.
+def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:
+    """Remove files `{step}_{ending}` before `step` so that at most `keep`, that of `step` included, are left.
 
     The others that stay are those at multiples of ``interval * 2**k`` with the smallest k that makes them few enough,
     so that they are always evenly spaced. Later steps are not counted.
 
     Args:
-        names: pattern of the file names, whose first group is the step.
         interval: steps between results.
         keep: at least 1.
     """
-    files: dict[int, list[Path]] = {}
-    for path in folder.iterdir():
-        if (match := re.fullmatch(names, path.name)) and int(match[1]) < step:
-            files.setdefault(int(match[1]), []).append(path)
+    files = {number: path for number, path in files_by_step(folder, ending).items() if number < step}
     kept = list(files)
     while len(kept) >= keep:
         kept = [number for number in kept if number % interval == 0]
         interval *= 2
     for number in files.keys() - kept:
-        for path in files[number]:
-            path.unlink(missing_ok=True)
+        files[number].unlink(missing_ok=True)
 
 
 def _remove_later_results(config: Config, step: int) -> None:
@@ -149,11 +141,10 @@ def _later_results(config: Config, step: int) -> Iterator[tuple[Path, Callable[[
     Only files and folders with names that this program writes: others in the folders are the user's.
     """
     for folder, names, remove in (
-        (config.model_folder, CHECKPOINT_FILES, Path.unlink),
-        (config.sample_folder, SAMPLE_GRIDS, Path.unlink),
+        (config.model_folder, r"([0-9]+)_(?:G|D|state)\.pth", Path.unlink),
+        (config.sample_folder, r"([0-9]+)_(?:fake|ema)\.png", Path.unlink),
         (config.sample_folder, r"test_([0-9]+)", remove_test_results),
-        (config.attn_folder, ATTENTION_FIGURES, Path.unlink),
-        (config.attn_folder, r"([0-9]+)_explorer\.html", Path.unlink),
+        (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
         *([(config.model_folder, r"best_(?:G|D|state)\.pth", Path.unlink)] if step == 0 else []),
         *([(config.log_folder, r"events\.out\.tfevents\..*", Path.unlink)] if step == 0 else []),
     ):

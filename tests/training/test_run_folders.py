@@ -6,7 +6,7 @@ import re
 import pytest
 
 from errors import UserError
-from training.run_folders import SAMPLE_GRIDS, check_folders, init_folders, lock_folders, thin_results
+from training.run_folders import check_folders, init_folders, lock_folders, thin_results
 from utils import files_by_step
 
 # Names that resemble those of results, and are the user's.
@@ -80,7 +80,7 @@ def thinned(folder, last, keep, interval=10):
     for step in range(interval, last + 1, interval):
         for kind in ("fake", "ema"):
             (folder / f"{step}_{kind}.png").touch()
-        thin_results(folder, SAMPLE_GRIDS, interval, keep, step)
+            thin_results(folder, f"{kind}.png", interval, keep, step)
     return list(files_by_step(folder, "fake.png"))
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,12 +48,14 @@ class Loader:
         hflip: flip half of the images horizontally.
         device: where the batches are returned.
 
-    Attributes, both empty before `open`:
+    Attributes, of which all but `classes` are empty before `open`:
+        classes: the names of the classes; empty if the source has no labels.
         images: all images (N, S, S, 3) in uint8, on the GPU where they fit, otherwise memory-mapped.
+        labels: the class of each image, (N,) int64 below `len(classes)`, on the device.
         skipped: a line with name and reason for each image that could not be read.
 
     Raises:
-        UserError: the source has fewer items than one batch.
+        UserError: the source has fewer items than one batch, or fewer than two classes of two images.
     """
 
     def __init__(
@@ -70,10 +71,14 @@ class Loader:
         device: str | torch.device = "cpu",
     ):
         _check_size(len(source.items), batch_size)
+        if source.labels:
+            source.labels.check()
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
         self.cache_path, self.num_workers = Path(os.path.expanduser(cache_path)), num_workers
         self.seed, self.hflip, self.device = seed, hflip, torch.device(device)
+        self.classes = source.labels.classes if source.labels else ()
         self.images: Tensor = torch.empty(0)
+        self.labels: Tensor = torch.empty(0, dtype=torch.long)
         self.skipped: list[str] = []
         self._epoch: int | None = None  # whose order and flips these are
         self._order = self._flip = torch.empty(0)
@@ -83,12 +88,18 @@ class Loader:
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch could be read, or the cache cannot be read or written.
+            UserError: fewer images than one batch, or than two of a class, could be read, or the cache cannot be read
+                or written.
         """
         if len(self.images):
             return self
-        images, self.skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
+        images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
+        self.skipped = list(skipped.values())
         _check_size(len(images), self.batch_size)
+        if self.source.labels:
+            labels = self.source.labels.without(skipped)
+            labels.check()
+            self.labels = torch.tensor(labels.numbers, device=self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it
             self.images = torch.from_numpy(images)
@@ -104,12 +115,10 @@ class Loader:
 
     @cached_property
     def identity(self) -> dict[str, int]:
-        """Number of images, and a CRC32 of up to 256 of them, to compare the data of two runs or ranks."""
+        """Number of images, and a CRC32 of up to 256 of them and of all labels, to compare data of runs or ranks."""
         count = len(self.images)
-        return {
-            "images": count,
-            "checksum": zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count),
-        }
+        checksum = zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
+        return {"images": count, "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum)}
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -127,14 +136,28 @@ class Loader:
         Returns:
             (B, 3, S, S) float32 in [-1, 1], channels last in memory.
         """
-        epoch, index = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._shuffle(epoch)
-        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        rows = self._rows(position)
         batch = to_model_range(self._fetch(self._order[rows][shard]))
         if self.hflip:
             batch = torch.where(self._flip[rows][shard], batch.flip(3), batch)
         return batch
+
+    def batch_labels(self, position: int, shard: slice = slice(None)) -> Tensor:
+        """Return the labels (B,) of the images that `batch` returns, if there are classes."""
+        rows = self._rows(position)
+        return self.labels[self._order[rows][shard].to(self.device)]
+
+    def images_of_class(self, label: int, count: int) -> Tensor:
+        """Return the first images of a class, at most `count`: (B, 3, S, S) float32 in [-1, 1], on the device."""
+        rows = (self.labels == label).nonzero()[:count, 0]
+        return to_model_range(self.images[rows.to(self.images.device)].to(self.device))
+
+    def _rows(self, position: int) -> slice:
+        """Return the rows of a batch in the order of its epoch, which is drawn first if it is another one."""
+        epoch, index = divmod(position, len(self))
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        return slice(index * self.batch_size, (index + 1) * self.batch_size)
 
     def _fetch(self, rows: Tensor) -> Tensor:
         """Return the images of these rows, (B, S, S, 3) uint8, on the device."""
@@ -164,14 +187,14 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, list[str]]:
+def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, dict[int, str]]:
     """Open the cache of a source, or build it if it is missing or damaged. The arguments are those of `Loader`.
 
     A cache is built again when an image that could not be read before can be read now.
 
     Returns:
-        A read-only uint8 array (N, size, size, 3), memory-mapped where possible, and a line for each image that could
-        not be read.
+        A read-only uint8 array (N, size, size, 3), memory-mapped where possible, and by number of the item a line for
+        each image that could not be read and is not in the array.
 
     Raises:
         UserError: no image could be read, or the cache cannot be read or written.
@@ -181,13 +204,13 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         skipped = _read_info(folder, source, size)
         if skipped is None:
             skipped = _build_cache(source, size, folder, num_workers)
-        elif _can_read_one(source, size, [item for item, _ in skipped]):
+        elif _can_read_one(source, size, [source.items[number] for number in skipped]):
             print(f"images that could not be read before can be read now: decoding the images of {folder} again")
             try:
                 skipped = _build_cache(source, size, folder, num_workers)
             except OSError as error:
                 warn(f"the cache cannot be written again ({error}), and is used as it is")
-        return _map_images(folder / "images.bin", size), [line for _, line in skipped]
+        return _map_images(folder / "images.bin", size), skipped
     except OSError as error:
         raise UserError(
             f"cannot read or write the image cache {folder}: {error.strerror or error}; set --cache_path to another "
@@ -195,14 +218,15 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         ) from error
 
 
-def _read_info(folder: Path, source: Source, size: int) -> list[tuple[Any, str]] | None:
-    """Return the skipped items of a complete cache, each with a line that says why, or None."""
+def _read_info(folder: Path, source: Source, size: int) -> dict[int, str] | None:
+    """Return a line that says why, by number, for each skipped item of a complete cache; None if it is not complete."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        skipped = [(source.items[number], line) for number, line in info["skipped"]]
+        numbers = range(len(source.items))
+        skipped = {numbers[number]: line for number, line in info["skipped"]}
         # Version 1 had no numbers of items; without skipped ones it is the same.
         known = info["format"] == FORMAT or (info["format"] == 1 and not skipped)
-        count = len(source.items) - len(skipped)
+        count = len(numbers) - len(skipped)
         stored = (folder / "images.bin").stat().st_size
         return skipped if known and info["count"] == count and stored == count * size * size * 3 > 0 else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):
@@ -223,7 +247,7 @@ def _map_images(path: Path, size: int) -> np.ndarray:
     return images.reshape(-1, size, size, 3)
 
 
-def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> list[tuple[Any, str]]:
+def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> dict[int, str]:
     """Write the cache, then rename it unless there is one as good by then. Returns what `_read_info` does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_builds(folder)

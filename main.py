@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from data_loader import Loader
+    from training.checkpoint import Checkpoint
 
 
 def main() -> int:
@@ -74,7 +75,7 @@ def test(config: Config, device: "torch.device") -> int:
     from training.resuming import load_test_checkpoint
 
     saved, config = load_test_checkpoint(config, given_options())
-    return Tester(config, open_loader_if_any(config, device), saved).test()
+    return Tester(config, open_loader_if_any(config, device, saved), saved).test()
 
 
 def make_loader(config: Config, device: "torch.device") -> "Loader":
@@ -83,15 +84,20 @@ def make_loader(config: Config, device: "torch.device") -> "Loader":
     from datasets.sources import find_source
 
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
-                         config.seed, run_folders=config.folders.values(), exclude=config.output_folders)  # fmt: skip
+                         config.seed, conditional=config.conditional, attribute=config.attribute,
+                         run_folders=config.folders.values(), exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, device=device)  # fmt: skip
 
 
-def open_loader_if_any(config: Config, device: "torch.device") -> "Loader | None":
-    """Return the opened loader, or None without training images, if no --metrics need them."""
+def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":
+    """Return the opened loader, or None without images of the checkpoint's classes, if no --metrics need them."""
+    from training.checkpoint import check_classes
+
     try:
-        return make_loader(config, device).open()
+        loader = make_loader(config, device)
+        check_classes(saved, loader.classes)
+        return loader.open()
     except UserError as error:
         if config.metrics:
             raise

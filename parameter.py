@@ -62,6 +62,8 @@ DATASET = one_of("celeb", "lsun", "cifar10", "folder", "toy")
 DEVICE = matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mps")
 CHECKPOINT = matches(r"[0-9]+|latest|auto|best", "a step, latest, auto or best")
 PATH = matches(r"[^\0]+", "a path")
+WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
+LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
 
 
@@ -82,6 +84,11 @@ class Config:
     z_dim: int = option(128, "length of the latent vector z", between(1, 8192))
     g_conv_dim: int = option(64, "channels of the generator's last hidden layer; earlier layers have more", WIDTH)
     d_conv_dim: int = option(64, "channels of the discriminator's first layer; later layers have more", WIDTH)
+
+    conditional: bool = option(
+        False, "train on the classes of the images, with --model paper: the classes of cifar10, the folders directly "
+        "below --image_path of folder, an --attribute of celeb, the hair length of toy"
+    )  # fmt: skip
 
     train: bool = option(True, "train; false: evaluate a checkpoint", group="Training")
     adv_loss: str = option("hinge", "adversarial loss", one_of("hinge", "wgan-gp"))
@@ -112,6 +119,9 @@ class Config:
     crop_size: int | None = option(
         None, "side of the center crop (celeb, folder); None: 160 for celeb, the shorter side for folder", at_least(1)
     )
+    attribute: str | None = option(
+        None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", WORD
+    )
     hflip: bool = option(False, "flip each image horizontally with probability 0.5")
     toy_num: int = option(10_000, "number of toy faces", at_least(1))
     cache_path: str = option("./cache", "folder for decoded images", PATH)
@@ -131,7 +141,12 @@ class Config:
     tune_malloc: bool = option(True, "on a CPU under Linux, let malloc keep freed memory for the next step; faster")
 
     use_ema: bool = option(True, "evaluate the EMA generator; false: the non-EMA generator", group="Evaluation")
-    num_samples: int = option(64, "number of sample images that --train false writes", between(1, 1_000_000))
+    num_samples: int = option(
+        64,
+        "number of sample images, with --conditional true of each class, that --train false writes",
+        between(1, 1_000_000),
+    )
+    class_name: str | None = option(None, "with --train false, the classes to generate; None: all", LIST)
     truncation: float | None = option(
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
@@ -177,6 +192,10 @@ class Config:
                 raise UserError(f"--{field.name} must be {constraint.description}, not {value}")
         if self.model == "paper" and self.imsize not in (64, 128):
             raise UserError(f"--model paper has networks for --imsize 64 and 128, not {self.imsize}")
+        if self.model != "paper" and self.conditional:
+            raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
+        if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
+            raise UserError("--attribute is for --conditional true with --dataset celeb")
 
     @property
     def sample_folder(self) -> Path:
@@ -211,9 +230,10 @@ class Config:
         return [Path(os.path.expanduser(path)) for path in paths]
 
     @property
-    def architecture(self) -> dict[str, int | str]:
+    def architecture(self) -> dict[str, int | str | bool]:
         """Options that decide the shapes of the weights; a checkpoint loads only if they are all equal."""
-        return {name: getattr(self, name) for name in ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim")}
+        names = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "conditional")
+        return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:
         """Return all options by group, a few lines that a run prints at its start."""
@@ -222,7 +242,7 @@ class Config:
         )
         lines = []
         for title, fields in option_groups().items():
-            values = (f"{field.name}={_text(getattr(self, field.name))}" for field in fields)
+            values = (f"{field.name}={option_text(getattr(self, field.name))}" for field in fields)
             lines.append(wrapper.fill(f"{title:<12}{' '.join(values)}"))
         return "\n".join(lines)
 
@@ -236,7 +256,7 @@ class Config:
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:
-                words += ["--" + field.name, _text(value)]
+                words += ["--" + field.name, option_text(value)]
         return shlex.join(words)
 
 
@@ -303,7 +323,7 @@ def _make_parser() -> "_Parser":
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
             parse = _boolean if kind is bool else kind
-            allowed = f"{field.metadata['constraint'].description}; default {_text(field.default)}"
+            allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser
 
@@ -321,6 +341,6 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def _text(value: Any) -> str:
+def option_text(value: Any) -> str:
     """Return a value as it is written on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -3,25 +3,32 @@
     python main.py --train false --pretrained_model latest
 
 Writes `<sample_path>/<version>/test_{step}/` and the attention explorer, `<attn_path>/<version>/{step}_explorer.html`.
-The results depend only on the checkpoint, the options, the seed and the training images.
+The results depend only on the checkpoint, the options, the seed and the training images. Conditional networks
+generate samples of each class, or of those of `--class_name`; results with fewer images show these classes in turn.
 """
 
 import json
+import re
 import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from data_loader import Loader, to_model_range
+from datasets.labels import join_names
+from errors import UserError
 from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
-from networks.latents import sample_z, slerp
+from networks.latents import class_rows, sample_z, slerp
 from parameter import Config
-from training.checkpoint import Checkpoint, reraise_load_errors
-from training.models import MODELS
+from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
+from training.models import MODELS, class_options
 from training.resuming import warn_of_other_images
 from training.run_folders import remove_test_results
 from utils import (
@@ -46,7 +53,15 @@ from visuals.attention_stats import (
 )
 from visuals.curves import line_chart, read_curves
 from visuals.explorer import write_explorer
-from visuals.figures import attention_figures, nearest_figure, progress_frames, sample_grid, save_animation, to_pixels
+from visuals.figures import (
+    CLASS_ROWS,
+    attention_figures,
+    nearest_figure,
+    progress_frames,
+    sample_grid,
+    save_animation,
+    to_pixels,
+)
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
@@ -66,7 +81,7 @@ class Tester:
         saved: the checkpoint; without D, D's maps are skipped.
 
     Raises:
-        UserError: the device is not available, or the checkpoint is incomplete.
+        UserError: the device is not available, the checkpoint is incomplete, or has no classes of that name.
     """
 
     def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint):
@@ -80,9 +95,13 @@ class Tester:
             warn_of_other_images(saved.state.get("data"), loader.identity)
         self.step = saved.step
         self.uses_ema = config.use_ema and saved.state is not None
-        model = MODELS[config.model]
-        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim)
-        self.D = model.make_D(config.imsize, config.d_conv_dim) if saved.D is not None else None
+        self.classes = saved_classes(saved)
+        if saved.state is None and loader is not None:  # weights alone have no names
+            self.classes = loader.classes
+        self.shown = _class_numbers(config.class_name, self.classes)
+        model, options = MODELS[config.model], class_options(len(self.classes))
+        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
+        self.D = model.make_D(config.imsize, config.d_conv_dim, **options) if saved.D is not None else None
         with reraise_load_errors(saved.step):
             self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
             if self.D is not None:
@@ -102,6 +121,8 @@ class Tester:
         with eval_mode(*self.networks):
             self._write_samples()
             self._write_interpolations()
+            if self.classes:
+                self._write_class_interpolations()
             self._write_progress()
             explorer = self._write_attention()
             self._write_attention_stats()
@@ -117,24 +138,53 @@ class Tester:
         return 0
 
     def _write_samples(self) -> None:
-        """Write each sample as an image, and the first batch as a grid."""
-        (self.folder / "samples").mkdir(exist_ok=True)
-        batches = self._sample_z(self.config.num_samples).split(self.config.batch_size)
-        for index, z in enumerate(progress(batches, "samples", "batch")):
-            images = self.G(z)
-            for number, pixels in enumerate(to_pixels(images), start=index * self.config.batch_size):
-                Image.fromarray(pixels).save(self.folder / "samples" / f"{number:05}.png")
-            if index == 0:
-                sample_grid(images).save(self.folder / "grid.png")
+        """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
+        z, folder = self._sample_z(self.config.num_samples), self.folder / "samples"
+        for number in self.shown:
+            labels = torch.full((len(z),), number, device=self.device)
+            self._write_images(folder / _folder_name(self.classes[number]), z, labels)
+        if not self.classes:
+            self._write_images(folder, z)
+        rows = self.shown[:CLASS_ROWS]
+        inputs = class_rows(z, rows) if rows else (z[: self.config.batch_size],)
+        sample_grid(self.G(*inputs), row_names=self._names(rows)).save(self.folder / "grid.png")
+
+    def _write_images(self, folder: Path, *inputs: Tensor) -> None:
+        """Write G's images of these inputs, one file each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        size = self.config.batch_size
+        for first in progress(range(0, len(inputs[0]), size), "samples", "batch"):
+            images = self.G(*(given[first : first + size] for given in inputs))
+            for number, pixels in enumerate(to_pixels(images), start=first):
+                Image.fromarray(pixels).save(folder / f"{number:05}.png")
 
     def _write_interpolations(self) -> None:
-        """Write `g_num` interpolations between two z, as rows of an image and as an animation back and forth."""
-        start, end = self._sample_z(2 * self.config.g_num, SEED_INTERPOLATION).chunk(2)
-        columns = [self.G(z) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]  # each (g_num, 3, S, S)
-        rows = torch.stack(columns, 1).flatten(0, 1)
-        sample_grid(rows, columns=INTERPOLATION_STEPS).save(self.folder / "interpolation.png")
-        frames = [sample_grid(column, columns=len(start)) for column in columns]
-        save_animation(self.folder / "interpolation.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
+        """Write `g_num` interpolations between two z, each of one class if there are classes."""
+        z, *labels = self._inputs(2 * self.config.g_num, SEED_INTERPOLATION)
+        start, end = z.chunk(2)
+        labels = [numbers[: len(start)] for numbers in labels]
+        columns = [self.G(z, *labels) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]
+        self._write_columns("interpolation", columns, [name for numbers in labels for name in self._names(numbers)])
+
+    def _write_class_interpolations(self) -> None:
+        """Write `g_num` interpolations between two classes, each of one z."""
+        z, labels = self._inputs(self.config.g_num + 1, SEED_INTERPOLATION)
+        start, end = F.one_hot(labels, len(self.classes)).float().unfold(0, 2, 1).unbind(2)  # each (g_num, classes)
+        columns = [self.G(z[:-1], torch.lerp(start, end, t)) for t in torch.linspace(0, 1, INTERPOLATION_STEPS)]
+        self._write_columns(
+            "class_interpolation", columns, [f"{one} - {other}" for one, other in pairwise(self._names(labels))]
+        )
+
+    def _write_columns(self, name: str, columns: list[Tensor], row_names: list[str]) -> None:
+        """Write interpolations as rows of an image, and as an animation back and forth.
+
+        Args:
+            columns: the images of each step (g_num, 3, S, S).
+            row_names: names of the rows, or none.
+        """
+        sample_grid(torch.stack(columns, 1).flatten(0, 1), len(columns), row_names).save(self.folder / f"{name}.png")
+        frames = [sample_grid(column, columns=len(column)) for column in columns]
+        save_animation(self.folder / f"{name}.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
 
     def _write_progress(self) -> None:
         """Write an animation of the sample grids that training saved up to this step, all of the same z."""
@@ -145,18 +195,22 @@ class Tester:
 
     def _write_attention(self) -> Path:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
-        real = None
+        real, rows = None, slice(self.config.g_num)
         if self.loader is not None:
-            real = self.loader.batch(0, slice(self.config.g_num)).contiguous(memory_format=self.memory_format)
-        samples = collect_attention(self.G, self.D, self._sample_z(self.config.g_num), real)
+            real = (self.loader.batch(0, rows).contiguous(memory_format=self.memory_format),)
+            real += (self.loader.batch_labels(0, rows),) if self.classes else ()
+        samples = collect_attention(self.G, self.D, self._inputs(self.config.g_num), real, self.classes)
         for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
         return write_explorer(self.config.attn_folder, self.config.version, self.step, samples)
 
     def _write_attention_stats(self) -> None:
         """Write and print the attention statistics of each layer, averaged over generated images."""
-        batches = progress(self._sample_z(SUMMARY_IMAGES).split(32), "attention statistics", "batch")
-        layers = mean_attention_stats(collect_attention(self.G, self.D, z, None)[0] for z in batches)
+        batches = [*zip(*(given.split(32) for given in self._inputs(SUMMARY_IMAGES)), strict=True)]
+        layers = mean_attention_stats(
+            collect_attention(self.G, self.D, batch, None, self.classes)[0]
+            for batch in progress(batches, "attention statistics", "batch")
+        )
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
         numbers = {
@@ -180,7 +234,7 @@ class Tester:
     def _write_nearest(self) -> None:
         """Write the training images nearest to some samples, with the distances between training images as baseline."""
         images = self.loader.images
-        samples = self.G(self._sample_z(NEAREST_SAMPLES))
+        samples = self.G(*self._inputs(NEAREST_SAMPLES))
         found = nearest_images(samples, images, NEAREST_NEIGHBORS)
         neighbors = self._training_images(found.indices.flatten()).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
@@ -195,13 +249,24 @@ class Tester:
         """Write and print the metrics that `--metrics` lists."""
         z = self._sample_z(self.config.metric_num, SEED_METRICS)
         scores = compute_metrics(self.config, self.G, z, self.loader)
-        print(f"metrics of {len(z)} images: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        how = ", classes as frequent as in the training images" if self.classes else ""
+        print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         self._write_json("metrics.json", {"step": self.step, "images": len(z), "ema": self.uses_ema, **scores})
 
     def _sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
         """Return z (count, z_dim), a function of the seed and the stream."""
         seed = derive_seed(self.config.seed, stream)
         return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
+
+    def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, ...]:
+        """Return what G takes: z (count, z_dim) and, if there are classes, labels (count,): those shown, in turn."""
+        z = self._sample_z(count, stream)
+        if not self.classes:
+            return (z,)
+        return z, torch.tensor(self.shown, device=self.device)[torch.arange(count) % len(self.shown)]
+
+    def _names(self, numbers: Iterable[int]) -> list[str]:
+        return [self.classes[number] for number in numbers]
 
     def _training_images(self, indices: Tensor) -> Tensor:
         """Return training images (K, 3, S, S) by index (K,); copies them if they are not on this device."""
@@ -210,3 +275,24 @@ class Tester:
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
+    """Return the numbers of the classes that `--class_name` lists; of all classes for None.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if class_name is None:
+        return [*range(len(classes))]
+    if not classes:
+        raise UserError("--class_name: the networks of this checkpoint have no classes")
+    names = class_name.split(",")
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
+    return [classes.index(name) for name in names]
+
+
+def _folder_name(class_name: str) -> str:
+    """Return a folder's name for a class: a checkpoint from elsewhere may have any name, such as a path."""
+    return re.sub(r'[<>:"/\\|?*\0]', "_", class_name).strip(". ") or "_"

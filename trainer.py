@@ -11,7 +11,8 @@ import math
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from data_loader import Loader
 from errors import UserError, warn
 from metrics.evaluation import check_metrics, compute_metrics
-from networks.latents import sample_z
+from networks.latents import as_arguments, class_rows, sample_z
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
 from sagan_models import gammas_and_sigmas
@@ -29,7 +30,7 @@ from training.cuda_graph import GraphedStep, can_capture
 from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
-from training.models import MODELS
+from training.models import MODELS, class_options
 from training.recorder import NullRecorder, Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
 from training.run_folders import check_folders
@@ -50,6 +51,7 @@ from utils import (
     set_learning_rate,
 )
 from visuals.attention_stats import AttentionSample, collect_attention
+from visuals.figures import CLASS_ROWS
 
 
 class Trainer:
@@ -66,6 +68,7 @@ class Trainer:
 
     def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it is immutable
         self.loader, self.config, self.ranks = loader, config, ranks
+        self.classes = loader.classes if config.conditional else ()
         with ranks.raise_together():
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)
@@ -83,10 +86,10 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
 
         # Networks
-        model = MODELS[config.model]
-        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim)
+        model, options = MODELS[config.model], class_options(len(self.classes))
+        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
         self.G = ranks.convert_sync_batchnorm(self.G, self.device)
-        self.D = model.make_D(config.imsize, config.d_conv_dim)
+        self.D = model.make_D(config.imsize, config.d_conv_dim, **options)
         for network in (self.G, self.D):
             network.to(self.device, memory_format=self.memory_format)
         self.ema = EMA(self.G, config.ema_decay)
@@ -104,26 +107,36 @@ class Trainer:
         self.updates = self._updates
         if use_graph:
             self.updates = GraphedStep(self._updates, self.device, fallback=config.cuda_graph == "auto")
-        if saved := ranks.on_rank_zero(load_resume_checkpoint, config):
+        if saved := ranks.on_rank_zero(load_resume_checkpoint, config, self.classes):
             with ranks.raise_together():
                 self._resume(saved)
 
-    def d_step(self, real: Tensor, z: Tensor, mix: Tensor | None = None) -> dict[str, Tensor]:
+    def d_step(
+        self,
+        real: Tensor,
+        z: Tensor,
+        mix: Tensor | None = None,
+        real_labels: Tensor | None = None,
+        fake_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Update D once.
 
         Args:
             real: images (B, 3, S, S) in [-1, 1].
             z: latents (B, z_dim).
             mix: interpolation coefficients (B, 1, 1, 1) of the gradient penalty; needed by wgan-gp only.
+            real_labels, fake_labels: classes (B,) of the real images and of those to generate; needed by conditional
+                networks only. The penalty uses those of the real images.
 
         Returns:
             d_loss_real, d_loss_fake, d_loss (their sum, plus the weighted d_penalty under wgan-gp), and the mean logits
             d_real and d_fake: detached 0-d tensors on the device.
         """
+        real_label, fake_label = as_arguments(real_labels), as_arguments(fake_labels)
         with self._autocast():
             with torch.no_grad():
-                fake = self.G_ddp(z).float()
-            real_logits, fake_logits = self.D_ddp(real).float(), self.D_ddp(fake).float()
+                fake = self.G_ddp(z, *fake_label).float()
+            real_logits, fake_logits = self.D_ddp(real, *real_label).float(), self.D_ddp(fake, *fake_label).float()
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
         stats = {
             "d_loss_real": loss_real,
@@ -134,28 +147,43 @@ class Trainer:
         }
         if self.config.adv_loss == "wgan-gp":
             # D, not D_ddp: the gradients of loss and penalty are all-reduced once, in the backward of their sum.
-            stats["d_penalty"] = gradient_penalty(self._critic_with_double_backward, real, fake, mix)
+            # Through explicit attention maps: the fused attention kernels have no double backward.
+            stats["d_penalty"] = gradient_penalty(
+                lambda images: self.D(images, *real_label, return_attention=True)[0], real, fake, mix
+            )
             stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
         self.d_optimizer.zero_grad()
         stats["d_loss"].backward()
         self.d_optimizer.step()
         return {name: value.detach() for name, value in stats.items()}
 
-    def g_step(self, z: Tensor) -> dict[str, Tensor]:
-        """Update G once on latents z (B, z_dim). Returns g_loss, a detached 0-d tensor on the device."""
+    def g_step(self, z: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Update G once on latents z (B, z_dim), and labels (B,) if it is conditional.
+
+        Returns:
+            g_loss, a detached 0-d tensor on the device.
+        """
+        label = as_arguments(labels)
         with no_param_grads(self.D):  # only G is updated
             with self._autocast():
-                loss = self.g_loss(self.D(self.G_ddp(z)).float())
+                loss = self.g_loss(self.D(self.G_ddp(z, *label), *label).float())
             self.g_optimizer.zero_grad()
             loss.backward()
         self.g_optimizer.step()
         return {"g_loss": loss.detach()}
 
-    def _updates(self, real: Sequence[Tensor], z: Sequence[Tensor], mix: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _updates(
+        self,
+        real: Sequence[Tensor],
+        z: Sequence[Tensor],
+        mix: Sequence[Tensor] = (),
+        real_labels: Sequence[Tensor] = (),
+        fake_labels: Sequence[Tensor] = (),
+    ) -> dict[str, Tensor]:
         """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
-        for index, batch in enumerate(real):
-            stats = self.d_step(batch, z[index], mix[index] if mix else None)
-        return stats | self.g_step(z[-1])
+        for inputs in zip_longest(real, z[:-1], mix, real_labels, fake_labels[:-1]):
+            stats = self.d_step(*inputs)
+        return stats | self.g_step(z[-1], *fake_labels[-1:])
 
     def train_step(self) -> dict[str, Tensor]:
         """Take one step: `n_critic` updates of D on fresh batches, one of G, then the EMA.
@@ -168,13 +196,19 @@ class Trainer:
         factor = self.schedule.factor(self.step)
         set_learning_rate(self.g_optimizer, config.g_lr * factor)
         set_learning_rate(self.d_optimizer, config.d_lr * factor)
-        first = self.step * config.n_critic
-        real = [self._real(position, self.shard) for position in range(first, first + config.n_critic)]
+        positions = range(self.step * config.n_critic, (self.step + 1) * config.n_critic)
+        real = [self._real(position, self.shard) for position in positions]
         # Every rank draws the numbers of the whole batch and uses its shard: the same numbers for any world size.
         z = [self._draw(torch.randn, size, config.z_dim) for _ in range(config.n_critic + 1)]
         penalties = config.n_critic if config.adv_loss == "wgan-gp" else 0
         mix = [self._draw(torch.rand, size, 1, 1, 1) for _ in range(penalties)]
-        stats = self.updates(real, z, mix)
+        real_labels, fake_labels = [], []
+        if self.classes:
+            real_labels = [self.loader.batch_labels(position, self.shard) for position in positions]
+            # Those of training images drawn at random: classes are as frequent as among the real images.
+            draw_image = partial(torch.randint, len(self.loader.labels))
+            fake_labels = [self.loader.labels[self._draw(draw_image, size)] for _ in z]
+        stats = self.updates(real, z, mix, real_labels, fake_labels)
         self.ema.update(self.step)
         self.step += 1
         self.guard.add(self.step, stats)
@@ -200,7 +234,7 @@ class Trainer:
                 stop = stack.enter_context(StopSignals())
                 with ranks.raise_together():
                     recorder = stack.enter_context(self._open_recorder())
-                    recorder.real_images(self.loader.batch(0))
+                    recorder.real_images(self._real_samples())
                 print(config.summary())
                 print(f"data: {self.loader.source.description}")
                 print(
@@ -286,7 +320,7 @@ class Trainer:
         if not self.ranks.is_rank_zero:
             return NullRecorder()
         skipped, total = self.loader.skipped, len(self.loader.source.items)
-        return Recorder(self.config, self.step, self.device, self.precision, skipped, total)
+        return Recorder(self.config, self.step, self.device, self.precision, skipped, total, self.classes)
 
     def _print_outcome(self, signal_number: int) -> None:
         """Print how to resume after a signal, otherwise which files to open first."""
@@ -320,25 +354,35 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _critic_with_double_backward(self, images: Tensor) -> Tensor:
-        """D through explicit attention maps: the fused attention kernels have no double backward."""
-        return self.D(images, return_attention=True)[0]
-
     def _learning_rates(self) -> dict[str, float]:
         """Learning rates of the step that was just taken."""
         factor = self.schedule.factor(self.step - 1)
         return {"lr/g": self.config.g_lr * factor, "lr/d": self.config.d_lr * factor}
 
     def _samples(self) -> dict[str, Tensor]:
-        """Images of the fixed z by G and by its EMA."""
+        """Images of the fixed z by G and by its EMA; with classes, of a row for each of the first."""
+        inputs = class_rows(self.fixed_z, range(len(self.classes))[:CLASS_ROWS]) if self.classes else (self.fixed_z,)
         with eval_mode(self.G, self.ema.network):
-            return {"fake": self.G(self.fixed_z), "ema": self.ema.network(self.fixed_z)}
+            return {"fake": self.G(*inputs), "ema": self.ema.network(*inputs)}
+
+    def _real_samples(self) -> Tensor:
+        """The first batch of real images; with classes, rows of images as in `_samples`, filled up with black."""
+        if not self.classes:
+            return self.loader.batch(0)
+        _, labels = class_rows(self.fixed_z, range(len(self.classes))[:CLASS_ROWS])
+        count = len(labels) // min(len(self.classes), CLASS_ROWS)
+        rows = [self.loader.images_of_class(label, count) for label in labels.unique().tolist()]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flatten(0, 1)
 
     def _attention(self) -> list[AttentionSample]:
         """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""
-        count = self.config.g_num
-        with eval_mode(self.ema.network, self.D):
-            return collect_attention(self.ema.network, self.D, self.fixed_z[:count], self._real(0, slice(count)))
+        rows, networks = slice(self.config.g_num), (self.ema.network, self.D)
+        latents, real = (self.fixed_z[rows],), (self._real(0, rows),)
+        if self.classes:
+            latents += (torch.arange(len(latents[0]), device=self.device) % len(self.classes),)
+            real += (self.loader.batch_labels(0, rows),)
+        with eval_mode(*networks):
+            return collect_attention(*networks, latents, real, self.classes)
 
     def _evaluate(self, recorder: Recorder) -> dict[str, float]:
         """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
@@ -374,6 +418,7 @@ class Trainer:
             "best_fid": self.best_fid,
             "schedule": dataclasses.asdict(self.schedule),
             "data": self.loader.identity,
+            "classes": list(self.classes),
         }
         self.guard.check(state)
         return state

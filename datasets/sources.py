@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 
 from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
-from datasets.toy_faces import draw_face
+from datasets.labels import Labels, celeb_labels, folder_labels, list_classes
+from datasets.toy_faces import HAIR_LENGTHS, draw_face, hair_length
 from errors import UserError, warn
 
 CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
@@ -37,6 +38,7 @@ class Source:
         decode: function of an item and a size in pixels; returns an RGB Pillow image of that size. Can be pickled.
         fingerprint: changes whenever the decoded pixels may change.
         description: what and how many images these are.
+        labels: the class of each item, if they were asked for.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Source:
     decode: Callable[[Any, int], Image.Image]
     fingerprint: str
     description: str
+    labels: Labels | None = None
 
 
 def find_source(
@@ -54,10 +57,14 @@ def find_source(
     toy_num: int = 10_000,
     seed: int = 0,
     *,
+    conditional: bool = False,
+    attribute: str | None = None,
     run_folders: Collection[Path] = (),
     exclude: Collection[Path] = (),
 ) -> Source:
     """Return the source of a dataset. Reads file names, sizes and dates, and the headers of a few images.
+
+    Labels do not change the fingerprint: the pixels are the same for any, and for none.
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
@@ -66,6 +73,9 @@ def find_source(
         download: download celeb or cifar10 if it is missing.
         toy_num: number of toy faces.
         seed: of the toy faces.
+        conditional: with labels: the classes of cifar10, the folders directly below `image_path` of folder, an
+            attribute of celeb, the hair length of toy.
+        attribute: of celeb.
         run_folders: folders of this run's results, which may not be or contain the folder of celeb or folder images.
         exclude: folders that the program writes to, whose files are no images of celeb or folder.
 
@@ -76,20 +86,39 @@ def find_source(
     find = partial(find_images, run_folders=run_folders, exclude=exclude)
     match dataset:
         case "celeb":
-            return _celeb(root, crop_size, download, find)
+            source, folder = _celeb(root, crop_size, download, find)
+            label = partial(celeb_labels, root, folder, source.items, attribute)
         case "folder":
-            return _folder(root, crop_size, find)
+            source = _folder(root, crop_size, find)
+            label = partial(folder_labels, str(root), source.items)
         case "lsun":
-            return _lsun(root)
+            source, label = _lsun(root), _no_labels
         case "cifar10":
-            return _cifar10(root, download)
+            source = _cifar10(root, download)
+            label = partial(_cifar10_labels, str(root))
         case "toy":
             fingerprint = _digest([seed, toy_num])
-            return Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, f"{toy_num:,} toy faces")
-    raise ValueError(f"unknown dataset {dataset!r}")
+            source = Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, f"{toy_num:,} toy faces")
+            label = partial(_toy_labels, seed, toy_num)
+        case _:
+            raise ValueError(f"unknown dataset {dataset!r}")
+    if not conditional:
+        return source
+    labels = label()
+    return replace(source, labels=labels, description=f"{source.description}; classes: {list_classes(labels)}")
 
 
-def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) -> Source:
+def _no_labels() -> Labels:
+    raise UserError("--dataset lsun has no classes: --conditional true works with cifar10, folder, celeb and toy")
+
+
+def _toy_labels(seed: int, toy_num: int) -> Labels:
+    names = list(HAIR_LENGTHS)
+    return Labels((*names,), [names.index(hair_length(seed, index)) for index in range(toy_num)])
+
+
+def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) -> tuple[Source, Path]:
+    """Return the source, and the folder of its images."""
     by_hand = (
         f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
         f"'Align&Cropped Images') and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
@@ -117,7 +146,7 @@ def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) ->
         _check_celeb_size(folder, files)
     count, whole = len(files), f"CelebA's {CELEB_COUNT:,} images"
     what = f"{count:,} of {whole}" if count < CELEB_COUNT else whole if count == CELEB_COUNT else f"{count:,} images"
-    return _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}")
+    return _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}"), folder
 
 
 def _first_with_images(folders: Iterable[Path], find: Callable) -> tuple[Path, list] | None:
@@ -220,6 +249,11 @@ def _open_cifar10(root: str, download: bool = False):
     from torchvision.datasets import CIFAR10
 
     return CIFAR10(root, download=download)
+
+
+def _cifar10_labels(root: str) -> Labels:
+    dataset = _open_cifar10(root)
+    return Labels((*dataset.classes,), dataset.targets)
 
 
 def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:

@@ -4,11 +4,32 @@ Every face is symmetric; its two eyes have one color, and its brows have the col
 """
 
 import colorsys
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 2  # faces are drawn at twice the size and reduced, for smooth edges
+HAIR_LENGTHS = {"short": 0.0, "medium": 0.2, "long": 0.42}  # the classes; below the middle of the head
+
+
+class Traits(NamedTuple):
+    """What a face is drawn from first: colors in RGB, lengths and positions in image widths."""
+
+    background: tuple[int, int, int]
+    middle: float  # the axis of symmetry
+    skin_tone: tuple[float, float, float]  # hue, saturation, value
+    hair: tuple[int, int, int]
+    iris: tuple[int, int, int]
+    half_width: float
+    half_height: float
+    hair_length: float  # one of HAIR_LENGTHS
+
+
+def hair_length(seed: int, index: int) -> str:
+    """Return the name of the hair length, a key of `HAIR_LENGTHS`, of face number `index` of a seed."""
+    length = _draw_traits(np.random.default_rng([seed, index])).hair_length
+    return next(name for name, value in HAIR_LENGTHS.items() if value == length)
 
 
 def draw_face(seed: int, index: int, size: int) -> Image.Image:
@@ -18,16 +39,11 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     draw their random numbers from one generator in turn: their order determines the pixels.
     """
     random = np.random.default_rng([seed, index])
+    background, middle, skin_tone, hair, iris, half_width, half_height, length = _draw_traits(random)
     canvas = size * SUPERSAMPLING
-    image = Image.new("RGB", (canvas, canvas), _color(random, (0, 1), (0.1, 0.5), (0.3, 0.9)))
+    image = Image.new("RGB", (canvas, canvas), background)
     draw = ImageDraw.Draw(image)
-
-    middle = random.uniform(0.45, 0.55)  # the axis of symmetry
-    skin_tone = (random.uniform(0.04, 0.1), random.uniform(0.3, 0.6), random.uniform(0.5, 0.98))
     skin, shade = _rgb(*skin_tone), _rgb(skin_tone[0], skin_tone[1], skin_tone[2] * 0.8)
-    hair = _color(random, (0, 0.13), (0.3, 0.9), (0.1, 0.8))
-    iris = _color(random, (0, 1), (0.6, 1), (0.4, 0.9))
-    half_width, half_height = random.uniform(0.23, 0.29), random.uniform(0.31, 0.37)
     chin = 0.54 + half_height
 
     def box(left: float, top: float, right: float, bottom: float) -> list[float]:
@@ -41,10 +57,9 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
         ellipse(middle + dx, y, rx, ry, fill)
 
     # Behind the face: long or short hair, neck, shirt.
-    hair_length = random.choice([0.0, 0.2, 0.42])
     ellipse(middle, 0.42, half_width * 1.22, half_height * 1.05, hair)
-    if hair_length:
-        draw.rectangle(box(middle - half_width * 1.22, 0.42, middle + half_width * 1.22, 0.42 + hair_length), fill=hair)
+    if length:
+        draw.rectangle(box(middle - half_width * 1.22, 0.42, middle + half_width * 1.22, 0.42 + length), fill=hair)
     draw.rectangle(box(middle - 0.1, 0.7, middle + 0.1, 1), fill=shade)
     ellipse(middle, 1.08, 0.42, 0.17, _color(random, (0, 1), (0.4, 1), (0.3, 0.9)))
 
@@ -67,6 +82,19 @@ def draw_face(seed: int, index: int, size: int) -> Image.Image:
     mouth = box(middle - mouth_width, chin - 0.16 - smile, middle + mouth_width, chin - 0.16 + smile)
     draw.chord(mouth, 0, 180, fill=lips)
     return image.resize((size, size), Image.Resampling.BOX)
+
+
+def _draw_traits(random: np.random.Generator) -> Traits:
+    return Traits(
+        background=_color(random, (0, 1), (0.1, 0.5), (0.3, 0.9)),
+        middle=random.uniform(0.45, 0.55),
+        skin_tone=(random.uniform(0.04, 0.1), random.uniform(0.3, 0.6), random.uniform(0.5, 0.98)),
+        hair=_color(random, (0, 0.13), (0.3, 0.9), (0.1, 0.8)),
+        iris=_color(random, (0, 1), (0.6, 1), (0.4, 0.9)),
+        half_width=random.uniform(0.23, 0.29),
+        half_height=random.uniform(0.31, 0.37),
+        hair_length=random.choice([*HAIR_LENGTHS.values()]),
+    )
 
 
 def _color(random: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data_loader import Loader
 from metrics.scores import check_requirements, compute_scores
 from parameter import Config
+from utils import SEED_METRICS_LABELS, derive_seed
 
 
 def check_metrics(config: Config, device: torch.device) -> None:
@@ -24,6 +25,8 @@ def check_metrics(config: Config, device: torch.device) -> None:
 def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> dict[str, float]:
     """Compute the metrics of G's images of z (N, z_dim) against the loader's images; see `metrics/scores.py`.
 
+    The classes of a conditional G's images are drawn by their frequency in the loader's, from the seed.
+
     Args:
         config: the options.
         G: in evaluation mode.
@@ -33,8 +36,12 @@ def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> 
     Raises:
         UserError: see `compute_scores`.
     """
+    inputs = (z,)
+    if config.conditional:
+        rng = torch.Generator().manual_seed(derive_seed(config.seed, SEED_METRICS_LABELS))
+        inputs += (loader.labels[torch.randint(len(loader.labels), (len(z),), generator=rng).to(z.device)],)
     return compute_scores(
-        lambda start, count: G(z[start : start + count]),
+        lambda start, count: G(*(given[start : start + count] for given in inputs)),
         loader.images,
         config.metrics.split(","),
         num_images=len(z),

@@ -5,7 +5,8 @@
 Protocol. `num_images` images of the EMA generator (of G with `--use_ema false`) in evaluation mode, of z drawn from
 the seed, rounded to uint8, are compared with `num_images` real images from all over the training set (the first of
 every N // num_images images of N, in the order of the files; all if there are fewer), cropped and resized as in
-training, without flips. Arithmetic is float32 for any `--precision`. torch-fidelity computes
+training, without flips. The classes of a conditional generator are drawn from the seed, as frequent as those of the
+real images. Arithmetic is float32 for any `--precision`. torch-fidelity computes
 
 - fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation) and isc (mean over 10
   splits; isc_std) from the Inception network of the original FID, with its own resize to 299x299;

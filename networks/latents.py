@@ -1,4 +1,6 @@
-"""Latent vectors z: drawn from a seed, and interpolated."""
+"""Inputs of generators: latent vectors z, drawn from a seed and interpolated, and class labels beside them."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str, trun
         return torch.randn(count, z_dim, generator=rng).to(device)
     z = torch.empty(count, z_dim)
     return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng).to(device)
+
+
+def as_arguments(labels: Tensor | None) -> tuple[Tensor, ...]:
+    """Return what a network takes after z or the images: the labels, or nothing if it has no classes."""
+    return () if labels is None else (labels,)
+
+
+def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the inputs of a grid with a row for each class, of the same z in each: at least 8 images, if z has them.
+
+    Args:
+        z: (B, z_dim), of which the first are used.
+        classes: numbers of R classes.
+
+    Returns:
+        z (R * K, z_dim) and labels (R * K,), row by row, of K columns.
+    """
+    z = z[: max(8, 32 // len(classes))]
+    return z.repeat(len(classes), 1), torch.tensor(classes, device=z.device).repeat_interleave(len(z))
 
 
 def slerp(start: Tensor, end: Tensor, count: int) -> Tensor:

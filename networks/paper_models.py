@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.attention import self_attention
+from networks.latents import as_arguments
 from spectral import SpectralNorm
 
 # Widths of G's feature maps from z to the images, in units of conv_dim, by image size; D has them in reverse.
@@ -65,8 +66,10 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.zeros_(self.shift.weight)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x (B, C, H, W), labels (B,) -> (B, C, H, W)."""
-        gain, shift = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.gain, self.shift))
+        """x (B, C, H, W) -> (B, C, H, W); labels (B,), or weights of the classes (B, num_classes)."""
+        tables = (self.gain, self.shift)
+        vectors = [labels @ table.weight if labels.is_floating_point() else table(labels) for table in tables]
+        gain, shift = (vector[:, :, None, None].to(x.dtype) for vector in vectors)
         return torch.addcmul(shift, self.norm(x), gain)
 
 
@@ -137,17 +140,17 @@ class Generator(nn.Module):
 
         Args:
             z: (B, z_dim).
-            labels: (B,), integers below num_classes; None in an unconditional network.
+            labels: (B,), integers below num_classes, or (B, num_classes), floats: weights by which the scales and
+                shifts of the classes are averaged, to interpolate between classes. None in an unconditional network.
             return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
 
         Returns:
             images (B, 3, S, S) in [-1, 1], or the images and the map.
         """
         _check_labels(labels, self.num_classes)
-        conditions = () if labels is None else (labels,)
         x = self.linear(z).unflatten(1, (-1, 4, 4))
         for index in range(1, self.num_blocks + 1):
-            x = getattr(self, f"block{index}")(x, *conditions)  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
+            x = getattr(self, f"block{index}")(x, *as_arguments(labels))  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
             if x.shape[2] == ATTENTION_SIZE:
                 x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
         images = torch.tanh(self.last(F.relu(self.bn(x))))

@@ -163,9 +163,9 @@ def test_networks_and_real_images_have_the_memory_format_of_the_device(trained, 
     formats, given = [], []
     collect_attention = tester.collect_attention
 
-    def collect(G, D, z, real):
-        given.extend([*G.parameters(), *D.parameters(), *([] if real is None else [real])])
-        return collect_attention(G, D, z, real)
+    def collect(G, D, latents, real, classes):
+        given.extend([*G.parameters(), *D.parameters(), *(real or [])])
+        return collect_attention(G, D, latents, real, classes)
 
     def contiguous(device, precision):
         formats.append((device.type, precision))

@@ -100,7 +100,7 @@ def test_networks_and_batches_have_the_memory_format_of_the_device(make_trainer,
     monkeypatch.setattr("trainer.conv_memory_format", lambda device, precision: torch.contiguous_format)
     trainer, given = make_trainer(), []
     updates = trainer.updates
-    monkeypatch.setattr(trainer, "updates", lambda real, z, mix: given.extend(real) or updates(real, z, mix))
+    monkeypatch.setattr(trainer, "updates", lambda real, *inputs: given.extend(real) or updates(real, *inputs))
     for name, value in trainer.train_step().items():
         assert value.item() == pytest.approx(stats[name].item(), rel=1e-4, abs=1e-6), name
     given += [sample.images for sample in trainer._attention() if sample.name == "real"]
@@ -167,7 +167,7 @@ def test_adv_loss_chooses_the_losses(make_trainer, adv_loss):
 def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_trainer, monkeypatch):
     trainer, drawn = make_trainer(adv_loss="wgan-gp", n_critic=2), []
     stats = {"d_loss": torch.zeros(()), "g_loss": torch.zeros(())}
-    monkeypatch.setattr(trainer, "updates", lambda real, z, mix: drawn.extend(mix) or stats)
+    monkeypatch.setattr(trainer, "updates", lambda real, z, mix, *_: drawn.extend(mix) or stats)
     for _ in range(100):
         trainer.train_step()
     mix = torch.stack(drawn)
@@ -274,7 +274,7 @@ def test_n_critic_takes_a_fresh_batch_and_z_for_each_update(make_trainer, monkey
     seen = []
     original = trainer.d_step
     monkeypatch.setattr(
-        trainer, "d_step", lambda real, z, _: seen.append((real.clone(), z.clone())) or original(real, z)
+        trainer, "d_step", lambda real, z, *_: seen.append((real.clone(), z.clone())) or original(real, z)
     )
     trainer.train()
     assert len(seen) == 6

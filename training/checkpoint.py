@@ -15,7 +15,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from datasets.labels import join_names
 from errors import UserError, warn
+from parameter import option_text
 from training.models import MODELS
 from utils import files_by_step, flush_to_disk
 
@@ -120,23 +122,47 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
     return full + [step for step in weights if step not in full]
 
 
-def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str]:
-    """Return model, imsize, z_dim, g_conv_dim and, if there is a discriminator, d_conv_dim of a checkpoint's networks.
+def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str | bool]:
+    """Return model, imsize, z_dim, g_conv_dim, conditional and, if there is a D, d_conv_dim of a checkpoint's networks.
 
     Raises:
         UserError: these are none of `MODELS`.
     """
+    sizes = _saved_sizes(checkpoint)
+    return {"conditional": sizes.pop("num_classes") > 0, **sizes}
+
+
+def saved_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of a checkpoint's classes, of weights without a state file "0", "1", ...; () if it has none."""
+    count = _saved_sizes(checkpoint)["num_classes"]
+    names = checkpoint.state.get("classes") if checkpoint.state else None
+    return tuple(names or map(str, range(count)))
+
+
+def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Raise `UserError` that says which if the classes of the training images are not those of a checkpoint."""
+    saved = saved_classes(checkpoint)
+    if checkpoint.state is None and len(saved) == len(classes):  # their names are not known
+        return
+    ours, theirs = ([name for name in one if name not in other] for one, other in ((classes, saved), (saved, classes)))
+    if ours or theirs:
+        only = [f"only the checkpoint has {join_names(theirs)}"] if theirs else []
+        only += [f"only the images have {join_names(ours)}"] if ours else []
+        raise UserError(f"checkpoint {checkpoint.step} is of other classes than the images: {'; '.join(only)}")
+
+
+def _saved_sizes(checkpoint: Checkpoint) -> dict[str, int | str]:
     for name, model in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
             return {"model": name, **model.sizes(checkpoint.G, checkpoint.D)}
     raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
 
 
-def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int | str]) -> None:
+def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int | str | bool]) -> None:
     """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
     saved = saved_architecture(checkpoint)
     different = [
-        f"--{name} {saved[name]} (not {expected[name]})"
+        f"--{name} {option_text(saved[name])} (not {option_text(expected[name])})"
         for name in saved
         if name in expected and saved[name] != expected[name]
     ]

@@ -10,7 +10,7 @@ from errors import UserError
 
 WARM_UP = 3  # eager steps before the capture, in which libraries do their lazy initialization; they count as steps
 
-Inputs = Sequence[Sequence[Tensor]]  # real batches, latents, mixing coefficients
+Inputs = Sequence[Sequence[Tensor]]  # real batches, latents, mixing coefficients, labels
 
 
 def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
@@ -41,7 +41,7 @@ class GraphedStep:
     overwritten by the next call.
 
     Args:
-        step: takes real batches, latents and mixing coefficients (three lists); returns named 0-d tensors.
+        step: takes lists of tensors: real batches, latents, ...; returns named 0-d tensors.
         device: the GPU, which must be the current one.
         fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead. Some
             versions of torch do not free the memory of a failed capture.

@@ -21,6 +21,7 @@ class Model(NamedTuple):
         block: pattern of the keys of which G has one for each block that doubles the size.
         z_dim, g_conv_dim: axes of G's weights that have these lengths.
         d_conv_dim: axis of D's weights that has this length.
+        num_classes: axis of G's weights that has this length in a conditional network; None if there is none.
     """
 
     make_G: Callable[..., nn.Module]
@@ -29,9 +30,10 @@ class Model(NamedTuple):
     z_dim: Axis
     g_conv_dim: Axis
     d_conv_dim: Axis
+    num_classes: Axis | None = None
 
     def sizes(self, G: Mapping[str, Tensor], D: Mapping[str, Tensor] | None) -> dict[str, int]:
-        """Return imsize, z_dim, g_conv_dim and, if D is given, d_conv_dim of networks by their state dicts.
+        """Return imsize, num_classes, z_dim, g_conv_dim and, if D is given, d_conv_dim of networks by state dicts.
 
         Raises:
             KeyError: these are other networks.
@@ -39,7 +41,15 @@ class Model(NamedTuple):
         axes = [("z_dim", self.z_dim, G), ("g_conv_dim", self.g_conv_dim, G)]
         axes += [("d_conv_dim", self.d_conv_dim, D)] if D is not None else []
         lengths = {name: weights[key].shape[axis] for name, (key, axis), weights in axes}
-        return {"imsize": 4 * 2 ** sum(bool(re.fullmatch(self.block, key)) for key in G), **lengths}
+        imsize = 4 * 2 ** sum(bool(re.fullmatch(self.block, key)) for key in G)
+        is_conditional = self.num_classes is not None and self.num_classes[0] in G
+        num_classes = G[self.num_classes[0]].shape[self.num_classes[1]] if is_conditional else 0
+        return {"imsize": imsize, "num_classes": num_classes, **lengths}
+
+
+def class_options(num_classes: int) -> dict[str, int]:
+    """Return the keyword arguments that make `make_G` and `make_D` conditional on classes; none for no classes."""
+    return {"num_classes": num_classes} if num_classes else {}
 
 
 MODELS = {
@@ -58,5 +68,6 @@ MODELS = {
         z_dim=("linear.module.weight_bar", 1),
         g_conv_dim=("last.module.weight_bar", 1),
         d_conv_dim=("block1.conv1.module.weight_bar", 0),
+        num_classes=("block1.bn1.gain.weight", 0),
     ),
 }

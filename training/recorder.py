@@ -27,7 +27,7 @@ from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
-from visuals.figures import attention_figures, sample_grid
+from visuals.figures import CLASS_ROWS, attention_figures, sample_grid
 from visuals.report import Run, report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -48,6 +48,7 @@ class Recorder:
         precision: of the training, for the report.
         skipped: the images that could not be read, a line each.
         total: the number of images, with those.
+        classes: the names of the classes, for conditional networks.
 
     Attributes:
         saved_step: step of the newest checkpoint; at first that of the start.
@@ -57,11 +58,19 @@ class Recorder:
     """
 
     def __init__(
-        self, config: Config, step: int, device: torch.device, precision: str, skipped: Sequence[str], total: int
+        self,
+        config: Config,
+        step: int,
+        device: torch.device,
+        precision: str,
+        skipped: Sequence[str],
+        total: int,
+        classes: Sequence[str] = (),
     ):
         self.config, self.device, self.saved_step = config, device, step
         self._is_new = step == 0
-        self._run = _report_run(config, f"{device} in {precision}")
+        self._row_names = classes[:CLASS_ROWS]
+        self._run = _report_run(config, f"{device} in {precision}", classes)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
@@ -110,14 +119,14 @@ class Recorder:
             self._line_due = now + LINE_SECONDS
 
     def real_images(self, images: Tensor) -> None:
-        """Write `real.png`, a grid of images (B, 3, S, S), for a new run or where there is none."""
+        """Write `real.png`, a grid of images (B, 3, S, S) as in `samples`, for a new run or where there is none."""
         path = self.config.sample_folder / "real.png"
         if self._is_new or not path.exists():
             with self._tolerate["sample grids"]:
-                sample_grid(images).save(path)
+                sample_grid(images, row_names=self._row_names).save(path)
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
-        """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`."""
+        """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row."""
         self._background.submit(self._tolerate["sample grids"](self._write_samples), step, images)
 
     def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
@@ -142,7 +151,7 @@ class Recorder:
         folder, config = self.config.sample_folder, self.config
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         for name, batch in images.items():
-            grid = sample_grid(batch)
+            grid = sample_grid(batch, row_names=self._row_names)
             grid.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"samples/{name}", grid)
             if config.keep_samples:
@@ -214,7 +223,7 @@ class NullRecorder:
         return False
 
 
-def _report_run(config: Config, machine: str) -> Run:
+def _report_run(config: Config, machine: str, classes: Sequence[str]) -> Run:
     """Return what the report says of a run at any step."""
     options = {
         title: {field.name: getattr(config, field.name) for field in fields}
@@ -226,6 +235,7 @@ def _report_run(config: Config, machine: str) -> Run:
         image_size=config.imsize,
         batch_size=config.batch_size,
         machine=machine,
+        classes=classes,
         log_folder=config.log_folder,
         sample_folder=config.sample_folder,
         attn_folder=config.attn_folder,

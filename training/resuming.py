@@ -1,22 +1,25 @@
 """Continue from a checkpoint: find it, compare its options and images, advise after a non-finite loss."""
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from errors import warn
-from parameter import Config
+from parameter import Config, option_text
 from training import checkpoint
 from training.divergence import NonFiniteError
 
-DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num")
+DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
-def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
+def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> checkpoint.Checkpoint | None:
     """Return the checkpoint that `--pretrained_model` names, None for a new run.
 
+    Args:
+        classes: of the training images.
+
     Raises:
-        UserError: there is none, it cannot be read, or it is of other networks.
+        UserError: there is none, it cannot be read, or it is of other networks or classes.
     """
     wanted = config.pretrained_model
     if wanted == "auto":
@@ -25,6 +28,7 @@ def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
         return None
     saved = checkpoint.load(config.model_folder, wanted)
     checkpoint.check_architecture(saved, config.architecture)
+    checkpoint.check_classes(saved, classes)
     return saved
 
 
@@ -52,10 +56,11 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
         adopted = {name: value for name, value in adopted.items() if value != getattr(config, name)}
         tested = dataclasses.replace(config, **adopted)
     if adopted:
-        print("from the checkpoint: " + " ".join(f"--{name} {value}" for name, value in adopted.items()))
+        print("from the checkpoint: " + " ".join(f"--{name} {option_text(value)}" for name, value in adopted.items()))
     different = {name: value for name, value in options.items() if value != getattr(tested, name)}
     if different:
-        warn("the checkpoint was trained with " + " ".join(f"--{name} {value}" for name, value in different.items()))
+        trained_with = (f"--{name} {option_text(value)}" for name, value in different.items())
+        warn("the checkpoint was trained with " + " ".join(trained_with))
     return saved, tested
 
 
@@ -81,11 +86,11 @@ def changed_options(saved: Mapping[str, Any], config: Config) -> list[str]:
         if name in ("pretrained_model", "overwrite"):  # these are expected to differ
             continue
         if name not in current:
-            changes.append(f"{name} {saved[name]} (no longer an option)")
+            changes.append(f"{name} {option_text(saved[name])} (no longer an option)")
         elif name not in saved:
-            changes.append(f"--{name} {current[name]} (new)")
+            changes.append(f"--{name} {option_text(current[name])} (new)")
         elif current[name] != saved[name]:
-            changes.append(f"--{name} {current[name]} (was {saved[name]})")
+            changes.append(f"--{name} {option_text(current[name])} (was {option_text(saved[name])})")
     return changes
 
 

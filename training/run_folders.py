@@ -16,7 +16,7 @@ from training import checkpoint
 from utils import check_writable, files_by_step
 
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
-    r"samples/\d{5,}\.png|grid\.png|interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
+    r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
     r"|(attention|metrics)\.json|nearest\.png"
 )
 
@@ -101,11 +101,12 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
 
 
 def remove_test_results(folder: Path) -> None:
-    """Remove what `--train false` wrote to a folder, and the folder itself if it has no other files."""
-    for path in [*folder.glob("samples/*"), *folder.glob("*")]:
-        if TEST_RESULTS.fullmatch(path.relative_to(folder).as_posix()):
-            path.unlink()
-    for path in (folder / "samples", folder):
+    """Remove what `--train false` wrote to a folder, and those of its folders that have no other files."""
+    found = [path for pattern in ("samples/*/*", "samples/*", "*") for path in folder.glob(pattern)]
+    results = [path for path in found if TEST_RESULTS.fullmatch(path.relative_to(folder).as_posix())]
+    for path in results:
+        path.unlink()
+    for path in dict.fromkeys([*(path.parent for path in results), folder / "samples", folder]):
         with suppress(OSError):  # it is missing, or has other files
             path.rmdir()
 

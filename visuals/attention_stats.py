@@ -5,7 +5,7 @@ a key's cell covers several queries; otherwise M = N.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ class AttentionSample(NamedTuple):
     name: str  # "generated" or "real"
     images: Tensor  # (B, 3, S, S) in [-1, 1]
     maps: Mapping[str, Tensor]  # "G attn1": (B, N, M) ...; A[b, i, j] is how much query i attends to key j
+    classes: Sequence[str] = ()  # the name of each image's class, if there are classes
 
 
 class AttentionStats(NamedTuple):
@@ -39,21 +40,31 @@ class AttentionStats(NamedTuple):
 LayerStats = tuple[tuple[int, int], AttentionStats]  # the sides of the grids of queries and of keys, and the statistics
 
 
-def collect_attention(G: Generator, D: Discriminator | None, z: Tensor, real: Tensor | None) -> list[AttentionSample]:
+def collect_attention(
+    G: Generator,
+    D: Discriminator | None,
+    latents: Sequence[Tensor],
+    real: Sequence[Tensor] | None,
+    classes: Sequence[str] = (),
+) -> list[AttentionSample]:
     """Return the maps of G and D on generated images and, if given, those of D on real images.
 
     Args:
         G, D: in evaluation mode, because a forward in training mode changes their buffers; D may be missing.
-        z: (B, z_dim).
-        real: (B', 3, S, S) in [-1, 1], or None.
+        latents: z (B, z_dim) and, for conditional networks, labels (B,).
+        real: images (B', 3, S, S) in [-1, 1] and, for conditional networks, labels (B',); or None.
+        classes: the names of the classes that the labels number.
     """
-    fake, *g_maps = G(z, return_attention=True)
-    if D is None:
-        return [AttentionSample("generated", fake, _name_layers("G", g_maps))]
-    d_maps = D(fake, return_attention=True)[1:]
-    samples = [AttentionSample("generated", fake, _name_layers("G", g_maps) | _name_layers("D", d_maps))]
-    if real is not None:
-        samples.append(AttentionSample("real", real, _name_layers("D", D(real, return_attention=True)[1:])))
+    fake, *g_maps = G(*latents, return_attention=True)
+    batches = [("generated", (fake, *latents[1:]), _name_layers("G", g_maps))]
+    if real is not None and D is not None:
+        batches.append(("real", real, {}))
+    samples = []
+    for name, inputs, maps in batches:
+        if D is not None:
+            maps |= _name_layers("D", D(*inputs, return_attention=True)[1:])
+        names = [classes[number] for labels in inputs[1:] for number in labels.tolist()]
+        samples.append(AttentionSample(name, inputs[0], maps, names))
     return samples
 
 

@@ -75,6 +75,7 @@ def _image_entries(sample: AttentionSample) -> list[dict]:
     return [
         {
             "group": sample.name,
+            "class": sample.classes[index] if sample.classes else "",
             "size": pixels.shape[0],
             "pixels": _compress(pixels.tobytes()),
             "query": _initial_query(first[index]),

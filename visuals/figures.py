@@ -19,6 +19,8 @@ from visuals.attention_stats import AttentionSample, grid_sides
 QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one per query
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
 TILE, GAP, CAPTION = 144, 8, 16  # pixels
+CLASS_ROWS = 8  # rows at most of a grid with a row for each class
+NAME_LENGTH = 20  # characters of a class's name in a figure
 TEXT, MUTED, BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 
@@ -27,23 +29,35 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
-def sample_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[str] = ()) -> Image.Image:
     """Place images (B, 3, S, S) side by side with 2 black pixels around each.
 
     Like torchvision's `make_grid`, which draws no border around a single image.
 
     Args:
-        columns: images per row; by default the grid is as near to a square as B allows.
+        columns: images per row; by default B / R for R named rows, otherwise as near to a square as B allows.
+        row_names: to write at the left of the rows.
     """
     pixels, gap = to_pixels(images), 2
     count, size = pixels.shape[:2]
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or (count // len(row_names) if row_names else math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    grid = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap))
+    font = _font(13)
+    row_names = [shorten(name, NAME_LENGTH) for name in row_names]
+    margin = max([0, *(GAP + math.ceil(font.getlength(name)) for name in row_names)])
+    grid = Image.new("RGB", (margin + columns * (size + gap) + gap, rows * (size + gap) + gap))
     for index, tile in enumerate(pixels):
         row, column = divmod(index, columns)
-        grid.paste(Image.fromarray(tile), (gap + column * (size + gap), gap + row * (size + gap)))
+        grid.paste(Image.fromarray(tile), (margin + gap + column * (size + gap), gap + row * (size + gap)))
+    draw = ImageDraw.Draw(grid)
+    for row, name in enumerate(row_names):
+        draw.text((GAP // 2, gap + row * (size + gap) + size // 2), name, (230, 230, 230), font, anchor="lm")
     return grid
+
+
+def shorten(text: str, length: int) -> str:
+    """Return a text of at most `length` characters: the end of a longer one is replaced by "..."."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
@@ -107,7 +121,7 @@ def attention_figures(samples: Sequence[AttentionSample], step: int) -> dict[str
     layers = {layer: (sample, maps) for sample in samples for layer, maps in sample.maps.items()}  # the last sample's
     return {
         layer.replace(" ", "_"): attention_figure(
-            sample.images, maps, f"{layer_name(layer)} on {sample.name} images, step {step}"
+            sample.images, maps, f"{layer_name(layer)} on {sample.name} images, step {step}", sample.classes
         )
         for layer, (sample, maps) in layers.items()
     }
@@ -118,13 +132,14 @@ def layer_name(layer: str) -> str:
     return layer.replace("G ", "Generator ").replace("D ", "Discriminator ")
 
 
-def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Image:
+def attention_figure(images: Tensor, attention: Tensor, title: str, classes: Sequence[str] = ()) -> Image.Image:
     """Draw a row per image: the image with its queries marked, then the attention map of each query.
 
     Args:
         images: (B, 3, S, S) in [-1, 1].
         attention: (B, N, M), rows summing to 1: sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys.
         title: the figure's first line.
+        classes: the name of each image's class, to write below it.
     """
     attention = attention.cpu().numpy()
     keys = attention.shape[2]
@@ -145,6 +160,8 @@ def attention_figure(images: Tensor, attention: Tensor, title: str) -> Image.Ima
         image = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
         colors = dict(zip(query_points(maps, len(QUERY_COLORS)), QUERY_COLORS, strict=False))
         figure.paste(_mark_queries(image, query_side, colors), (GAP, top))
+        for name in classes[row : row + 1]:
+            draw.text((GAP, top + TILE + 1), shorten(name, NAME_LENGTH), MUTED, _font(12))
         for column, (query, color) in enumerate(colors.items(), start=1):
             left = GAP + column * (TILE + GAP)
             heatmap = overlay(image, maps[query].reshape(key_side, key_side))

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from datasets.labels import join_names
 from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
 
@@ -68,6 +69,7 @@ class Run:
         log_folder: where the page will be; its links are relative to it.
         options: the configuration by group.
         defaults: the default of each option.
+        classes: the names of the classes, if there are any.
     """
 
     title: str
@@ -80,6 +82,7 @@ class Run:
     attn_folder: Path
     options: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
+    classes: Sequence[str] = ()
 
 
 def report_page(run: Run, step: int, command: str, updated: datetime, state: str = "running") -> str:
@@ -118,6 +121,7 @@ def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], is_running: bool)
     percent = min(100, math.floor(1000 * step / run.total_step) / 10)  # rounded down: 100% is the end
     facts = [f"step {step:,} of {run.total_step:,} ({percent:g}%)", f"{run.image_size}×{run.image_size}"]
     facts += [f"batch {run.batch_size}", f"on {run.machine}"]
+    facts += [f"classes {join_names(run.classes)}"] if run.classes else []
     if "images_per_s" in log:
         speed = float(np.median(log["images_per_s"][-20:, 1]))  # samples and checkpoints slow some entries
         facts.append(f"{speed:,.1f} images/s")

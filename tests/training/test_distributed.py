@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing import get_context
 
 import pytest
@@ -48,7 +48,7 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
             nn.init.constant_(layer.gamma, 0.5)
     trainer.seen = []
     updates = trainer.updates
-    trainer.updates = lambda real, z, mix: trainer.seen.append([*real, *z, *mix]) or updates(real, z, mix)
+    trainer.updates = lambda *inputs: trainer.seen.append([*chain(*inputs)]) or updates(*inputs)
     return trainer
 
 

@@ -6,7 +6,7 @@ from training.checkpoint import Checkpoint
 from training.models import MODELS
 from visuals.attention_stats import collect_attention
 
-SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8)
+SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8, conditional=False)
 
 
 @pytest.mark.parametrize("imsize", [64, 128])
@@ -25,7 +25,7 @@ def test_both_models_are_called_in_the_same_way(name):
     G, D = MODELS[name].make_G(64, 16, 8).eval(), MODELS[name].make_D(64, 8).eval()
     z = torch.randn(2, 16)
     with torch.no_grad():
-        generated, real = collect_attention(G, D, z, torch.rand(3, 3, 64, 64))
+        generated, real = collect_attention(G, D, (z,), (torch.rand(3, 3, 64, 64),))
         assert G(z).shape == (2, 3, 64, 64) and D(G(z)).shape == (2,)
     for maps in (*generated.maps.values(), *real.maps.values()):
         torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:2]))

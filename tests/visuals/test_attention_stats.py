@@ -75,8 +75,8 @@ def test_maps_of_both_networks_are_collected():
     G, D = Generator(32, 16, 8).eval(), Discriminator(32, 8).eval()
     real = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        generated, on_real = collect_attention(G, D, torch.randn(3, 16), real)
-        assert len(collect_attention(G, D, torch.randn(3, 16), None)) == 1
+        generated, on_real = collect_attention(G, D, (torch.randn(3, 16),), (real,))
+        assert len(collect_attention(G, D, (torch.randn(3, 16),), None)) == 1
     assert (generated.name, list(generated.maps)) == ("generated", ["G attn1", "G attn2", "D attn1", "D attn2"])
     assert (on_real.name, list(on_real.maps)) == ("real", ["D attn1", "D attn2"])
     assert generated.maps["G attn2"].shape == (3, 256, 256)

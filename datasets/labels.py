@@ -1,0 +1,107 @@
+"""Class labels of datasets: the folder of an image file, an attribute of CelebA.
+
+labels = folder_labels("data/animals", ["cat/1.jpg", "dog/1.jpg"])
+labels.classes, labels.numbers                          # ("cat", "dog"), [0, 1]
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from errors import UserError
+
+LISTED = 8  # classes to name in a line; of more, the first and their number
+ATTRIBUTE_FILES = ("list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt")
+
+
+class Labels(NamedTuple):
+    """The names of the classes, and for each item the number of its class, counted from 0."""
+
+    classes: tuple[str, ...]
+    numbers: Sequence[int]
+
+    def check(self) -> None:
+        """Raise `UserError` unless there are two classes or more, with two items or more each."""
+        counts = Counter(self.numbers)
+        if len(self.classes) < 2:
+            raise UserError(f"--conditional true needs two classes or more; the only one is {list_classes(self)}")
+        if few := [f"{name} has {counts[number]}" for number, name in enumerate(self.classes) if counts[number] < 2]:
+            raise UserError(f"--conditional true needs two images or more of each class: {', '.join(few[:LISTED])}")
+
+    def without(self, items: Sequence[int]) -> "Labels":
+        """Return the labels of all items but these."""
+        left_out = {*items}
+        return Labels(self.classes, [number for item, number in enumerate(self.numbers) if item not in left_out])
+
+
+def list_classes(labels: Labels) -> str:
+    """Return the classes with their numbers of images, such as "cat (5,000), dog (4,000)"."""
+    counts = Counter(labels.numbers)
+    return join_names([f"{name} ({counts[number]:,})" for number, name in enumerate(labels.classes)])
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join names by commas; of many, the first and how many there are."""
+    return ", ".join(names[:LISTED]) + (f", ... ({len(names)} in all)" if len(names) > LISTED else "")
+
+
+def folder_labels(root: str, names: Sequence[str]) -> Labels:
+    """Return the labels of image files `names`, relative to `root`: the folders directly below it, as ImageFolder.
+
+    Raises:
+        UserError: some files are in none of these folders.
+    """
+    if beside := [name for name in names if os.sep not in name]:
+        raise UserError(
+            f"--conditional true takes the folders directly below {root} as classes, and {len(beside):,} images are in "
+            f"none, such as {beside[0]}: move them into one"
+        )
+    folders = [name.split(os.sep, 1)[0] for name in names]
+    classes = tuple(sorted({*folders}))
+    number = {folder: index for index, folder in enumerate(classes)}
+    return Labels(classes, [number[folder] for folder in folders])
+
+
+def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str | None) -> Labels:
+    """Return the labels of CelebA's images: 1 where the attribute is present.
+
+    Args:
+        root: `--image_path`.
+        folder: of the images; CelebA's list of attributes is in it, beside it or in `root`.
+        names: the image files, found in the list by their name without folder and ending.
+        attribute: a name such as "Smiling".
+
+    Raises:
+        UserError: the list is missing or damaged, lacks an image, or has no such attribute.
+    """
+    places = [place / name for place in (folder, folder.parent, root) for name in ATTRIBUTE_FILES]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
+        target = folder.parent if folder.name.startswith("img_align_celeba") else folder
+        raise UserError(
+            f"--conditional true needs CelebA's attributes: download {ATTRIBUTE_FILES[0]} from its page "
+            f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html, folder Anno) and put it into {target}"
+        )
+    with open(path, encoding="utf-8", errors="replace") as file:
+        rows = (line.replace(",", " ").split() for line in file)  # of the .txt, and of the .csv that Kaggle has
+        header = next((row for row in rows if len(row) > 1), [])  # the .txt begins with the number of images
+        attributes = [word for word in header if word != "image_id"]
+        if attribute not in attributes:
+            given = f"--attribute {attribute} is not in {path}" if attribute else "--dataset celeb needs --attribute"
+            raise UserError(f"{given}; choose one of {', '.join(attributes)}")
+        present = dict(_presence(path, rows, attributes.index(attribute)))
+    stems = [Path(name).stem for name in names]
+    if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in present]:
+        raise UserError(f"{path} has no line for {len(missing):,} of the images, such as {missing[0]}")
+    return Labels((f"not_{attribute}", attribute), [present[stem] for stem in stems])
+
+
+def _presence(path: Path, rows: Iterator[list[str]], column: int) -> Iterator[tuple[str, int]]:
+    """Yield name without ending, and 1 or 0, of each row: a file name, then -1 or 1 for each attribute."""
+    for row in filter(None, rows):
+        try:
+            yield Path(row[0]).stem, int(int(row[1 + column]) > 0)
+        except (IndexError, ValueError) as error:
+            raise UserError(f"{path} is damaged: a line is {' '.join(row)[:80]!r}") from error

@@ -1,0 +1,72 @@
+"""docs/models.md is true: its drawings, and the numbers of its table."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+
+from draw_models import count_parameters, draw, trace
+from floor import step_work
+
+import sagan_models
+from networks import paper_models
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODELS = {"sagan": sagan_models, "paper": paper_models}
+NAMES = pytest.mark.parametrize("name", MODELS)
+
+
+def cell(name: str, row: str) -> str:
+    """The cell of docs/models.md in this row and the model's column."""
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    (cells,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \| (.*) \|$", text, flags=re.MULTILINE)
+    return cells[list(MODELS).index(name)]
+
+
+@NAMES
+def test_drawings_show_the_networks(name):
+    drawing = (DOCS / f"model_{name}.svg").read_text(encoding="utf-8")
+    assert drawing == draw(name), "run: python docs/draw_models.py"
+
+
+@NAMES
+@pytest.mark.parametrize("size", [64, 128])
+def test_parameter_counts_of_the_table(name, size):
+    with torch.device("meta"):
+        G, D = MODELS[name].Generator(size), MODELS[name].Discriminator(size)
+    assert cell(name, f"parameters, size {size}") == f"G {count_parameters(G):,}, D {count_parameters(D):,}"
+
+
+@NAMES
+def test_attention_layers_of_the_table(name):
+    maps, channels = [], []
+    for letter, make, x in (
+        ("G", MODELS[name].Generator, torch.zeros(1, 128)),
+        ("D", MODELS[name].Discriminator, torch.zeros(1, 3, 64, 64)),
+    ):
+        network = make(conv_dim=8)  # an eighth of the default; the maps do not depend on it
+        _, *attention = network(x, return_attention=True)
+        maps.append(f"{letter}: " + ", ".join("×".join(map(str, tensor.shape[1:])) for tensor in attention))
+        boxes = [box for box in trace(network, x) if box.kind == "self-attention"]
+        channels.append(f"{letter}: " + ", ".join(str(8 * box.shape[0]) for box in boxes))
+    assert cell(name, "attention maps, queries × keys, at size 64") == "; ".join(maps)
+    assert cell(name, "channels C of these feature maps, at size 64") == "; ".join(channels)
+
+
+def test_sizes_of_the_table():
+    for name, sizes in (("sagan", sagan_models.IMAGE_SIZES), ("paper", paper_models.WIDTHS)):
+        assert cell(name, "sizes") == ", ".join(map(str, sizes))
+
+
+@pytest.mark.slow
+@NAMES
+def test_work_of_a_step_of_the_table(name, make_trainer):
+    """It is proportional to the batch size."""
+    trainer = make_trainer(model=name, imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64, batch_size=2)
+    flop = step_work(trainer.train_step).flop * 64 / 2
+    assert cell(name, "work of a step, 64 images of size 64") == f"{flop / 1e12:.2f} TFLOP"

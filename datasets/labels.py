@@ -88,6 +88,8 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
         rows = (line.replace(",", " ").split() for line in file)  # of the .txt, and of the .csv that Kaggle has
         header = next((row for row in rows if len(row) > 1), [])  # the .txt begins with the number of images
         attributes = [word for word in header if word != "image_id"]
+        if not attributes:
+            raise UserError(f"{path} has no line with the names of attributes: download it again")
         if attribute not in attributes:
             given = f"--attribute {attribute} is not in {path}" if attribute else "--dataset celeb needs --attribute"
             raise UserError(f"{given}; choose one of {', '.join(attributes)}")

@@ -67,7 +67,7 @@ def make_trainer(make_config):
 
 def build_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.seed)
-    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
+    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed, conditional=config.conditional)
     loader = Loader(
         source,
         config.imsize,

@@ -446,3 +446,59 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="--cache_path"):
         open_cache(find_source("toy", toy_num=2), 32, tmp_path / "cache", 0)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A function that opens a loader of images in two class folders, each image gray in a level of its own."""
+    for number in range(8):
+        path = tmp_path / "images" / ("dark" if number < 5 else "light") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * number,) * 3).save(path)
+
+    def open_it(**options):
+        source = find_source("folder", str(tmp_path / "images"), conditional=True)
+        return Loader(source, 8, 2, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)).open()
+
+    return open_it
+
+
+def gray_levels(images):
+    return [round((image.mean().item() + 1) * 127.5) for image in images]
+
+
+def test_labels_stay_with_their_images(labelled):
+    loader = labelled(hflip=True, seed=3)
+    assert loader.classes == ("dark", "light") and loader.labels.tolist() == [0] * 5 + [1] * 3
+    for position in range(12):
+        levels, labels = gray_levels(loader.batch(position)), loader.batch_labels(position)
+        assert labels.tolist() == [level // 20 >= 5 for level in levels]
+        shards = [loader.batch_labels(position, slice(rank, rank + 1)) for rank in range(2)]
+        assert torch.equal(torch.cat(shards), labels)
+    assert gray_levels(loader.images_of_class(1, 2)) == [100, 120]
+    assert gray_levels(loader.images_of_class(1, 9)) == [100, 120, 140]
+
+
+@pytest.mark.parametrize("cached_as", [2, 1, None])
+def test_labels_of_skipped_images_are_left_out_whatever_the_cache(labelled, tmp_path, cached_as):
+    """Caches have no labels: those of older versions, and those written for other labels or none, stay valid."""
+    (tmp_path / "images" / "dark" / "2.png").write_bytes(b"damaged")
+    if cached_as:
+        source = find_source("folder", str(tmp_path / "images"))
+        Loader(source, 8, 2, cache_path=str(tmp_path / "cache"), num_workers=0).open()
+        info = cache_folder(tmp_path) / "info.json"
+        content = json.loads(info.read_text())
+        if cached_as == 1:  # it had lines without the numbers of the items
+            content |= {"format": 1, "skipped": [line for _, line in content["skipped"]]}
+        info.write_text(json.dumps(content))
+    loader = labelled()
+    assert loader.labels.tolist() == [0] * 4 + [1] * 3 and len(loader.skipped) == 1
+    assert gray_levels(loader.images_of_class(0, 9)) == [0, 20, 60, 80]
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+
+
+def test_other_labels_are_other_data(labelled, tmp_path):
+    before = labelled().identity
+    plain = Loader(find_source("folder", str(tmp_path / "images")), 8, 2, cache_path=str(tmp_path / "cache")).open()
+    assert plain.identity != before and len(plain.labels) == 0
+    assert labelled().identity == before

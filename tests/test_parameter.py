@@ -35,7 +35,10 @@ def test_boolean_words(word, value):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--model paper --imsize 32", "64 and 128"),
+    ("--model paper --imsize 32", "64 and 128"), ("--conditional true", "needs --model paper"),
+    ("--attribute Smiling", "--conditional true"), ("--model paper --attribute a,b", "word"),
+    ("--model paper --conditional true --dataset toy --attribute Smiling", "--dataset celeb"),
+    ("--class_name ,", "separated by commas"),
     ("--imsize 48", "32, 64, 128, 256"), ("--imsize big", "imsize"), ("--batch_size 0", "batch_size"),
     ("--batch_size -3", "batch_size"), ("--batch_size 1.5", "batch_size"), ("--g_lr 0", "g_lr"), ("--d_lr x", "d_lr"),
     ("--g_lr nan", "g_lr"), ("--d_lr inf", "d_lr"), ("--total_step 0", "total_step"), ("--beta1 1", "beta1"),

@@ -194,7 +194,7 @@ def write_cifar10(root):
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
-        entry = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0] * 4}
+        entry = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [3, 0, 9, 3]}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
 
@@ -209,6 +209,8 @@ def test_cifar10(tmp_path, monkeypatch):
     assert len(source.items) == 20
     assert source.description == "20 images of CIFAR-10"
     assert source.decode(7, 64).size == (64, 64)
+    labels = find_source("cifar10", str(tmp_path), conditional=True).labels
+    assert labels.classes == tuple("0123456789") and labels.numbers == [3, 0, 9, 3] * 5
 
 
 def test_lsun(tmp_path):

@@ -366,6 +366,18 @@ def test_gain_and_shift_of_a_class_scale_and_shift_its_images():
         torch.testing.assert_close(layer(x, labels)[index], expected)
 
 
+def test_weights_of_classes_average_their_scales_and_shifts():
+    """One-hot weights are labels."""
+    layer = ConditionalBatchNorm2d(6, 5).eval()
+    for table in (layer.gain, layer.shift):
+        nn.init.normal_(table.weight)
+    x, labels = torch.randn(4, 6, 5, 5), torch.tensor([3, 0, 0, 1])
+    one_hot = nn.functional.one_hot(labels, 5).float()
+    torch.testing.assert_close(layer(x, one_hot), layer(x, labels))
+    between = (one_hot + one_hot.flip(0)) / 2
+    torch.testing.assert_close(layer(x, between), (layer(x, labels) + layer(x, labels.flip(0))) / 2)
+
+
 def test_labels_change_images_and_logits():
     G, D = make_settled(CLASSES)
     for name, parameter in G.named_parameters():

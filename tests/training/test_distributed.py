@@ -19,13 +19,13 @@ from datasets.sources import find_source
 from errors import PeerFailed, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
-from sagan_models import SelfAttention
 from trainer import Trainer
 from training import distributed
 from training.distributed import Ranks, SyncSchedule, process_group, processes_to_start
 
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
-LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}}
+CLASSES = dict(model="paper", imsize=64, conditional=True)
+LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}, "classes": CLASSES | {"adv_loss": "wgan-gp"}}
 RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
 CRITIC = dict(version="critic", total_step=2, n_critic=2, metrics="fid", metric_num=16, log_step=1)
 pytestmark = [
@@ -39,12 +39,12 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
-    source = find_source("toy", toy_num=config.toy_num)
+    source = find_source("toy", toy_num=config.toy_num, conditional=config.conditional)
     loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
                     hflip=config.hflip).open()  # fmt: skip
     trainer = Trainer(loader, config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
-        if isinstance(layer, SelfAttention) and trainer.step == 0:
+        if hasattr(layer, "gamma") and trainer.step == 0:
             nn.init.constant_(layer.gamma, 0.5)
     trainer.seen = []
     updates = trainer.updates
@@ -60,10 +60,11 @@ def gradients(folder, ranks=Ranks()):  # noqa: B008
     for name, options in LOSSES.items():
         trainer = make(folder, ranks, batch_size=8, **options)
         shard = trainer.shard
-        trainer.d_step(trainer.loader.batch(0, shard), z[shard], mix[shard])
+        labels = [trainer.loader.batch_labels(0, shard), torch.arange(8)[shard] % 3] if trainer.classes else []
+        trainer.d_step(trainer.loader.batch(0, shard), z[shard], mix[shard], *labels)
         found |= {f"{name} D {key}": value.grad.clone() for key, value in trainer.D.named_parameters()}
         trainer = make(folder, ranks, batch_size=8, **options)
-        trainer.g_step(z[shard])
+        trainer.g_step(z[shard], *labels[1:])
         found |= {f"{name} G {key}": value.grad.clone() for key, value in trainer.G.named_parameters()}
     return found
 
@@ -122,6 +123,9 @@ def compute(ranks, folder):
     critic = make(folder / "two", ranks, feature_extractor=str(folder / "small.pt"), **CRITIC)
     critic.train()
     found["critic seen"] = critic.seen
+    classes = make(folder / "two", ranks, version="classes", total_step=2, n_critic=2, **CLASSES)
+    classes.train()
+    found["classes seen"] = classes.seen
     try:
         make(folder / "two", ranks, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
     except (UserError, PeerFailed) as error:
@@ -210,7 +214,7 @@ def test_gradients_equal_those_of_one_process(pair, tmp_path):
     _, found = pair
     expected = gradients(tmp_path)
     scale = {name: max(value.norm() for key, value in expected.items() if key.startswith(name)) for name in
-             ("hinge D", "hinge G", "wgan-gp D", "wgan-gp G")}  # fmt: skip
+             (f"{loss} {network}" for loss in LOSSES for network in "DG")}  # fmt: skip
     for key, value in expected.items():
         assert torch.equal(found[0]["gradients"][key], found[1]["gradients"][key]), key
         # Some are 0 but for rounding: a bias before BatchNorm, a bias of keys.
@@ -275,6 +279,14 @@ def test_several_d_updates_and_metrics_equal_those_of_one_process(pair, tmp_path
         assert all(torch.equal(whole, torch.cat(shards)) for whole, *shards in zip(mine, first, second, strict=True))
     last, expected = (log(path / "log_path/critic")[-1] for path in (folder / "two", tmp_path))
     assert last["step"] == 2 and last["fid"] == pytest.approx(expected["fid"], rel=1e-2)
+
+
+def test_labels_equal_those_of_one_process(pair, tmp_path):
+    one = make(tmp_path, version="classes", total_step=2, n_critic=2, **CLASSES)
+    one.train()
+    for mine, first, second in zip(one.seen, *(each["classes seen"] for each in pair[1]), strict=True):
+        assert [tensor.dtype for tensor in mine] == [torch.float32] * 5 + [torch.int64] * 5
+        assert all(torch.equal(whole, torch.cat(shards)) for whole, *shards in zip(mine, first, second, strict=True))
 
 
 @pytest.mark.parametrize("name, dtype, tolerance", [("batch norm", torch.float32, 1e-5),

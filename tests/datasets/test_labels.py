@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loader import Loader
+from datasets.labels import Labels, join_names, list_classes
+from datasets.sources import find_source
+from datasets.toy_faces import HAIR_LENGTHS
+from errors import UserError
+
+ATTRIBUTES = ["5_o_Clock_Shadow", "Eyeglasses", "Smiling"]
+ROWS = {"000001.jpg": (-1, 1, 1), "000002.jpg": (-1, -1, -1), "000003.jpg": (1, -1, 1), "000004.jpg": (1, 1, -1)}
+
+
+def save(path, gray=0):
+    """Write an image of one gray level, which tells later which image it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (178, 218), (gray,) * 3).save(path)
+
+
+def write_txt(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [str(len(rows)), " ".join(ATTRIBUTES) + " "]
+    lines += [f"{name} {' '.join(f'{value:2}' for value in values)}" for name, values in rows.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_csv(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(["image_id", *ATTRIBUTES])] + [",".join(map(str, (name, *rows[name]))) for name in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def celeb(tmp_path):
+    """The folder of CelebA's images in torchvision's layout, below the path to give."""
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    for name in ROWS:
+        save(folder / name)
+    return folder
+
+
+def smiling(tmp_path, attribute="Smiling"):
+    return find_source("celeb", str(tmp_path), conditional=True, attribute=attribute)
+
+
+def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("b/1.png", "b/2.png", "a/deep/er/3.png", "a/4.png", "C/5.png", "C/a/6.png"):
+        save(tmp_path / name)
+    (tmp_path / ".hidden").mkdir()
+    save(tmp_path / ".hidden" / "7.png")
+    source = find_source("folder", str(tmp_path), conditional=True)
+    found = {str(tmp_path / item): number for item, number in zip(source.items, source.labels.numbers, strict=True)}
+    (tmp_path / ".hidden" / "7.png").unlink()
+    (tmp_path / ".hidden").rmdir()
+    expected = ImageFolder(str(tmp_path))
+    assert list(source.labels.classes) == expected.classes == ["C", "a", "b"]
+    assert found == dict(expected.samples)
+    assert "C (2), a (2), b (2)" in source.description
+
+
+def test_labels_leave_the_pixels_and_their_fingerprint_alone(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
+        save(tmp_path / name)
+    plain, labelled = (find_source("folder", str(tmp_path), conditional=value) for value in (False, True))
+    assert plain.labels is None and labelled.labels is not None
+    assert plain.fingerprint == labelled.fingerprint and plain.items == labelled.items
+
+
+def test_images_beside_the_class_folders(tmp_path):
+    for name in ("a/1.png", "b/2.png", "stray.png"):
+        save(tmp_path / name)
+    with pytest.raises(UserError, match=r"1 images are in none, such as stray\.png"):
+        find_source("folder", str(tmp_path), conditional=True)
+
+
+@pytest.mark.parametrize("write, place", [
+    (write_txt, "celeba/list_attr_celeba.txt"), (write_csv, "celeba/list_attr_celeba.csv"),
+    (write_txt, "celeba/img_align_celeba/list_attr_celeba.txt"), (write_txt, "list_attr_celeba.txt"),
+    (write_txt, "celeba/Anno/list_attr_celeba.txt"), (write_csv, "list_attr_celeba.csv"),
+])  # fmt: skip
+def test_an_attribute_of_celeb_is_its_classes(celeb, tmp_path, write, place):
+    write(tmp_path / place)
+    labels = smiling(tmp_path).labels
+    assert labels == Labels(("not_Smiling", "Smiling"), [1, 0, 1, 0])
+    assert smiling(tmp_path, "Eyeglasses").labels.numbers == [1, 0, 0, 1]
+
+
+def test_the_reference_s_layout_and_pngs_have_attributes_too(tmp_path):
+    for name in ROWS:
+        save(tmp_path / "CelebA" / "0" / name.replace(".jpg", ".png"))
+    write_txt(tmp_path / "CelebA" / "list_attr_celeba.txt")
+    assert smiling(tmp_path).labels.numbers == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("attribute", ["smiling", None])
+def test_an_unknown_attribute_lists_those_that_there_are(celeb, tmp_path, attribute):
+    write_txt(celeb.parent / "list_attr_celeba.txt")
+    with pytest.raises(UserError, match=", ".join(ATTRIBUTES)) as error:
+        smiling(tmp_path, attribute)
+    assert "\n" not in str(error.value) and "--attribute" in str(error.value)
+
+
+def test_a_missing_list_of_attributes_says_what_to_fetch_and_where_it_goes(celeb, tmp_path):
+    with pytest.raises(UserError, match=r"download list_attr_celeba\.txt .*mmlab") as error:
+        smiling(tmp_path)
+    assert str(error.value).endswith(str(celeb.parent))
+    write_txt(celeb.parent / "list_attr_celeba.txt")  # there it is found
+    assert smiling(tmp_path).labels.numbers == [1, 0, 1, 0]
+
+
+def test_an_image_without_attributes(celeb, tmp_path):
+    write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
+    with pytest.raises(UserError, match=r"no line for 1 of the images, such as 000004\.jpg"):
+        smiling(tmp_path)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"4\n", b"\xff\xfe\x00", b"4\nSmiling\n000001.jpg\n", b"4\na Smiling\n000001.jpg 1\n",
+    b"4\na Smiling\n000001.jpg 1 yes\n", b"<html>Quota exceeded</html>",
+])  # fmt: skip
+def test_a_damaged_list_of_attributes_is_one_line(celeb, tmp_path, content):
+    (celeb.parent / "list_attr_celeba.txt").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        smiling(tmp_path)
+    assert "\n" not in str(error.value) and "list_attr_celeba.txt" in str(error.value)
+
+
+def test_toy_faces_are_drawn_with_the_hair_of_their_class():
+    """Beside the chin there is hair or background: long hair reaches lower than medium hair, and that than short."""
+    source = find_source("toy", toy_num=90, seed=5, conditional=True)
+    assert list(source.labels.classes) == ["short", "medium", "long"] == [*HAIR_LENGTHS]
+    changed_below = []
+    for item, number in zip(source.items, source.labels.numbers, strict=True):
+        column = np.asarray(source.decode(item, 64)).astype(int)[:, 14]
+        background = np.abs(column - column[0]).sum(1) < 30
+        changed_below.append((number, (~background[:55]).nonzero()[0].max(initial=0)))
+    lowest = [np.median([row for number, row in changed_below if number == wanted]) for wanted in range(3)]
+    assert lowest[0] < lowest[1] < lowest[2]
+
+
+def test_lsun_has_no_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.sources._lsun", lambda root: None)
+    with pytest.raises(UserError, match="--dataset lsun has no classes"):
+        find_source("lsun", str(tmp_path), conditional=True)
+
+
+@pytest.mark.parametrize("labels, words", [
+    (Labels(("cat",), [0, 0, 0]), "two classes or more; the only one is cat \\(3\\)"),
+    (Labels(("cat", "dog", "fox"), [0, 0, 1]), "two images or more of each class: dog has 1, fox has 0"),
+])  # fmt: skip
+def test_too_few_classes_or_images(labels, words):
+    with pytest.raises(UserError, match=words):
+        labels.check()
+
+
+def test_a_class_may_not_lose_its_images_to_damage(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
+        save(tmp_path / "images" / name)
+    (tmp_path / "images" / "b" / "4.png").write_bytes(b"damaged")
+    source = find_source("folder", str(tmp_path / "images"), conditional=True)
+    with pytest.raises(UserError, match="b has 1"):
+        Loader(source, 32, 2, cache_path=str(tmp_path / "cache"), num_workers=0).open()
+
+
+def test_many_classes_are_listed_in_part():
+    names = [f"class{number}" for number in range(100)]
+    assert join_names(names[:3]) == "class0, class1, class2"
+    assert join_names(names).endswith("class7, ... (100 in all)")
+    assert list_classes(Labels(("a", "b"), [0, 1, 1])) == "a (1), b (2)"

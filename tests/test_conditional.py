@@ -1,0 +1,280 @@
+"""Conditional training and evaluation, end to end: labels of real and generated images, grids, samples, checkpoints."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_trainer
+from PIL import Image
+
+import main
+import tester
+from errors import UserError
+from metrics import evaluation
+from networks.latents import as_arguments, class_rows, sample_z
+from training import checkpoint
+from training.distributed import Ranks
+from training.resuming import load_resume_checkpoint, load_test_checkpoint
+from training.run_folders import TEST_RESULTS, remove_test_results
+from utils import SEED_INTERPOLATION
+
+OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
+CLASSES = ("short", "medium", "long")
+
+
+@pytest.fixture
+def make(make_config):
+    return lambda **changes: build_trainer(make_config(**(OPTIONS | changes)))
+
+
+def separate_classes(G):
+    """Give each class a scale of its own in G, whose classes are equal at first. Returns G."""
+    for layer in G.modules():
+        if isinstance(layer, torch.nn.Embedding):
+            torch.nn.init.normal_(layer.weight)
+    return G
+
+
+@pytest.fixture
+def trained(make):
+    trainer = make(total_step=1)
+    for network in (trainer.G, trainer.ema.network):
+        separate_classes(network)
+    trainer.train()
+    return trainer
+
+
+def make_tester(trainer, loader=True, **changes):
+    given = dataclasses.replace(trainer.config, **changes)
+    saved, config = load_test_checkpoint(given, set(changes))
+    return tester.Tester(config, trainer.loader if loader else None, saved)
+
+
+def inputs_of(trainer, steps):
+    """What the updates of some steps are given; they are not run."""
+    seen = []
+    trainer.updates = lambda *inputs: seen.append(inputs) or {"d_loss": torch.zeros(()), "g_loss": torch.zeros(())}
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def test_real_images_have_their_labels_and_fakes_have_labels_as_frequent(make):
+    trainer = make(n_critic=2, batch_size=5)
+    trainer.loader.labels = torch.tensor([0] * 14 + [1] * 4 + [2] * 2)
+    seen = inputs_of(trainer, 200)
+    for step, (_, z, _, real_labels, fake_labels) in enumerate(seen):
+        assert len(z) == len(fake_labels) == 3
+        for index, labels in enumerate(real_labels):
+            assert torch.equal(labels, trainer.loader.batch_labels(2 * step + index))
+    drawn = torch.stack([labels for *_, fake_labels in seen for labels in fake_labels])
+    assert drawn.shape == (600, 5)
+    frequencies = drawn.flatten().bincount().numpy() / drawn.numel()
+    assert np.abs(frequencies - [0.7, 0.2, 0.1]).max() < 0.03  # four standard deviations
+    assert len({labels.numpy().tobytes() for labels in drawn}) > 60  # drawn anew each time
+
+
+def test_labels_depend_on_the_step_alone(make):
+    whole = inputs_of(make(), 4)[3]
+    later = make()
+    later.step = 3
+    for first, second in zip(whole, inputs_of(later, 1)[0], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    shards = []
+    for rank in range(2):
+        trainer = make()
+        trainer.shard, trainer.step = Ranks(rank, 2).shard(4), 3
+        shards.append(inputs_of(trainer, 1)[0])
+    for mine, *parts in zip(whole, *shards, strict=True):
+        for one, *halves in zip(mine, *parts, strict=True):
+            assert torch.equal(one, torch.cat(halves))
+
+
+def test_z_and_images_are_those_without_classes(make):
+    """Labels are drawn last: the same seed gives both the same images and latents."""
+    for one, other in zip(inputs_of(make(), 2), inputs_of(make(conditional=False), 2), strict=True):
+        for first, second in zip(one[:3], other[:3], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_both_networks_judge_and_draw_by_the_same_labels(make):
+    trainer, calls = make(adv_loss="wgan-gp"), []
+    G, D = separate_classes(trainer.G), trainer.D
+    real, z = trainer.loader.batch(0), torch.randn(4, 128)[:, :16]
+    real_labels, fake_labels = torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 1, 0])
+    for name, network in (("G", G), ("D", D)):
+        network.register_forward_pre_hook(lambda _, given, name=name: calls.append((name, *given)))
+    trainer.d_step(real, z, torch.rand(4, 1, 1, 1), real_labels, fake_labels)
+    assert [(name, labels.tolist()) for name, _, labels in calls] == [
+        ("G", [2, 2, 1, 0]), ("D", [0, 1, 2, 0]), ("D", [2, 2, 1, 0]), ("D", [0, 1, 2, 0])]  # fmt: skip
+    assert torch.equal(calls[1][1], real)  # the last call is the penalty's, at images between real and generated ones
+    calls.clear()
+    trainer.g_step(z, fake_labels)
+    assert [(name, labels.tolist()) for name, _, labels in calls] == [("G", [2, 2, 1, 0]), ("D", [2, 2, 1, 0])]
+    changed = [trainer.G.block1.bn1.gain.weight.grad, trainer.D.embedding.module.weight_bar.grad]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in changed)
+
+
+def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
+    z = sample_z(0, 20, 16, "cpu")
+    for classes, columns in ((range(3), 10), (range(8), 8), ([4, 1], 16), ([5], 20)):
+        rows, labels = class_rows(z, classes)
+        assert labels.reshape(len(classes), columns).tolist() == [[number] * columns for number in classes]
+        assert torch.equal(rows, z[:columns].repeat(len(classes), 1))
+    assert len(class_rows(z[:2], range(3))[0]) == 6
+
+
+def test_samples_of_training_are_rows_of_classes(trained):
+    images = trained._samples()["ema"]
+    assert len(images) == 3 * 4
+    names = trained.config.sample_folder
+    grid = Image.open(names / "1_ema.png")
+    assert grid.height == 2 + 3 * 66 and grid.width > 2 + 4 * 66  # the names are beside the images
+    for label in range(3):
+        z = trained.fixed_z
+        trained.ema.network.eval()
+        with torch.no_grad():
+            expected = trained.ema.network(z, torch.full((4,), label))
+        torch.testing.assert_close(images[4 * label : 4 * label + 4], expected)
+    real = np.asarray(Image.open(names / "real.png"))
+    left = real.shape[1] - (2 + 4 * 66)
+    first = trained.loader.images[(trained.loader.labels == 2).nonzero()[0, 0]].numpy()
+    assert np.array_equal(real[2 + 132 : 2 + 132 + 64, left + 2 : left + 66], first)
+
+
+def test_rows_of_real_images_may_be_short(make):
+    trainer = make(total_step=1, toy_num=40)
+    numbers = torch.zeros(40, dtype=torch.long)
+    numbers[:2], numbers[2:5] = 1, 2
+    trainer.loader.labels = numbers
+    trainer.fixed_z = torch.randn(12, 16)
+    rows = trainer._real_samples().unflatten(0, (3, 10))
+    assert [int((row.flatten(1).min(1).values != row.flatten(1).max(1).values).sum()) for row in rows] == [10, 2, 3]
+
+
+def test_attention_figures_name_the_classes(trained):
+    generated, real = trained._attention()
+    assert list(generated.classes) == ["short", "medium", "long", "short"]
+    assert list(real.classes) == [CLASSES[number] for number in trained.loader.batch_labels(0)[:4]]
+    explorer = (trained.config.attn_folder / "1_explorer.html").read_text()
+    entries = json.loads(explorer.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert [image["class"] for image in entries["images"]] == [*generated.classes, *real.classes]
+    assert "classes short, medium, long" in (trained.config.log_folder / "report.html").read_text()
+
+
+def test_the_checkpoint_tells_the_classes(trained, make_config):
+    saved = checkpoint.load(trained.config.model_folder, "1")
+    assert checkpoint.saved_classes(saved) == CLASSES
+    assert checkpoint.saved_architecture(saved) == trained.config.architecture
+    with pytest.raises(UserError, match=r"--conditional true \(not false\)"):
+        load_resume_checkpoint(dataclasses.replace(trained.config, conditional=False, pretrained_model="1"))
+    weights = dataclasses.replace(saved, state=None)
+    assert checkpoint.saved_classes(weights) == ("0", "1", "2")
+    checkpoint.check_classes(weights, ["a", "b", "c"])  # their names are not known
+
+
+@pytest.mark.parametrize("classes, words", [
+    (["short", "medium", "long", "bald"], "only the images have bald"),
+    (["short", "medium"], "only the checkpoint has long"),
+    (["a", "medium", "long"], "only the checkpoint has short; only the images have a"),
+    ([], "only the checkpoint has short, medium, long"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_classes_says_which(trained, classes, words):
+    config = dataclasses.replace(trained.config, pretrained_model="1")
+    with pytest.raises(UserError, match=words) as error:
+        load_resume_checkpoint(config, classes)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_are_written_for_each_class(trained):
+    tested = make_tester(trained, num_samples=5, batch_size=3)
+    assert tested.test() == 0
+    found = sorted(path.relative_to(tested.folder).as_posix() for path in tested.folder.rglob("*.*"))
+    assert all(TEST_RESULTS.fullmatch(name) for name in found)
+    samples = [f"samples/{name}/{number:05}.png" for name in CLASSES for number in range(5)]
+    assert {*samples, "grid.png", "class_interpolation.png", "class_interpolation.gif"} <= {*found}
+    pixels = {name: np.asarray(Image.open(tested.folder / "samples" / name / "00001.png")) for name in CLASSES}
+    assert not np.array_equal(pixels["short"], pixels["long"])
+    grid = np.asarray(Image.open(tested.folder / "grid.png"))
+    assert grid.shape[0] == 2 + 3 * 66
+    left = grid.shape[1] - (2 + 5 * 66)
+    for row, name in enumerate(CLASSES):  # the second z in each row
+        tile = grid[2 + 66 * row : 66 + 66 * row, left + 68 : left + 132]
+        assert np.abs(tile.astype(int) - pixels[name]).max() <= 1
+    (tested.folder / "samples" / "short" / "mine.png").touch()
+    remove_test_results(tested.folder)
+    assert [path.name for path in tested.folder.rglob("*.*")] == ["mine.png"]
+    assert not (tested.folder / "samples" / "long").exists()
+
+
+def test_class_name_chooses_the_classes(trained):
+    tested = make_tester(trained, loader=False, num_samples=2, class_name="long,short")
+    assert tested.test() == 0
+    assert sorted(path.name for path in (tested.folder / "samples").iterdir()) == ["long", "short"]
+    assert Image.open(tested.folder / "grid.png").height == 2 + 2 * 66
+    labels = tested._inputs(4)[1]
+    assert labels.tolist() == [2, 0, 2, 0]
+    with pytest.raises(UserError, match="--class_name bald: the checkpoint's classes are short, medium, long"):
+        make_tester(trained, class_name="short,bald")
+
+
+def test_class_name_without_classes(make):
+    trainer = make(conditional=False, total_step=1)
+    trainer.train()
+    with pytest.raises(UserError, match="no classes"):
+        make_tester(trainer, class_name="long")
+
+
+def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
+    tested = make_tester(trained, loader=False)
+    seen = {}
+    tested._write_columns = lambda name, columns, row_names: seen.update({name: (columns, row_names)})
+    tested.G.eval()
+    with torch.no_grad():
+        tested._write_class_interpolations()
+        z, labels = tested._inputs(5, SEED_INTERPOLATION)
+        columns, names = seen["class_interpolation"]
+        torch.testing.assert_close(columns[0], tested.G(z[:4], labels[:4]))
+        torch.testing.assert_close(columns[-1], tested.G(z[:4], labels[1:]))
+        middle = tested.G(z[:1], torch.tensor([[0.5, 0.5, 0.0]]))
+        assert (columns[4][:1] - middle).abs().max() < (columns[0][:1] - middle).abs().max()
+    assert names == ["short - medium", "medium - long", "long - short", "short - medium"]
+
+
+@pytest.mark.parametrize("name, folder", [("cat", "cat"), ("../../x", "_.._x"), ("..", "_"), ("a/b", "a_b"),
+                                          ("Katze süß", "Katze süß"), ("x\0", "x_"), ("", "_")])  # fmt: skip
+def test_a_class_of_any_name_has_a_folder_inside(name, folder):
+    assert tester._folder_name(name) == folder
+
+
+def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
+    config = make_config(**OPTIONS, metrics="faces")
+    loader = SimpleNamespace(images=None, labels=torch.tensor([0] * 60 + [1] * 30 + [2] * 10),
+                             source=SimpleNamespace(name="x", fingerprint="y"))  # fmt: skip
+    given = []
+    monkeypatch.setattr(evaluation, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
+    for _ in range(2):
+        evaluation.compute_metrics(config, lambda z, labels: given.append(labels), torch.zeros(1000, 16), loader)
+    assert torch.equal(torch.cat(given[:2]), torch.cat(given[2:]))
+    frequencies = torch.cat(given[:2]).bincount() / 1000
+    assert (frequencies - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.06
+
+
+def test_evaluation_without_images_of_the_classes(trained, monkeypatch, capsys):
+    """Samples need no images; those of other classes are no help."""
+    loader = SimpleNamespace(classes=("cat", "dog"), open=lambda: None)
+    monkeypatch.setattr(main, "make_loader", lambda *_: loader)
+    saved = checkpoint.load(trained.config.model_folder, "1")
+    assert main.open_loader_if_any(trained.config, torch.device("cpu"), saved) is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "only the images have cat, dog" in err
+    with pytest.raises(UserError, match="only the images have cat, dog"):
+        main.open_loader_if_any(dataclasses.replace(trained.config, metrics="faces"), torch.device("cpu"), saved)
+
+
+def test_as_arguments():
+    labels = torch.tensor([1])
+    assert as_arguments(None) == () and as_arguments(labels) == (labels,)

@@ -370,9 +370,9 @@ def test_weights_of_classes_average_their_scales_and_shifts():
     """One-hot weights are labels."""
     layer = ConditionalBatchNorm2d(6, 5).eval()
     for table in (layer.gain, layer.shift):
-        nn.init.normal_(table.weight)
+        torch.nn.init.normal_(table.weight)
     x, labels = torch.randn(4, 6, 5, 5), torch.tensor([3, 0, 0, 1])
-    one_hot = nn.functional.one_hot(labels, 5).float()
+    one_hot = F.one_hot(labels, 5).float()
     torch.testing.assert_close(layer(x, one_hot), layer(x, labels))
     between = (one_hot + one_hot.flip(0)) / 2
     torch.testing.assert_close(layer(x, between), (layer(x, labels) + layer(x, labels.flip(0))) / 2)

@@ -438,10 +438,12 @@ def test_markup_in_names_is_shown_as_text(browser, tmp_path):
     text = "</script><b>bold</b> {{data}} & <!--<script>"
     file = tmp_path / "page.html"
     maps = {"D attn1": torch.full((1, 16, 16), 1 / 16)}
-    file.write_text(explorer_page([AttentionSample(text, torch.zeros(1, 3, 8, 8), maps)], text), encoding="utf-8")
+    sample = AttentionSample(text, torch.zeros(1, 3, 8, 8), maps, [text])
+    file.write_text(explorer_page([sample], text), encoding="utf-8")
     page = Page(browser, file.as_uri())
     assert browser.title == browser.find_element(By.TAG_NAME, "h1").text == text
     assert browser.find_element(By.CSS_SELECTOR, "#thumbnails h2").get_attribute("textContent") == text
-    assert browser.execute_script("return document.querySelectorAll('h1 *, h2 *').length") == 0
+    assert browser.find_element(By.CSS_SELECTOR, "#position span").text == f"class: {text}"
+    assert browser.execute_script("return document.querySelectorAll('h1 *, h2 *, #position span *').length") == 0
     assert [layer["name"] for layer in page.state()["layers"]] == ["Discriminator attn1"]
     assert browser.get_log("browser") == []

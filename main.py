@@ -84,10 +84,11 @@ def make_loader(config: Config, device: "torch.device") -> "Loader":
     from datasets.sources import find_source
 
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
-                         config.seed, conditional=config.conditional, attribute=config.attribute,
-                         run_folders=config.folders.values(), exclude=config.output_folders)  # fmt: skip
+                         config.seed, attribute=config.attribute, run_folders=config.folders.values(),
+                         exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
-                  num_workers=config.num_workers, seed=config.seed, device=device)  # fmt: skip
+                  num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,
+                  device=device)  # fmt: skip
 
 
 def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":

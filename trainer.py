@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Loader
+from datasets.labels import Labels, list_classes
 from errors import UserError, warn
 from metrics.evaluation import check_metrics, compute_metrics
 from networks.latents import as_arguments, class_rows, sample_z
@@ -237,6 +238,8 @@ class Trainer:
                     recorder.real_images(self._real_samples())
                 print(config.summary())
                 print(f"data: {self.loader.source.description}")
+                if self.classes:
+                    print(f"classes: {list_classes(Labels(self.classes, self.loader.labels.tolist()))}")
                 print(
                     f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
                     f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"

@@ -47,7 +47,8 @@ def one_core(source: Source, folder: str, size: int) -> float:
 
 
 def main() -> None:
-    from data_loader import Loader, open_cache  # not at the top: worker processes import this file, not torch
+    from data_loader import Loader  # not at the top: worker processes import this file, not torch
+    from datasets.cache import open_cache
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", help="folder of images; without it, noise images are written")

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
-from datasets.labels import Labels, celeb_labels, folder_labels, list_classes
+from datasets.labels import Labels, celeb_labels, folder_labels
 from datasets.toy_faces import HAIR_LENGTHS, draw_face, hair_length
 from errors import UserError, warn
 
@@ -38,7 +38,8 @@ class Source:
         decode: function of an item and a size in pixels; returns an RGB Pillow image of that size. Can be pickled.
         fingerprint: changes whenever the decoded pixels may change.
         description: what and how many images these are.
-        labels: the class of each item, if they were asked for.
+        labels: function that returns the class of each item; None if there are no classes. The fingerprint does not
+            depend on it: the pixels are the same for any labels.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Source:
     decode: Callable[[Any, int], Image.Image]
     fingerprint: str
     description: str
-    labels: Labels | None = None
+    labels: Callable[[], Labels] | None = None
 
 
 def find_source(
@@ -57,14 +58,11 @@ def find_source(
     toy_num: int = 10_000,
     seed: int = 0,
     *,
-    conditional: bool = False,
     attribute: str | None = None,
     run_folders: Collection[Path] = (),
     exclude: Collection[Path] = (),
 ) -> Source:
     """Return the source of a dataset. Reads file names, sizes and dates, and the headers of a few images.
-
-    Labels do not change the fingerprint: the pixels are the same for any, and for none.
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
@@ -73,9 +71,7 @@ def find_source(
         download: download celeb or cifar10 if it is missing.
         toy_num: number of toy faces.
         seed: of the toy faces.
-        conditional: with labels: the classes of cifar10, the folders directly below `image_path` of folder, an
-            attribute of celeb, the hair length of toy.
-        attribute: of celeb.
+        attribute: of celeb, for its labels.
         run_folders: folders of this run's results, which may not be or contain the folder of celeb or folder images.
         exclude: folders that the program writes to, whose files are no images of celeb or folder.
 
@@ -86,39 +82,21 @@ def find_source(
     find = partial(find_images, run_folders=run_folders, exclude=exclude)
     match dataset:
         case "celeb":
-            source, folder = _celeb(root, crop_size, download, find)
-            label = partial(celeb_labels, root, folder, source.items, attribute)
+            return _celeb(root, crop_size, download, attribute, find)
         case "folder":
-            source = _folder(root, crop_size, find)
-            label = partial(folder_labels, str(root), source.items)
+            return _folder(root, crop_size, find)
         case "lsun":
-            source, label = _lsun(root), _no_labels
+            return _lsun(root)
         case "cifar10":
-            source = _cifar10(root, download)
-            label = partial(_cifar10_labels, str(root))
+            return _cifar10(root, download)
         case "toy":
-            fingerprint = _digest([seed, toy_num])
-            source = Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, f"{toy_num:,} toy faces")
-            label = partial(_toy_labels, seed, toy_num)
-        case _:
-            raise ValueError(f"unknown dataset {dataset!r}")
-    if not conditional:
-        return source
-    labels = label()
-    return replace(source, labels=labels, description=f"{source.description}; classes: {list_classes(labels)}")
+            fingerprint, labels = _digest([seed, toy_num]), partial(_toy_labels, seed, toy_num)
+            description = f"{toy_num:,} toy faces"
+            return Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, description, labels)
+    raise ValueError(f"unknown dataset {dataset!r}")
 
 
-def _no_labels() -> Labels:
-    raise UserError("--dataset lsun has no classes: --conditional true works with cifar10, folder, celeb and toy")
-
-
-def _toy_labels(seed: int, toy_num: int) -> Labels:
-    names = list(HAIR_LENGTHS)
-    return Labels((*names,), [names.index(hair_length(seed, index)) for index in range(toy_num)])
-
-
-def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) -> tuple[Source, Path]:
-    """Return the source, and the folder of its images."""
+def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | None, find: Callable) -> Source:
     by_hand = (
         f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
         f"'Align&Cropped Images') and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
@@ -146,7 +124,8 @@ def _celeb(root: Path, crop_size: int | None, download: bool, find: Callable) ->
         _check_celeb_size(folder, files)
     count, whole = len(files), f"CelebA's {CELEB_COUNT:,} images"
     what = f"{count:,} of {whole}" if count < CELEB_COUNT else whole if count == CELEB_COUNT else f"{count:,} images"
-    return _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}"), folder
+    source = _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}")
+    return replace(source, labels=partial(celeb_labels, root, folder, source.items, attribute))
 
 
 def _first_with_images(folders: Iterable[Path], find: Callable) -> tuple[Path, list] | None:
@@ -188,7 +167,8 @@ def _folder(root: Path, crop_size: int | None, find: Callable) -> Source:
         count, listed = sum(others.values()), count_by_ending(others)
         warn(f"{root}: {count:,} files are not images that can be read here and are left out: {listed}")
     description = f"{len(files):,} images in {root}"
-    return _file_source("folder", root, files, crop_size, [FOLDER_DECODING], description)
+    source = _file_source("folder", root, files, crop_size, [FOLDER_DECODING], description)
+    return replace(source, labels=partial(folder_labels, str(root), source.items))
 
 
 def _file_source(name: str, root: Path, files: list, crop: int | None, version: list, description: str) -> Source:
@@ -241,7 +221,8 @@ def _cifar10(root: Path, download: bool) -> Source:
         ) from error
     # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
     decode = partial(_decode_cifar10, str(root))
-    return Source("cifar10", range(count), decode, _digest([count]), f"{count:,} images of CIFAR-10")
+    description, labels = f"{count:,} images of CIFAR-10", partial(_cifar10_labels, str(root))
+    return Source("cifar10", range(count), decode, _digest([count]), description, labels)
 
 
 @lru_cache(maxsize=1)
@@ -258,6 +239,12 @@ def _cifar10_labels(root: str) -> Labels:
 
 def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:
     return resize(_open_cifar10(root)[index][0], size)
+
+
+def _toy_labels(seed: int, toy_num: int) -> Labels:
+    """Label toy faces by the length of their hair."""
+    names = [*HAIR_LENGTHS]
+    return Labels((*names,), [names.index(hair_length(seed, index)) for index in range(toy_num)])
 
 
 def _digest(parts: Iterable[Any]) -> str:

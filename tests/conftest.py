@@ -67,7 +67,7 @@ def make_trainer(make_config):
 
 def build_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.seed)
-    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed, conditional=config.conditional)
+    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
     loader = Loader(
         source,
         config.imsize,
@@ -76,9 +76,23 @@ def build_trainer(config: Config) -> Trainer:
         num_workers=0,
         seed=config.seed,
         hflip=config.hflip,
+        conditional=config.conditional,
         device=config.device,
     ).open()
     return Trainer(loader, config)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A function that opens a loader of 10 toy faces in batches of 4, so two batches per epoch."""
+    return lambda **options: Loader(
+        find_source("toy", toy_num=10), 32, 4, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)
+    ).open()
+
+
+def cache_folder(tmp_path):
+    (folder,) = (tmp_path / "cache").iterdir()
+    return folder
 
 
 def save_script(module: torch.nn.Module, path: Path) -> Path:

@@ -12,9 +12,12 @@ import loop
 import scaling
 import step
 from baseline import Baseline
+from class_accuracy import accuracy, train_classifier
 from floor import Rates, Work, floors_ms, step_work
 from kill import run_trials
 from step import Contender, Setting, add_ratios, build_step, contenders, measure, serve, table
+
+from data_loader import to_model_range
 
 SMALL = Setting("cpu", 32, 2)
 BLOCK = 4
@@ -206,3 +209,15 @@ def test_scaling_compares_ranks_with_independent_runs(monkeypatch, capsys):
     processes, batch, rate, efficiency, independent = row.strip("| ").split(" | ")
     assert (processes, batch, efficiency) == ("2", "4", "100%")
     assert float(rate) > 0 and float(independent) > 0
+
+
+@pytest.mark.slow
+def test_a_classifier_names_the_classes_of_toy_faces_and_not_those_of_shuffled_labels(make_trainer):
+    trainer = make_trainer(model="paper", conditional=True, imsize=64, toy_num=600)
+    images, labels = trainer.loader.images, trainer.loader.labels
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    found = {}
+    for name, given in (("own", labels), ("shuffled", shuffled)):
+        classifier = train_classifier(images[100:], given[100:], 3, steps=60)
+        found[name] = accuracy(classifier, to_model_range(images[:100]), given[:100])
+    assert found["own"] > 0.7 and found["shuffled"] < 0.5, found

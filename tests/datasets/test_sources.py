@@ -209,7 +209,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert len(source.items) == 20
     assert source.description == "20 images of CIFAR-10"
     assert source.decode(7, 64).size == (64, 64)
-    labels = find_source("cifar10", str(tmp_path), conditional=True).labels
+    labels = source.labels()
     assert labels.classes == tuple("0123456789") and labels.numbers == [3, 0, 9, 3] * 5
 
 

@@ -39,9 +39,9 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
-    source = find_source("toy", toy_num=config.toy_num, conditional=config.conditional)
+    source = find_source("toy", toy_num=config.toy_num)
     loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                    hflip=config.hflip).open()  # fmt: skip
+                    hflip=config.hflip, conditional=config.conditional).open()  # fmt: skip
     trainer = Trainer(loader, config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if hasattr(layer, "gamma") and trainer.step == 0:

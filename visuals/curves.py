@@ -22,8 +22,9 @@ STRETCHES = 200  # a series is downsampled to the lowest and highest point of so
 DOTS_UP_TO = 40  # a series of so few points has them drawn as dots too
 NOISY = 6  # a series whose total variation exceeds this many times its range is noise around a mean
 # Okabe and Ito's color-blind safe blue, vermilion, green and purple, with a contrast of 3:1 on white and on #171b21.
-# The next four series have the same colors dashed.
-COLORS = ("#1f82c9", "#d55e00", "#009e73", "#c770a1")
+# The next four series have the same colors dashed; of more, those that change least are gray.
+COLORS, GRAY = ("#1f82c9", "#d55e00", "#009e73", "#c770a1"), "#8c8c8c"
+NAMED = 2 * len(COLORS)  # series with a color at most
 TEXT_COLOR = "#010203"  # a marker that becomes currentColor
 RC = {
     "font.sans-serif": "DejaVu Sans",  # comes with Matplotlib
@@ -69,8 +70,9 @@ def read_curves(folder: Path, step: int) -> dict[str, np.ndarray]:
 def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "") -> str:
     """Draw lines over the steps as an SVG element, which is a valid file of its own too.
 
-    Long series are downsampled such that spikes survive; noisy ones are drawn faint, with a running mean on top. The
-    background is transparent, text has the color of the page around it. Takes about 25 ms.
+    Long series are downsampled such that spikes survive; noisy ones are drawn faint, with a running mean on top. Of
+    more than `NAMED` series, those that change least are gray and have no name. The background is transparent, text has
+    the color of the page around it. Takes about 25 ms.
 
     Args:
         title: the first line.
@@ -80,14 +82,19 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
     import matplotlib
     from matplotlib.figure import Figure
 
-    labels = [f"{name}  {_format(points[-1, 1])}" for name, points in series.items()]
+    ranges = {name: np.ptp(points[:, 1]) for name, points in series.items()}
+    others = sorted(ranges, key=ranges.get, reverse=True)[NAMED:]
+    named = {name: points for name, points in series.items() if name not in others}
+    labels = [f"{name}  {_format(points[-1, 1])}" for name, points in named.items()]
+    labels += [f"{len(others)} others"] if others else []
     columns = max(1, 60 // (max(map(len, labels)) + 5))
     height = ROW * (2.2 + math.ceil(len(labels) / columns)) + PLOT_HEIGHT + BOTTOM
     left, svg = MARGIN / WIDTH, io.StringIO()
     with matplotlib.rc_context(RC | {"svg.hashsalt": f"{title} {labels}"}):  # the salt makes ids unique on a page
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + 2 * MARGIN) / WIDTH, PLOT_HEIGHT / height))
-        lines = [_plot(axes, points, index) for index, points in enumerate(series.values())]
+        gray = [axes.plot(*_downsample(series[name]).T, color=GRAY, linewidth=0.7)[0] for name in others]
+        lines = [_plot(axes, points, index) for index, points in enumerate(named.values())] + gray[:1]
         axes.margins(x=0.02)
         axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter("{x:,.7g}")

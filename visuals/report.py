@@ -29,9 +29,9 @@ from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
 
 FRAMES = 30  # steps whose samples the slider shows
-SAMPLE_SIZE, FIGURE_SIZE = (560, 560), (768, 1200)  # pixels, at most
+SAMPLE_SIZE, FIGURE_SIZE = (720, 560), (768, 1200)  # pixels, at most
 PICTURE_BYTES = 70_000  # of a JPEG if possible; 4/3 of it as base64
-QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noise takes 63 kB
+QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noise takes 81 kB
 
 
 LOSS_NOTE = "GAN losses do not track image quality."

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visuals.curves import COLORS, line_chart, read_curves
+from visuals.curves import COLORS, GRAY, NAMED, line_chart, read_curves
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = np.array([(10, 1.0), (20, 2.5), (30, -1.5)])
@@ -161,6 +161,18 @@ def test_ids_are_unique_on_a_page_and_references_resolve():
 def test_more_series_than_colors_are_dashed():
     text = line_chart("sigma", {f"l{index}": POINTS * [1, index + 1] for index in range(6)})
     assert sum("stroke-dasharray" in path.get("style", "") for path in parse(text).iter(SVG + "path")) == 2 * 2
+
+
+def test_of_many_series_those_that_change_most_are_named():
+    series = {f"l{index}": POINTS * [1, 1 + index * 7 % 20] for index in range(20)}
+    changes = {name: np.ptp(points[:, 1]) for name, points in series.items()}
+    named = sorted(changes, key=changes.get)[-NAMED:]
+    svg = parse(line_chart("sigma", series))
+    texts = ["".join(text.itertext()).split()[0] for text in svg.iter(SVG + "text")]
+    assert [text for text in texts if text in series] == [name for name in series if name in named]
+    assert any("12 others" in "".join(text.itertext()) for text in svg.iter(SVG + "text"))
+    grays = [path for path in svg.iter(SVG + "path") if GRAY in path.get("style", "")]
+    assert len(grays) == 12 + 1  # and the legend's
 
 
 def test_colors_stand_out_from_light_and_dark_backgrounds():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_trainer
+from conftest import SMALL, build_trainer
 from PIL import Image
 
 import main
@@ -15,6 +15,7 @@ import tester
 from errors import UserError
 from metrics import evaluation
 from networks.latents import as_arguments, class_rows, sample_z
+from parameter import Config
 from training import checkpoint
 from training.distributed import Ranks
 from training.resuming import load_resume_checkpoint, load_test_checkpoint
@@ -38,13 +39,21 @@ def separate_classes(G):
     return G
 
 
-@pytest.fixture
-def trained(make):
-    trainer = make(total_step=1)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    paths = {f"{name}_path": str(folder / name) for name in ("cache", "sample", "attn", "model_save", "log")}
+    trainer = build_trainer(Config(**(SMALL | OPTIONS | paths), device="cpu", total_step=1))
     for network in (trainer.G, trainer.ema.network):
         separate_classes(network)
     trainer.train()
     return trainer
+
+
+@pytest.fixture(autouse=True)
+def fewer_images_for_statistics(monkeypatch):
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
 
 
 def make_tester(trainer, loader=True, **changes):
@@ -165,7 +174,7 @@ def test_attention_figures_name_the_classes(trained):
     assert "classes short, medium, long" in (trained.config.log_folder / "report.html").read_text()
 
 
-def test_the_checkpoint_tells_the_classes(trained, make_config):
+def test_the_checkpoint_tells_the_classes(trained):
     saved = checkpoint.load(trained.config.model_folder, "1")
     assert checkpoint.saved_classes(saved) == CLASSES
     assert checkpoint.saved_architecture(saved) == trained.config.architecture

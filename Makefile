@@ -33,6 +33,7 @@ bench-gpu: .venv/.installed-tests
 	-$(BIN)/python benchmarks/data.py --device cuda
 	-$(BIN)/python benchmarks/step.py --device cuda --rounds 3 --only "ours bf16 graph" \
 		--imsize 32,64,128,256 --batch_size 64,256
+	-$(BIN)/python benchmarks/step.py --device cuda --rounds 3 --model paper --imsize 64,128 --batch_size 64,256
 
 clean:
 	rm -rf .venv cache samples attn models logs

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 REPEATS = 10
@@ -54,12 +55,13 @@ def machine_rates(device: str) -> Rates:
 
 def step_work(step: Callable[[], Any]) -> Work:
     """Count the work of one fp32 step."""
-    saved: dict[int, int] = {}  # bytes of each storage by its address
-    parameters: dict[int, int] = {}
+    # Bytes of each storage. Not by its address, which a later one may have.
+    saved: dict[StorageWeakRef, int] = {}
+    parameters: dict[StorageWeakRef, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        (parameters if isinstance(tensor, torch.nn.Parameter) else saved)[storage.data_ptr()] = storage.nbytes()
+        (parameters if isinstance(tensor, torch.nn.Parameter) else saved)[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

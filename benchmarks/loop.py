@@ -83,6 +83,7 @@ def seconds(function: Callable[[], object], calls: int, device: torch.device) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", default="sagan")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=2)
@@ -94,6 +95,7 @@ def main() -> None:
         folders = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
         config = Config(
             device=str(device),
+            model=arguments.model,
             batch_size=arguments.batch_size,
             precision=arguments.precision,
             **{name: str(Path(scratch, name)) for name in folders},

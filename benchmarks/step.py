@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                           # batch 64 at 64x64
     python benchmarks/step.py --batch_size 16,256 --imsize 64,128 --json results.json
+    python benchmarks/step.py --model sagan,paper --batch_size 16
 
 Each contender runs in a process of its own, because allocator and thread settings are per process, and takes blocks of
 steps in turn, A B C A B C ..., so that drift of the machine affects all of them; those that do not fit into a GPU's
@@ -15,13 +16,13 @@ Reported are the median and the interquartile range (IQR) of all counted steps. 
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baseline import Baseline
 from floor import Work, floors_ms, machine_rates, step_work
 
+from errors import UserError
 from parameter import Config
 from trainer import Trainer
 from utils import memory_mib, tune_malloc
@@ -42,6 +44,7 @@ class Setting(NamedTuple):
     """What the rows of one table have in common."""
 
     device: str
+    model: str
     imsize: int
     batch_size: int
 
@@ -57,10 +60,11 @@ class Contender(NamedTuple):
 def contenders(setting: Setting, only: str = "") -> list[Contender]:
     """Return the contenders in this setting whose fields, joined as in "ours bf16 graph", contain `only`.
 
-    The baseline exists at 64x64 only.
+    The baseline has the networks of sagan at 64x64 only.
     """
     on_cuda = setting.device == "cuda"
-    found = [Contender("baseline", "fp32", "eager")] if setting.imsize == 64 else []
+    has_baseline = setting.model == "sagan" and setting.imsize == 64
+    found = [Contender("baseline", "fp32", "eager")] if has_baseline else []
     for precision in ("fp32", "tf32", "bf16") if on_cuda else ("fp32", "bf16"):
         found += [Contender("ours", precision, mode) for mode in (("eager", "graph") if on_cuda else ("eager",))]
     return [contender for contender in found if only in " ".join(contender)]
@@ -99,12 +103,12 @@ def time_block(step: Callable[[], Any], block: int, device: str) -> list[float]:
             step()
             event.record()
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+        return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
     ends = []
     for _ in range(block):
         step()
         ends.append(time.perf_counter())
-    return [(end - begin) * 1e3 for begin, end in pairwise(ends)]
+    return [(end - begin) * 1e3 for begin, end in itertools.pairwise(ends)]
 
 
 def serve(pipe: Connection, contender: Contender, setting: Setting, warm_up: int, block: int) -> None:
@@ -196,12 +200,23 @@ def parse_arguments() -> argparse.Namespace:
     has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu")
+    parser.add_argument(
+        "--model", type=lambda text: text.split(","), default=["sagan"], help="one or more, separated by commas"
+    )
     parser.add_argument("--imsize", type=integers, default=[64], help="one or more, separated by commas")
     parser.add_argument("--batch_size", type=integers, default=[64], help="one or more, separated by commas")
     parser.add_argument("--only", default="", help='contenders whose fields contain this, such as "ours bf16"')
     parser.add_argument("--rounds", type=int, default=20 if has_cuda else 7, help="blocks per contender")
     parser.add_argument("--json", type=Path, help="write one record per row to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    settings = itertools.product([arguments.device], arguments.model, arguments.imsize, arguments.batch_size)
+    arguments.settings = [Setting(*setting) for setting in settings]
+    try:
+        for setting in arguments.settings:
+            Config(**setting._asdict())
+    except UserError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def main() -> None:
@@ -213,20 +228,17 @@ def main() -> None:
         print(f"{precision}: {matrix / 1e12:.3g} TFLOP/s", end="   ")
     print(f"copy: {rates.copy / 1e9:.3g} GB/s   torch {torch.__version__}")
     records = []
-    for imsize in arguments.imsize:
-        for batch_size in arguments.batch_size:
-            setting = Setting(arguments.device, imsize, batch_size)
-            work = count_work(setting)
-            if setting.device == "cuda":  # the contenders are other processes and need the memory
-                gc.collect()
-                torch.cuda.empty_cache()
-            print(
-                f"\n{arguments.device}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP per step\n"
-            )
-            found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
-            add_ratios(found, floors_ms(work, rates))
-            print(table(found), flush=True)
-            records += found
+    for setting in arguments.settings:
+        work = count_work(setting)
+        if setting.device == "cuda":  # the contenders are other processes and need the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+        device, model, imsize, batch_size = setting
+        print(f"\n{device}, {model}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP per step\n")
+        found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
+        add_ratios(found, floors_ms(work, rates))
+        print(table(found), flush=True)
+        records += found
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
 

@@ -25,6 +25,12 @@ from spectral import SpectralNorm
 OPERATIONS = dict(avg_pool2d="average pool 2×2", batch_norm="BatchNorm", leaky_relu="LeakyReLU", linear="linear layer",
                   relu="ReLU", sum="sum over positions", tanh="tanh", unflatten="reshape")  # fmt: skip
 
+# What these layers compute as a single convolution, which would be drawn otherwise.
+COMBINED = {
+    paper_models.UpsampledConv2d: "upsample ×2, conv 3×3",
+    paper_models.PooledConv2d: "conv 3×3, average pool 2×2",
+}
+
 # In pixels: the drawing's width, that of a box, room for labels beside it, an arrow's length, a line, a letter.
 WIDTH, BOX, SIDE, ARROW, LINE, LETTER = 900, 396, 24, 26, 16, 6.8
 BLUE, AMBER = 'fill="#eaf2fc" stroke="#5b8cc9"', 'fill="#fff0cc" stroke="#d9920a"'
@@ -102,6 +108,12 @@ def trace(network: nn.Module, x: Tensor) -> list[Box]:
         boxes.append(Box(name, text, out.shape[1:], kind, f"{count_parameters(layer):,}", is_normed))
         out.operations = ""
 
+    def name_both(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        out.operations = ", ".join(text for text in (inputs[0].operations, COMBINED[type(layer)]) if text)
+
+    for layer in network.modules():
+        if type(layer) in COMBINED:
+            layer.register_forward_hook(name_both)
     for name, layer in network.named_children():
         layer.register_forward_pre_hook(lambda _, inputs: add_operations(inputs[0]))
         layer.register_forward_hook(lambda layer, _, outputs, name=name: add_layer(name, layer, outputs))

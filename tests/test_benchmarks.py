@@ -1,3 +1,4 @@
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from step import Contender, Setting, add_ratios, build_step, contenders, measure
 
 from data_loader import to_model_range
 
-SMALL = Setting("cpu", 32, 2)
+SMALL = Setting("cpu", "sagan", 32, 2)
 BLOCK = 4
 
 
@@ -40,10 +41,50 @@ def test_baseline_losses_equal_those_of_the_trainer(make_trainer):
 
 
 def test_contenders_by_device():
-    assert [contender.name for contender in contenders(Setting("cpu", 64, 64))] == ["baseline", "ours", "ours"]
-    assert len(contenders(Setting("cuda", 64, 64))) == 7
-    assert contenders(Setting("cuda", 64, 64), "ours bf16 graph") == [Contender("ours", "bf16", "graph")]
-    assert "baseline" not in [contender.name for contender in contenders(Setting("cpu", 32, 64))]
+    on_cpu, on_cuda = Setting("cpu", "sagan", 64, 64), Setting("cuda", "sagan", 64, 64)
+    assert [contender.name for contender in contenders(on_cpu)] == ["baseline", "ours", "ours"]
+    assert len(contenders(on_cuda)) == 7
+    assert contenders(on_cuda, "ours bf16 graph") == [Contender("ours", "bf16", "graph")]
+    for other in (on_cpu._replace(imsize=32), on_cpu._replace(model="paper")):
+        assert [contender.name for contender in contenders(other)] == ["ours", "ours"]
+
+
+def parse(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu", *words])
+    return step.parse_arguments()
+
+
+def test_every_model_is_measured_at_every_size(monkeypatch):
+    assert parse(monkeypatch).settings == [Setting("cpu", "sagan", 64, 64)]
+    assert parse(monkeypatch, "--model", "sagan,paper", "--imsize", "64,128", "--batch_size", "2").settings == [
+        Setting("cpu", model, imsize, 2) for model in ("sagan", "paper") for imsize in (64, 128)
+    ]
+
+
+@pytest.mark.parametrize("words", [["--model", "dcgan"], ["--model", "sagan,paper", "--imsize", "32"]])
+def test_what_cannot_be_measured_is_rejected_before_anything_is(monkeypatch, capsys, words):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, *words)
+    assert "--model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_records_and_headings_name_the_model(monkeypatch, capsys, tmp_path):
+    """Of two models; neither is built or timed."""
+    path = tmp_path / "results.json"
+    timed = {"ms_per_step": 1.0, "iqr_ms": 0.0, "images_per_s": 1.0, "peak_mib": 1.0}
+    monkeypatch.setattr(step, "machine_rates", lambda device: Rates({"fp32": 1e12, "bf16": 1e12}, 1e9))
+    monkeypatch.setattr(step, "count_work", lambda setting: Work(flop=2e9, saved_bytes=1, parameters=1))
+    monkeypatch.setattr(
+        step, "measure", lambda setting, found, *_: [setting._asdict() | one._asdict() | timed for one in found]
+    )
+    words = ["step.py", "--device", "cpu", "--model", "paper,sagan", "--batch_size", "16", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    step.main()
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cpu, ")]
+    assert headings == [f"cpu, {model}, 64x64, batch 16: 2 GFLOP per step" for model in ("paper", "sagan")]
+    records = json.loads(path.read_text())
+    assert [record["model"] for record in records] == ["paper"] * 2 + ["sagan"] * 3
+    assert [record["speedup"] for record in records] == [None] * 2 + [1.0] * 3
 
 
 class FakeContender:
@@ -130,7 +171,7 @@ def test_work_is_that_of_a_part_of_the_batch_where_the_whole_does_not_fit(monkey
 
     monkeypatch.setattr(step, "build_step", lambda contender, setting: setting)
     monkeypatch.setattr(step, "step_work", step_work)
-    assert step.count_work(Setting("cuda", 64, 64)) == Work(flop=640.0, saved_bytes=64, parameters=7)
+    assert step.count_work(Setting("cuda", "sagan", 64, 64)) == Work(flop=640.0, saved_bytes=64, parameters=7)
 
 
 @pytest.mark.slow
@@ -173,6 +214,50 @@ def test_work_of_a_convolution():
     product = 2 * 4 * 8 * 8 * 2 * 3
     assert work.flop == 3 * product  # forward, gradient of the input, gradient of the weight
     assert (work.saved_bytes, work.parameters) == (x.nbytes, 2 * 3)
+
+
+def test_memory_that_is_used_again_counts_again():
+    layer = torch.nn.Conv2d(2, 3, 1, bias=False)
+
+    def take_step():
+        for _ in range(20):  # the memory of the first x is free for the next
+            layer(torch.zeros(4, 2, 8, 8)).sum().backward()
+
+    assert step_work(take_step).saved_bytes == 20 * 4 * 4 * 2 * 8 * 8
+
+
+def test_work_of_a_step_of_the_paper_s_networks(make_trainer):
+    """Matrix FLOP of 1 image counted by hand; d is the width, convolutions with resampling have 4x4 kernels."""
+    d, z_dim = 8, 16
+    trainer = make_trainer(model="paper", imsize=64, batch_size=2, z_dim=z_dim, g_conv_dim=d, d_conv_dim=d)
+    z = torch.randn(2, z_dim)
+    work = step_work(lambda: trainer.updates([trainer.loader.batch(0)], [z, z], []))
+
+    def convolution(kernel, inputs, outputs, size):
+        return 2 * kernel**2 * inputs * outputs * size**2
+
+    def attention(channels):  # 1x1 convolutions, and the products of queries and keys, of maps and values
+        widths = (channels // 8, channels // 8, channels // 2, channels // 2)
+        projections = sum(convolution(1, channels, width, 32) for width in widths)
+        return projections, 2 * 1024 * 256 * (channels // 8 + channels // 2)
+
+    g_first, d_first = 2 * z_dim * 16 * d * 4 * 4, convolution(3, 3, d, 64) + convolution(1, 3, d, 32)
+    g_projections, g_products = attention(2 * d)
+    d_projections, d_products = attention(d)
+    G = g_first + convolution(3, d, 3, 64) + g_projections
+    for inputs, outputs, size in ((16, 8, 4), (8, 4, 8), (4, 2, 16), (2, 1, 32)):
+        G += convolution(4, inputs * d, outputs * d, size) + convolution(1, inputs * d, outputs * d, size)
+        G += convolution(3, outputs * d, outputs * d, 2 * size)
+    D = d_first + convolution(4, d, d, 32) + d_projections + 2 * 16 * d
+    for inputs, outputs, size in ((1, 2, 32), (2, 4, 16), (4, 8, 8)):
+        D += convolution(3, inputs * d, outputs * d, size) + convolution(1, inputs * d, outputs * d, size // 2)
+        D += convolution(4, outputs * d, outputs * d, size // 2)
+    D += convolution(3, 8 * d, 16 * d, 4) + convolution(3, 16 * d, 16 * d, 4) + convolution(1, 8 * d, 16 * d, 4)
+
+    # A backward has the FLOP of the forward for the gradients of the inputs, and again for those of the weights.
+    update_of_D = G + g_products + 2 * (3 * (D + d_products) - d_first)  # real and fake; no gradients of the images
+    update_of_G = 3 * (G + g_products) - g_first + 2 * D + 3 * d_products  # none of z, none of D's weights
+    assert work.flop == 2 * (update_of_D + update_of_G)
 
 
 def test_contenders_take_the_same_step():

@@ -20,6 +20,7 @@ import data_loader
 import tester
 from networks import attention
 from networks.attention import attend, attention_map
+from networks.losses import gradient_penalty
 from training.background import Background
 from training.divergence import iter_tensors
 from training.resuming import load_test_checkpoint
@@ -28,6 +29,7 @@ from visuals.figures import sample_grid
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; torch looks at it once
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 REAL = dict(device="cuda", imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64, batch_size=16, toy_num=64)
+PAPER = dict(model="paper", g_conv_dim=16, d_conv_dim=16)
 BUSY = 2**30  # clock cycles, about half a second
 
 
@@ -82,7 +84,8 @@ def precision(request):
 
 
 @pytest.mark.parametrize("options", [{}, dict(n_critic=2), dict(adv_loss="wgan-gp"),
-                                     dict(lr_schedule="linear", total_step=30, hflip=True)])  # fmt: skip
+                                     dict(lr_schedule="linear", total_step=30, hflip=True),
+                                     PAPER, PAPER | dict(adv_loss="wgan-gp")])  # fmt: skip
 def test_the_captured_step_equals_the_eager_one(make_trainer, deterministic, precision, options):
     """Bit for bit: without deterministic kernels any two runs diverge after some steps."""
     options = REAL | deterministic | options | dict(precision=precision)
@@ -92,11 +95,12 @@ def test_the_captured_step_equals_the_eager_one(make_trainer, deterministic, pre
 
 
 @pytest.mark.slow
-def test_other_widths_take_captured_steps(make_config, precision):
+@pytest.mark.parametrize("model", ["sagan", "paper"])
+def test_other_widths_take_captured_steps(make_config, precision, model):
     """Narrow slices of the projections are not aligned as the attention kernel needs."""
     configs = [
-        make_config(**(REAL | dict(g_conv_dim=width, d_conv_dim=width)), precision=precision, cuda_graph=graph,
-                    deterministic=True)
+        make_config(**(REAL | dict(model=model, g_conv_dim=width, d_conv_dim=width)), precision=precision,
+                    cuda_graph=graph, deterministic=True)
         for graph in ("true", "false") for width in (8, 24, 40)
     ]  # fmt: skip
     losses = run_in_a_process(losses_of_runs, configs, 5)
@@ -169,11 +173,13 @@ def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("n, d, c", [(1024, 8, 64), (256, 16, 128), (64, 32, 256), (16, 64, 512),
-                                     (1024, 4, 32), (1024, 2, 16), (1024, 1, 8)])  # fmt: skip
+@pytest.mark.parametrize("n, m, d, c", [(1024, 1024, 8, 64), (256, 256, 16, 128), (64, 64, 32, 256), (16, 16, 64, 512),
+                                        (1024, 1024, 4, 32), (1024, 1024, 2, 16), (1024, 1024, 1, 8),
+                                        (1024, 256, 8, 32), (1024, 256, 16, 64), (1024, 256, 32, 128),
+                                        (1024, 256, 2, 8), (1024, 256, 1, 4)])  # fmt: skip
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_fused_attention_equals_the_explicit_one(monkeypatch, channels_last, n, d, c, dtype, tolerance):
-    """In values and gradients, relative to their norms; the last three are of --g_conv_dim 32, 16 and 8."""
+def test_fused_attention_equals_the_explicit_one(monkeypatch, channels_last, n, m, d, c, dtype, tolerance):
+    """In values and gradients, relative to their norms; three of narrow networks, five of pooled keys."""
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
     monkeypatch.setattr(attention, "FUSED", attention.FUSED[:1])  # without the fallback
@@ -182,15 +188,18 @@ def test_fused_attention_equals_the_explicit_one(monkeypatch, channels_last, n, 
     shape = (8, n, 2 * d + c) if channels_last else (8, 2 * d + c, n)
     projected = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
     query, key, value = (projected if channels_last else projected.transpose(1, 2)).split([d, d, c], 2)
+    key, value = key[:, :m], value[:, :m]
     outputs = [attend(query, key, value), attention_map(query, key).to(dtype) @ value]
     gradients = [torch.autograd.grad(out.float().square().sum(), projected)[0] for out in outputs]
     for fused, explicit in (outputs, gradients):
         assert (fused - explicit).float().norm() < tolerance * explicit.float().norm()
 
 
-def test_the_first_step_agrees_with_the_cpu(make_trainer):
-    cpu = make_trainer(**(REAL | {"device": "cpu"}))
-    cuda = make_trainer(**REAL, precision="fp32", cuda_graph="false")
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_the_first_step_agrees_with_the_cpu(make_trainer, options):
+    options = REAL | options
+    cpu = make_trainer(**(options | {"device": "cpu"}))
+    cuda = make_trainer(**options, precision="fp32", cuda_graph="false")
     real, z = cpu.loader.batch(0), torch.randn(16, 128)
     for step, inputs in (("d_step", (real, z)), ("g_step", (z,))):
         expected = getattr(cpu, step)(*inputs)
@@ -199,20 +208,44 @@ def test_the_first_step_agrees_with_the_cpu(make_trainer):
             assert actual[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_gradients_of_the_penalty_agree_with_the_cpu(make_trainer, options):
+    """They are second derivatives; gamma is not 0, so that attention takes part."""
+    torch.manual_seed(0)
+    inputs = (torch.rand(16, 3, 64, 64), torch.rand(16, 3, 64, 64), torch.rand(16, 1, 1, 1))
+    gradients = []
+    for device in ("cpu", "cuda"):
+        trainer = make_trainer(**(REAL | options | dict(device=device)), precision="fp32")
+        for name, parameter in trainer.D.named_parameters():
+            if "gamma" in name:
+                torch.nn.init.constant_(parameter, 0.5)
+        critic = trainer._critic_with_double_backward
+        gradient_penalty(critic, *(tensor.to(trainer.device) for tensor in inputs)).backward()
+        gradients.append({name: parameter.grad for name, parameter in trainer.D.named_parameters()})
+    cpu, cuda = gradients
+    for name, expected in cpu.items():
+        if not name.endswith("bias"):  # the penalty depends on biases through the attention maps and ReLUs only
+            assert (cuda[name].cpu() - expected).norm() < 1e-3 * expected.norm(), name
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16"], indirect=True)
-def test_lower_precision_stays_near_fp32(make_trainer, precision):
-    exact = losses_of(make_trainer(**REAL, precision="fp32"), 1)[0]
-    lower = losses_of(make_trainer(**REAL, precision=precision), 1)[0]
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_lower_precision_stays_near_fp32(make_trainer, options, precision):
+    options = REAL | options
+    exact = losses_of(make_trainer(**options, precision="fp32"), 1)[0]
+    lower = losses_of(make_trainer(**options, precision=precision), 1)[0]
     for name, value in exact.items():
         assert lower[name] == pytest.approx(value, abs=0.05), name
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"], indirect=True)
-def test_a_run_resumes_in_another_precision(make_trainer, precision):
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_run_resumes_in_another_precision(make_trainer, options, precision):
     """With another memory format: fused Adam refuses moments that do not have that of their parameter."""
-    make_trainer(**REAL, total_step=2, precision="fp32").train()
+    options = REAL | options
+    make_trainer(**options, total_step=2, precision="fp32").train()
     for step, changed in ((8, precision), (14, "fp32")):
-        trainer = make_trainer(**REAL, total_step=step, precision=changed, pretrained_model="latest")
+        trainer = make_trainer(**options, total_step=step, precision=changed, pretrained_model="latest")
         assert trainer.train() == 0
 
 
@@ -242,7 +275,7 @@ def test_streamed_images_train_as_resident_ones_do(make_trainer, deterministic, 
     assert_same_weights(*trainers)
 
 
-@pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp")])
+@pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp"), PAPER])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, deterministic, options):
     """Both parts are long enough to be captured, while images are written."""
     options = REAL | deterministic | dict(sample_step=2, attn_step=4) | options

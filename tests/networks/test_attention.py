@@ -61,6 +61,21 @@ def test_logits_of_bf16_inputs_are_fp32():
     assert (out.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
+@pytest.mark.parametrize("keys", [N, N // 4])
+def test_under_bf16_autocast_values_and_gradients_stay_near_the_explicit_ones_in_fp32(keys):
+    """Within a few rounding steps of bf16, relative to their norms."""
+    results = []
+    for function, enabled in ((explicit, False), (attend, True)):
+        tensors = inputs(keys=keys)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = function(*(tensor.to(torch.bfloat16) if enabled else tensor for tensor in tensors))
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        (out.float() * weights).sum().backward()
+        results.append([out.float(), *(tensor.grad for tensor in tensors)])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 2**-6 * expected.norm()
+
+
 def test_a_second_derivative_of_the_fast_path_is_an_error_not_a_wrong_number():
     query, key, value = inputs()
     (gradient,) = torch.autograd.grad(attend(query, key, value).square().sum(), query, create_graph=True)

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from conftest import assert_as_recorded, fill_as_oracle, oracle_inputs, replay, shapes_of
 
 from networks.losses import gradient_penalty
-from networks.paper_models import ConditionalBatchNorm2d, Discriminator, Generator, PooledAttention
+from networks.paper_models import (
+    ConditionalBatchNorm2d,
+    Discriminator,
+    Generator,
+    PooledAttention,
+    PooledConv2d,
+    UpsampledConv2d,
+)
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from sagan_models import gammas_and_sigmas
 from spectral import SpectralNorm
@@ -190,6 +197,28 @@ def test_weights_are_xavier_uniform_and_biases_0():
                 assert weight.numel() < 1000 or weight.std() == pytest.approx(bound / 3**0.5, rel=0.1), name
                 bias = getattr(layer.module, "bias", None)
                 assert bias is None or not bias.any(), name
+
+
+def upsampled_conv(x, weight, bias):
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+
+
+def pooled_conv(x, weight, bias):
+    return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
+
+
+@pytest.mark.parametrize("layer, expected", [(UpsampledConv2d, upsampled_conv), (PooledConv2d, pooled_conv)])
+@pytest.mark.parametrize("height, width", [(4, 6), (2, 2)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_one_convolution_equals_two_steps_in_values_and_gradients(layer, expected, height, width, memory_format):
+    torch.manual_seed(0)
+    layer = layer(3, 5, 3, padding=1).double().to(memory_format=memory_format)
+    x = torch.randn(2, 3, height, width, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    outputs = [layer(x), expected(x, layer.weight, layer.bias)]
+    weights = torch.randn(outputs[0].shape, dtype=torch.double)
+    gradients = [torch.autograd.grad((out * weights).sum(), (x, layer.weight, layer.bias)) for out in outputs]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 # Attention

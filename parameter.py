@@ -57,6 +57,10 @@ DECAY = Constraint(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 EPOCHS = Constraint(lambda value: 0 < value <= 1e6, "greater than 0 and at most 1000000")
 SEED = Constraint(lambda value: 0 <= value < 2**63, "at least 0 and less than 2^63")
 METRICS = subset_of("fid", "kid", "isc", "prc", "faces")
+AUGMENTATIONS = Constraint(
+    lambda value: value == "none" or subset_of("color", "translation", "cutout").check(value),
+    "none, or one or more of color, translation, cutout, separated by commas",
+)
 WIDTH = Constraint(lambda value: 0 < value <= 1024 and value % 8 == 0, "a multiple of 8 from 8 to 1024")
 DATASET = one_of("celeb", "lsun", "cifar10", "folder", "toy")
 DEVICE = matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mps")
@@ -107,6 +111,9 @@ class Config:
     lr_decay: float = option(0.95, "factor per epoch of --lr_schedule exponential", DECAY)
     beta1: float = option(0.0, "Adam beta1", FRACTION)
     beta2: float = option(0.9, "Adam beta2", FRACTION)
+    augment: str = option(
+        "none", "DiffAugment, for few images: random changes of every image that D sees", AUGMENTATIONS
+    )
     ema_decay: float = option(0.999, "decay of the EMA generator, ramped up over the first steps", FRACTION)
     seed: int = option(0, "seed of weights, z, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(

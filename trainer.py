@@ -22,6 +22,7 @@ from data_loader import Loader
 from datasets.labels import Labels, list_classes
 from errors import UserError, warn
 from metrics.evaluation import check_metrics, compute_metrics
+from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.latents import as_arguments, class_rows, sample_z
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
@@ -70,6 +71,7 @@ class Trainer:
     def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it is immutable
         self.loader, self.config, self.ranks = loader, config, ranks
         self.classes = loader.classes if config.conditional else ()
+        self.augmentations = config.augment.split(",") if config.augment != "none" else []
         with ranks.raise_together():
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)
@@ -119,6 +121,7 @@ class Trainer:
         mix: Tensor | None = None,
         real_labels: Tensor | None = None,
         fake_labels: Tensor | None = None,
+        u: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Update D once.
 
@@ -128,6 +131,7 @@ class Trainer:
             mix: interpolation coefficients (B, 1, 1, 1) of the gradient penalty; needed by wgan-gp only.
             real_labels, fake_labels: classes (B,) of the real images and of those to generate; needed by conditional
                 networks only. The penalty uses those of the real images.
+            u: random numbers in [0, 1) for `--augment` (B, 2, 7), of the real and of the generated images.
 
         Returns:
             d_loss_real, d_loss_fake, d_loss (their sum, plus the weighted d_penalty under wgan-gp), and the mean logits
@@ -137,6 +141,8 @@ class Trainer:
         with self._autocast():
             with torch.no_grad():
                 fake = self.G_ddp(z, *fake_label).float()
+            if u is not None:
+                real, fake = augment(real, u[:, 0], self.augmentations), augment(fake, u[:, 1], self.augmentations)
             real_logits, fake_logits = self.D_ddp(real, *real_label).float(), self.D_ddp(fake, *fake_label).float()
         loss_real, loss_fake = self.d_loss(real_logits, fake_logits)
         stats = {
@@ -158,8 +164,13 @@ class Trainer:
         self.d_optimizer.step()
         return {name: value.detach() for name, value in stats.items()}
 
-    def g_step(self, z: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Update G once on latents z (B, z_dim), and labels (B,) if it is conditional.
+    def g_step(self, z: Tensor, labels: Tensor | None = None, u: Tensor | None = None) -> dict[str, Tensor]:
+        """Update G once.
+
+        Args:
+            z: latents (B, z_dim).
+            labels: classes (B,), if G is conditional.
+            u: random numbers in [0, 1) for `--augment` (B, 7).
 
         Returns:
             g_loss, a detached 0-d tensor on the device.
@@ -167,7 +178,10 @@ class Trainer:
         label = as_arguments(labels)
         with no_param_grads(self.D):  # only G is updated
             with self._autocast():
-                loss = self.g_loss(self.D(self.G_ddp(z, *label), *label).float())
+                fake = self.G_ddp(z, *label)
+                if u is not None:
+                    fake = augment(fake.float(), u, self.augmentations)
+                loss = self.g_loss(self.D(fake, *label).float())
             self.g_optimizer.zero_grad()
             loss.backward()
         self.g_optimizer.step()
@@ -180,11 +194,12 @@ class Trainer:
         mix: Sequence[Tensor] = (),
         real_labels: Sequence[Tensor] = (),
         fake_labels: Sequence[Tensor] = (),
+        u: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
-        for inputs in zip_longest(real, z[:-1], mix, real_labels, fake_labels[:-1]):
+        for inputs in zip_longest(real, z[:-1], mix, real_labels, fake_labels[:-1], u[:-1]):
             stats = self.d_step(*inputs)
-        return stats | self.g_step(z[-1], *fake_labels[-1:])
+        return stats | self.g_step(z[-1], labels=fake_labels[-1] if fake_labels else None, u=u[-1] if u else None)
 
     def train_step(self) -> dict[str, Tensor]:
         """Take one step: `n_critic` updates of D on fresh batches, one of G, then the EMA.
@@ -209,7 +224,11 @@ class Trainer:
             # Those of training images drawn at random: classes are as frequent as among the real images.
             draw_image = partial(torch.randint, len(self.loader.labels))
             fake_labels = [self.loader.labels[self._draw(draw_image, size)] for _ in z]
-        stats = self.updates(real, z, mix, real_labels, fake_labels)
+        u = []
+        if self.augmentations:
+            u = [self._draw(torch.rand, size, 2, RANDOM_NUMBERS) for _ in real]
+            u.append(self._draw(torch.rand, size, RANDOM_NUMBERS))
+        stats = self.updates(real, z, mix, real_labels, fake_labels, u)
         self.ema.update(self.step)
         self.step += 1
         self.guard.add(self.step, stats)

@@ -46,9 +46,8 @@ def _translation(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     most = size // 8
     padded = F.pad(images, (most, most, most, most)).flatten(2)
     pixel = torch.arange(size, device=images.device)
-    # 0 to 2 * most pixels of the padding are left out, all with the same probability; clamped because the product with
-    # the largest number below 1 is rounded up.
-    start_row, start_column = (2 * most - (u * (2 * most + 1)).long().clamp(max=2 * most) for u in (down, right))
+    # 0 to 2 * most pixels of the padding are left out, each with the same probability.
+    start_row, start_column = (2 * most - (u * (2 * most + 1)).long() for u in (down, right))
     index = (start_row + pixel.view(-1, 1)) * (size + 2 * most) + (start_column + pixel)  # (B, 1, S, S)
     return padded.take_along_dim(index.flatten(2), 2).view_as(images)
 

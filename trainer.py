@@ -33,12 +33,14 @@ from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
 from training.models import MODELS, class_options
+from training.overfitting import OverfittingCheck
 from training.recorder import NullRecorder, Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
 from training.run_folders import check_folders
 from training.schedule import Schedule
 from utils import (
     EMA,
+    SEED_AUGMENTED,
     SEED_FIXED_Z,
     SEED_METRICS,
     SEED_STEP,
@@ -134,8 +136,8 @@ class Trainer:
             u: random numbers in [0, 1) for `--augment` (B, 2, 7), of the real and of the generated images.
 
         Returns:
-            d_loss_real, d_loss_fake, d_loss (their sum, plus the weighted d_penalty under wgan-gp), and the mean logits
-            d_real and d_fake: detached 0-d tensors on the device.
+            d_loss_real, d_loss_fake, d_loss (their sum, plus the weighted d_penalty under wgan-gp), the mean logits
+            d_real and d_fake, the mean sign of those of real images d_sign: detached 0-d tensors on the device.
         """
         real_label, fake_label = as_arguments(real_labels), as_arguments(fake_labels)
         with self._autocast():
@@ -151,6 +153,7 @@ class Trainer:
             "d_loss": loss_real + loss_fake,
             "d_real": real_logits.mean(),
             "d_fake": fake_logits.mean(),
+            "d_sign": real_logits.sign().mean(),
         }
         if self.config.adv_loss == "wgan-gp":
             # D, not D_ddp: the gradients of loss and penalty are all-reduced once, in the backward of their sum.
@@ -254,7 +257,9 @@ class Trainer:
                 stop = stack.enter_context(StopSignals())
                 with ranks.raise_together():
                     recorder = stack.enter_context(self._open_recorder())
-                    recorder.real_images(self._real_samples())
+                    recorder.real_images(self._real_samples(), "real")
+                    if self.augmentations:
+                        recorder.real_images(self._augmented(self._real_samples()), "augmented")
                 print(config.summary())
                 print(f"data: {self.loader.source.description}")
                 if self.classes:
@@ -276,6 +281,10 @@ class Trainer:
         config = self.config
         schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, len(self.loader) / config.n_critic)
         return schedule.resumed(Schedule(**self.saved_schedule), self.step) if self.saved_schedule else schedule
+
+    @cached_property
+    def overfitting(self) -> OverfittingCheck:
+        return OverfittingCheck(epoch=len(self.loader) // self.config.n_critic)
 
     @property
     def save_step(self) -> int:
@@ -315,6 +324,7 @@ class Trainer:
 
     def _record(self, recorder: Recorder | NullRecorder, due: set[str], stats: dict[str, Tensor]) -> None:
         """Record what is due. A checkpoint is also due by the clock, which rank 0 alone looks at."""
+        config = self.config
         recorder.advance(self.step)
         if due:
             self.guard.check_losses()
@@ -322,6 +332,8 @@ class Trainer:
         if "log" in due:
             tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
             recorder.log(self.step, tensors, self._learning_rates() | scores)
+            if config.adv_loss == "hinge" and self.ranks.is_rank_zero:  # the critic of wgan-gp has no zero
+                self.overfitting.add(self.step, stats["d_sign"].item())
         if "samples" in due:
             recorder.samples(self.step, self._samples())
         if "attention" in due:
@@ -395,6 +407,12 @@ class Trainer:
         count = len(labels) // min(len(self.classes), CLASS_ROWS)
         rows = [self.loader.images_of_class(label, count) for label in labels.unique().tolist()]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flatten(0, 1)
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        """Real images as D may see them."""
+        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, SEED_AUGMENTED))
+        u = torch.rand(len(images), RANDOM_NUMBERS, generator=rng).to(self.device)
+        return augment(images, u, self.augmentations)
 
     def _attention(self) -> list[AttentionSample]:
         """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from errors import UserError, handle_signals, stop_signals, warn, warn_once
 
 # What `derive_seed` is given beside the run's seed, so that each use has random numbers of its own: training steps,
-# the fixed z of sample grids, --metrics, the samples and interpolations of --train false, the classes of --metrics.
-SEED_STEP, SEED_FIXED_Z, SEED_METRICS, SEED_SAMPLES, SEED_INTERPOLATION, SEED_METRICS_LABELS = range(6)
+# the fixed z of sample grids, --metrics, the samples and interpolations of --train false, the classes of --metrics, and
+# augmented.png.
+SEED_STEP, SEED_FIXED_Z, SEED_METRICS, SEED_SAMPLES, SEED_INTERPOLATION, SEED_METRICS_LABELS, SEED_AUGMENTED = range(7)
 
 LINE_SECONDS = 10  # between two lines of progress where stderr is no terminal
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h

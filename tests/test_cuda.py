@@ -85,7 +85,8 @@ def precision(request):
 
 @pytest.mark.parametrize("options", [{}, dict(n_critic=2), dict(adv_loss="wgan-gp"),
                                      dict(lr_schedule="linear", total_step=30, hflip=True),
-                                     PAPER, PAPER | dict(adv_loss="wgan-gp")])  # fmt: skip
+                                     PAPER, PAPER | dict(adv_loss="wgan-gp", conditional=True),
+                                     dict(augment="color,translation,cutout")])  # fmt: skip
 def test_the_captured_step_equals_the_eager_one(make_trainer, deterministic, precision, options):
     """Bit for bit: without deterministic kernels any two runs diverge after some steps."""
     options = REAL | deterministic | options | dict(precision=precision)

@@ -38,6 +38,7 @@ def test_boolean_words(word, value):
     ("--model paper --imsize 32", "64 and 128"), ("--conditional true", "needs --model paper"),
     ("--attribute Smiling", "--conditional true"), ("--model paper --attribute a,b", "word"),
     ("--model paper --conditional true --dataset toy --attribute Smiling", "--dataset celeb"),
+    ("--augment flip", "color, translation, cutout"), ("--augment none,color", "none, or"),
     ("--class_name ,", "separated by commas"),
     ("--imsize 48", "32, 64, 128, 256"), ("--imsize big", "imsize"), ("--batch_size 0", "batch_size"),
     ("--batch_size -3", "batch_size"), ("--batch_size 1.5", "batch_size"), ("--g_lr 0", "g_lr"), ("--d_lr x", "d_lr"),

@@ -13,7 +13,7 @@ from sagan_models import SelfAttention
 from training import checkpoint
 from utils import files_by_step
 
-LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake"}
+LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake", "d_sign"}
 
 
 def weights_of(trainer):
@@ -142,6 +142,49 @@ def test_the_papers_networks_resume_exactly(make_trainer, options):
     assert_same_weights(whole, resumed)
 
 
+def test_every_image_that_d_sees_is_augmented(make_trainer, monkeypatch):
+    """Real, generated, and those of the penalty; with G's gradients through it."""
+    trainer, seen = make_trainer(augment="color,cutout", adv_loss="wgan-gp"), []
+    zeros = lambda images, u, policy: seen.append((images, u, policy)) or images * 0.5  # noqa: E731
+    monkeypatch.setattr("trainer.augment", zeros)
+    given = []
+    trainer.D.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    real, z, u = trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 2, 7)
+    trainer.d_step(real, z, torch.ones(4, 1, 1, 1), u=u)
+    assert [policy for *_, policy in seen] == [["color", "cutout"]] * 2
+    assert torch.equal(seen[0][0], real) and torch.equal(seen[0][1], u[:, 0]) and torch.equal(seen[1][1], u[:, 1])
+    assert torch.equal(given[0], real * 0.5) and torch.equal(given[1], seen[1][0] * 0.5)
+    torch.testing.assert_close(given[2], given[0])  # the penalty's, here at the real images
+    trainer.g_step(z, u=u[:, 0])
+    assert torch.equal(given[3], seen[2][0] * 0.5) and seen[2][0].requires_grad
+
+
+def test_augmentation_is_drawn_last_for_each_update(make_trainer):
+    """Without it, all other numbers are the same; images change, and differ from each other."""
+    found = {}
+    for name in ("none", "color,translation,cutout"):
+        trainer, found[name] = make_trainer(augment=name, n_critic=2), []
+        updates = trainer.updates
+        trainer.updates = lambda *inputs, name=name, updates=updates: found[name].append(inputs) or updates(*inputs)
+        for _ in range(2):
+            trainer.train_step()
+    for without, having in zip(*found.values(), strict=True):
+        assert all(torch.equal(*pair) for old, new in zip(without[:2], having[:2], strict=True)
+                   for pair in zip(old, new, strict=True))  # fmt: skip
+        assert without[5] == [] and [u.shape for u in having[5]] == [(4, 2, 7), (4, 2, 7), (4, 7)]
+    numbers = torch.cat([u.flatten() for *_, us in found["color,translation,cutout"] for u in us])
+    assert len(numbers.unique()) == len(numbers) and numbers.min() >= 0 and numbers.max() < 1
+
+
+def test_augmented_images_are_shown_at_the_start(make_trainer):
+    trainer = make_trainer(augment="cutout", total_step=1)
+    trainer.train()
+    real, augmented = (Image.open(trainer.config.sample_folder / f"{name}.png") for name in ("real", "augmented"))
+    assert real.size == augmented.size and real.tobytes() != augmented.tobytes()
+    make_trainer(total_step=1, overwrite=True).train()
+    assert not (trainer.config.sample_folder / "augmented.png").exists()
+
+
 def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer):
     trainer = make_trainer(adv_loss="wgan-gp", total_step=4, lambda_gp=5.0)
     for layer in trainer.D.modules():
@@ -176,7 +219,8 @@ def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_
 
 
 @pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp", n_critic=2), dict(hflip=True, lr_schedule="linear"),
-                                     dict(imsize=64, g_conv_dim=16)])  # fmt: skip
+                                     dict(imsize=64, g_conv_dim=16),
+                                     dict(augment="color,translation,cutout")])  # fmt: skip
 def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):
     """Bit for bit: weights, EMA, optimizers, samples and the log."""
     whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=6, **options)

@@ -118,9 +118,9 @@ class Recorder:
             self._bar.refresh()
             self._line_due = now + LINE_SECONDS
 
-    def real_images(self, images: Tensor) -> None:
-        """Write `real.png`, a grid of images (B, 3, S, S) as in `samples`, for a new run or where there is none."""
-        path = self.config.sample_folder / "real.png"
+    def real_images(self, images: Tensor, name: str) -> None:
+        """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`, for a new run or where there is none."""
+        path = self.config.sample_folder / f"{name}.png"
         if self._is_new or not path.exists():
             with self._tolerate["sample grids"]:
                 sample_grid(images, row_names=self._row_names).save(path)

@@ -134,6 +134,8 @@ def _remove_later_results(config: Config, step: int) -> None:
     """Remove results of steps after `step`, and for a new run those without a step too."""
     for path, remove in list(_later_results(config, step)):
         remove(path)
+    if step == 0:  # unlike real.png, not every run writes it
+        (config.sample_folder / "augmented.png").unlink(missing_ok=True)
 
 
 def _later_results(config: Config, step: int) -> Iterator[tuple[Path, Callable[[Path], None]]]:

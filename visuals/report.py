@@ -36,6 +36,10 @@ QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noi
 
 LOSS_NOTE = "GAN losses do not track image quality."
 LOGIT_NOTE = "d_real is the mean of D(x), d_fake of D(G(z)): the closer they are, the less D separates real and fake."
+SIGN_NOTE = (
+    "Mean sign of D(x) on the training images of a batch. Near 1 for long: D remembers them, see --augment "
+    "(arXiv 2006.06676)."
+)
 GAMMA_NOTE = (
     "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
     "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
@@ -44,6 +48,7 @@ SIGMA_NOTE = "Largest singular value of each layer's weight before normalization
 CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Losses", "d_loss|g_loss|d_penalty", "", LOSS_NOTE),
     ("Logits of D", "d_real|d_fake", "mean", LOGIT_NOTE),
+    ("Sign of D on training images", "d_sign", "", SIGN_NOTE),
     ("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
     ("FID", "fid", "lower is better", ""),
     ("KID", "kid", "lower is better", ""),

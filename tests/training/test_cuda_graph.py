@@ -106,7 +106,9 @@ def test_every_call_is_one_step_on_its_own_inputs(fake_cuda):
 
 
 @pytest.mark.parametrize("options", [{}, dict(precision="bf16", n_critic=2), dict(adv_loss="wgan-gp"),
-                                     dict(lr_schedule="linear", total_step=8, beta1=0.5)])  # fmt: skip
+                                     dict(lr_schedule="linear", total_step=8, beta1=0.5),
+                                     dict(model="paper", imsize=64, conditional=True, n_critic=2),
+                                     dict(augment="color,translation,cutout")])  # fmt: skip
 def test_the_updates_of_the_trainer_can_be_captured(fake_cuda, make_trainer, options):
     """Bit for bit the eager ones: they work in place, on tensors alone, and draw no random numbers."""
     trainers = [make_trainer(**options) for _ in range(2)]

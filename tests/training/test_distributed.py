@@ -27,7 +27,15 @@ PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path"
 CLASSES = dict(model="paper", imsize=64, conditional=True)
 LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}, "classes": CLASSES | {"adv_loss": "wgan-gp"}}
 RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
-CRITIC = dict(version="critic", total_step=2, n_critic=2, metrics="fid", metric_num=16, log_step=1)
+CRITIC = dict(
+    version="critic",
+    augment="color,translation,cutout",
+    total_step=2,
+    n_critic=2,
+    metrics="fid",
+    metric_num=16,
+    log_step=1,
+)
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
@@ -275,7 +283,7 @@ def test_several_d_updates_and_metrics_equal_those_of_one_process(pair, tmp_path
     one = make(tmp_path, feature_extractor=str(folder / "small.pt"), **CRITIC)
     one.train()
     for mine, first, second in zip(one.seen, *(each["critic seen"] for each in found), strict=True):
-        assert len(mine) == 5  # two batches of real images, three of z
+        assert len(mine) == 8  # two batches of real images, three of z, three of the augmentation's random numbers
         assert all(torch.equal(whole, torch.cat(shards)) for whole, *shards in zip(mine, first, second, strict=True))
     last, expected = (log(path / "log_path/critic")[-1] for path in (folder / "two", tmp_path))
     assert last["step"] == 2 and last["fid"] == pytest.approx(expected["fid"], rel=1e-2)

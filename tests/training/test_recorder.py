@@ -49,7 +49,7 @@ def test_real_images_are_kept_when_a_run_is_resumed(make_config):
     path = make_config().sample_folder / "real.png"
     for step, value in ((0, 1.0), (3, -1.0)):
         with Recorder(make_config(), step, torch.device("cpu"), "fp32", [], 20) as recorder:
-            recorder.real_images(torch.full((2, 3, 8, 8), value))
+            recorder.real_images(torch.full((2, 3, 8, 8), value), "real")
         if step == 0:
             first = path.read_bytes()
     assert path.read_bytes() == first

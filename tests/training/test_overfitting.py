@@ -1,0 +1,25 @@
+from training.overfitting import OverfittingCheck
+
+
+def warnings_of(values, epoch, capsys):
+    check = OverfittingCheck(epoch)
+    for step, r in values:
+        check.add(step, r)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_an_epoch_above_the_limit_is_one_warning(capsys):
+    (line,) = warnings_of([(step, 0.95) for step in range(10, 400, 10)], 100, capsys)
+    assert "since step 10," in line and "0.95" in line and "--augment" in line
+
+
+def test_less_than_an_epoch_or_a_break_is_none(capsys):
+    assert not warnings_of([(step, 0.95) for step in range(10, 110, 10)], 100, capsys)
+    assert not warnings_of([(step, 0.8 if step % 100 == 0 else 1.0) for step in range(10, 1000, 10)], 100, capsys)
+    assert not warnings_of([(step, 0.9) for step in range(10, 400, 10)], 100, capsys)
+
+
+def test_it_counts_from_the_last_break(capsys):
+    values = [(step, 0.5 if step == 200 else 1.0) for step in range(150, 330, 10)]
+    (line,) = warnings_of(values, 100, capsys)
+    assert "since step 210," in line

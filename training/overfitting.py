@@ -1,0 +1,32 @@
+"""Notice that D remembers the training images."""
+
+from errors import warn
+
+LIMIT = 0.9  # Karras et al., arXiv 2006.06676, adapt the strength of their augmentation to keep r at 0.6
+
+
+class OverfittingCheck:
+    """Warn once when r, the mean sign of D's logits on real images, has been above `LIMIT` for an epoch.
+
+    Args:
+        epoch: steps per epoch.
+    """
+
+    def __init__(self, epoch: int):
+        self._epoch = epoch
+        self._since: int | None = None  # step of the first of the values above the limit without a break
+        self._warned = False
+
+    def add(self, step: int, r: float) -> None:
+        """Take the value of a logged step."""
+        if r <= LIMIT:
+            self._since = None
+        elif self._since is None:
+            self._since = step
+        elif step - self._since >= self._epoch and not self._warned:
+            self._warned = True
+            warn(
+                f"since step {self._since}, for an epoch, D's logits are positive on nearly all training images (mean "
+                f"sign {r:.2f}): it probably remembers them, and G may get worse. More images help, or --augment "
+                "color,translation,cutout"
+            )

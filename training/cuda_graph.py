@@ -81,7 +81,7 @@ class GraphedStep:
 
     def _capture(self, inputs: Inputs) -> None:
         """Capture the step; capturing executes nothing."""
-        self.inputs = [[torch.empty_like(tensor) for tensor in tensors] for tensors in inputs]  # keeps memory formats
+        self.inputs = [[torch.zeros_like(tensor) for tensor in tensors] for tensors in inputs]  # keeps memory formats
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:

@@ -22,12 +22,14 @@ from datasets.sources import Source
 from errors import UserError
 
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
+HOLDOUT_STREAM = 2**32  # beside the seed, where the order of an epoch has the epoch's number
 
 
 class Loader:
     """Batches of real images, each a function of (seed, position), so that a checkpoint needs no loader state.
 
-    `len(loader)` is the number of batches per epoch; the last partial batch is dropped.
+    `len(loader)` is the number of batches per epoch; the last partial batch is dropped. Held-out images are in
+    no batch.
 
     Args:
         source: the images.
@@ -38,12 +40,14 @@ class Loader:
         seed: determines the order of the images and which are flipped.
         hflip: flip half of the images horizontally.
         conditional: with labels.
+        holdout: fraction of the images to hold out, in [0, 1); at least one image if it is not 0.
         device: where the batches are returned.
 
     Attributes, of which all but `classes` are empty before `open`:
         classes: the names of the classes; empty without labels.
-        images: all images (N, S, S, 3) in uint8, on the GPU where they fit, otherwise memory-mapped.
+        images: all images (N, S, S, 3) in uint8, held out or not, on the GPU where they fit, otherwise memory-mapped.
         labels: the class of each image, (N,) int64 below `len(classes)`, on the device.
+        training_labels: those of the images that are not held out.
         skipped: a line with name and reason for each image that could not be read.
 
     Raises:
@@ -61,19 +65,21 @@ class Loader:
         seed: int = 0,
         hflip: bool = False,
         conditional: bool = False,
+        holdout: float = 0.0,
         device: str | torch.device = "cpu",
     ):
         _check_size(len(source.items), batch_size)
         self._labels = _find_labels(source) if conditional else None
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
         self.cache_path, self.num_workers = Path(os.path.expanduser(cache_path)), num_workers
-        self.seed, self.hflip, self.device = seed, hflip, torch.device(device)
+        self.seed, self.hflip, self.holdout, self.device = seed, hflip, holdout, torch.device(device)
         self.classes = self._labels.classes if self._labels else ()
         self.images: Tensor = torch.empty(0)
-        self.labels: Tensor = torch.empty(0, dtype=torch.long)
+        self.labels = self.training_labels = torch.empty(0, dtype=torch.long)
         self.skipped: list[str] = []
         self._epoch: int | None = None  # whose order and flips these are
         self._order = self._flip = torch.empty(0)
+        self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def open(self) -> "Loader":
@@ -87,11 +93,15 @@ class Loader:
             return self
         images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         self.skipped = list(skipped.values())
-        _check_size(len(images), self.batch_size)
+        held_out = min(len(images), max(1, round(self.holdout * len(images)))) if self.holdout else 0
+        _check_size(len(images) - held_out, self.batch_size)
+        numbers = np.random.default_rng([self.seed, HOLDOUT_STREAM]).permutation(len(images))
+        self._held_out, self._training = np.sort(numbers[:held_out]), np.sort(numbers[held_out:])
         if self._labels:
             labels = self._labels.without(skipped)
             labels.check()
             self.labels = torch.tensor(labels.numbers, device=self.device)
+            self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it
             self.images = torch.from_numpy(images)
@@ -113,7 +123,7 @@ class Loader:
         return {"images": count, "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum)}
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size
+        return len(self._training) // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
         """Iterate over the batches from position 0 on, without end."""
@@ -138,6 +148,17 @@ class Loader:
         """Return the labels (B,) of the images that `batch` returns, if there are classes."""
         rows = self._rows(position)
         return self.labels[self._order[rows][shard].to(self.device)]
+
+    def held_out(self, index: int, count: int) -> tuple[Tensor, ...]:
+        """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
+
+        Returns:
+            images (B, 3, S, S) as those of `batch`, and labels (B,) if there are classes.
+        """
+        rows = np.arange(min(count, len(self._held_out))) + index * count
+        rows = torch.from_numpy(self._held_out[rows % len(self._held_out)])
+        images = to_model_range(self.images[rows.to(self.images.device)].to(self.device))
+        return (images, self.labels[rows.to(self.device)]) if self.classes else (images,)
 
     def images_of_class(self, label: int, count: int) -> Tensor:
         """Return the first images of a class, at most `count`: (B, 3, S, S) float32 in [-1, 1], on the device."""
@@ -168,8 +189,8 @@ class Loader:
     def _shuffle(self, epoch: int) -> None:
         """Draw the order of an epoch and its flips."""
         random = np.random.default_rng([self.seed, epoch])
-        count = len(self.images)
-        self._order = torch.from_numpy(random.permutation(count)).to(self.images.device)
+        count = len(self._training)
+        self._order = torch.from_numpy(self._training[random.permutation(count)]).to(self.images.device)
         self._flip = torch.from_numpy(random.random(count) < 0.5).view(-1, 1, 1, 1).to(self.device)
         self._epoch = epoch
 

@@ -88,7 +88,7 @@ def make_loader(config: Config, device: "torch.device") -> "Loader":
                          exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,
-                  device=device)  # fmt: skip
+                  holdout=config.holdout, device=device)  # fmt: skip
 
 
 def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":

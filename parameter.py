@@ -129,6 +129,9 @@ class Config:
     attribute: str | None = option(
         None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", WORD
     )
+    holdout: float = option(
+        0.0, "fraction of the images kept from training, to see whether D remembers the others", FRACTION
+    )
     hflip: bool = option(False, "flip each image horizontally with probability 0.5")
     toy_num: int = option(10_000, "number of toy faces", at_least(1))
     cache_path: str = option("./cache", "folder for decoded images", PATH)

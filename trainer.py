@@ -225,8 +225,8 @@ class Trainer:
         if self.classes:
             real_labels = [self.loader.batch_labels(position, self.shard) for position in positions]
             # Those of training images drawn at random: classes are as frequent as among the real images.
-            draw_image = partial(torch.randint, len(self.loader.labels))
-            fake_labels = [self.loader.labels[self._draw(draw_image, size)] for _ in z]
+            draw_image = partial(torch.randint, len(self.loader.training_labels))
+            fake_labels = [self.loader.training_labels[self._draw(draw_image, size)] for _ in z]
         u = []
         if self.augmentations:
             u = [self._draw(torch.rand, size, 2, RANDOM_NUMBERS) for _ in real]
@@ -330,7 +330,7 @@ class Trainer:
             self.guard.check_losses()
         scores = self._evaluate(recorder) if "metrics" in due and self.ranks.is_rank_zero else {}
         if "log" in due:
-            tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
+            tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D) | self._holdout_logits()
             recorder.log(self.step, tensors, self._learning_rates() | scores)
             if config.adv_loss == "hinge" and self.ranks.is_rank_zero:  # the critic of wgan-gp has no zero
                 self.overfitting.add(self.step, stats["d_sign"].item())
@@ -423,6 +423,20 @@ class Trainer:
             real += (self.loader.batch_labels(0, rows),)
         with eval_mode(*networks):
             return collect_attention(*networks, latents, real, self.classes)
+
+    def _holdout_logits(self) -> dict[str, Tensor]:
+        """D's mean logits on held-out images and on training images, of the next batch: the gap is overfitting."""
+        if not self.config.holdout or not self.ranks.is_rank_zero:
+            return {}
+        position = self.step * self.config.n_critic
+        training = (self.loader.batch(position), *([self.loader.batch_labels(position)] if self.classes else []))
+        held_out = self.loader.held_out(self.step // self.config.log_step, self.config.batch_size)
+        means = {}
+        with eval_mode(self.D), self._autocast():
+            for name, (images, *labels) in {"d_train": training, "d_holdout": held_out}.items():
+                logits = self.D(images.contiguous(memory_format=self.memory_format), *labels)
+                means[name] = logits.float().mean()
+        return means
 
     def _evaluate(self, recorder: Recorder) -> dict[str, float]:
         """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""

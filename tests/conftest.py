@@ -77,6 +77,7 @@ def build_trainer(config: Config) -> Trainer:
         seed=config.seed,
         hflip=config.hflip,
         conditional=config.conditional,
+        holdout=config.holdout,
         device=config.device,
     ).open()
     return Trainer(loader, config)

@@ -73,13 +73,13 @@ def inputs_of(trainer, steps):
 
 def test_real_images_have_their_labels_and_fakes_have_labels_as_frequent(make):
     trainer = make(n_critic=2, batch_size=5)
-    trainer.loader.labels = torch.tensor([0] * 14 + [1] * 4 + [2] * 2)
+    trainer.loader.labels = trainer.loader.training_labels = torch.tensor([0] * 14 + [1] * 4 + [2] * 2)
     seen = inputs_of(trainer, 200)
-    for step, (_, z, _, real_labels, fake_labels) in enumerate(seen):
+    for step, (_, z, _, real_labels, fake_labels, _) in enumerate(seen):
         assert len(z) == len(fake_labels) == 3
         for index, labels in enumerate(real_labels):
             assert torch.equal(labels, trainer.loader.batch_labels(2 * step + index))
-    drawn = torch.stack([labels for *_, fake_labels in seen for labels in fake_labels])
+    drawn = torch.stack([labels for *_, fake_labels, _ in seen for labels in fake_labels])
     assert drawn.shape == (600, 5)
     frequencies = drawn.flatten().bincount().numpy() / drawn.numel()
     assert np.abs(frequencies - [0.7, 0.2, 0.1]).max() < 0.03  # four standard deviations

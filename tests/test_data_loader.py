@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_loader import Loader
 from datasets.sources import find_source
+from errors import UserError
 
 
 def test_batches_are_scaled_as_in_the_reference(toy):
@@ -126,3 +127,24 @@ def test_other_labels_are_other_data(labelled, tmp_path):
     plain = Loader(find_source("folder", str(tmp_path / "images")), 8, 2, cache_path=str(tmp_path / "cache")).open()
     assert plain.identity != before and len(plain.labels) == 0
     assert labelled().identity == before
+
+
+def test_held_out_images_are_in_no_batch_and_the_others_in_all_epochs(labelled):
+    loader = labelled(holdout=0.25, hflip=True)
+    assert len(loader) == 3 and len(loader.images) == 8  # two of eight images are held out
+    held_out, labels = loader.held_out(0, 2)
+    assert gray_levels(held_out) == gray_levels(loader.held_out(1, 2)[0])
+    assert labels.tolist() == [level // 20 >= 5 for level in gray_levels(held_out)]
+    assert len(loader.held_out(0, 9)[0]) == 2 and gray_levels(loader.held_out(1, 1)[0]) == gray_levels(held_out)[1:]
+    epochs = [sorted(level for i in range(3) for level in gray_levels(loader.batch(3 * epoch + i))) for epoch in (0, 1)]
+    assert epochs[0] == epochs[1] == sorted({*range(0, 160, 20)} - {*gray_levels(held_out)})
+    assert sorted(loader.training_labels.tolist() + labels.tolist()) == loader.labels.tolist()
+    assert gray_levels(labelled(holdout=0.25).held_out(0, 2)[0]) == gray_levels(held_out)
+    others = [gray_levels(labelled(holdout=0.25, seed=seed).held_out(0, 2)[0]) for seed in range(1, 6)]
+    assert any(levels != gray_levels(held_out) for levels in others)
+
+
+def test_the_smallest_holdout_is_an_image_and_the_rest_must_fill_a_batch(toy, tmp_path):
+    assert len(toy(holdout=0.001).held_out(0, 5)[0]) == 1
+    with pytest.raises(UserError, match="5 images, fewer than one batch"):
+        Loader(find_source("toy", toy_num=10), 32, 6, cache_path=str(tmp_path / "cache"), holdout=0.5).open()

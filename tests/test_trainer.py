@@ -176,6 +176,24 @@ def test_augmentation_is_drawn_last_for_each_update(make_trainer):
     assert len(numbers.unique()) == len(numbers) and numbers.min() >= 0 and numbers.max() < 1
 
 
+@pytest.mark.parametrize("options", [{}, dict(model="paper", conditional=True, imsize=64)])
+def test_d_is_compared_on_held_out_and_training_images(make_trainer, options):
+    """A D that has learned the training images alone has other logits on the held-out ones."""
+    trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
+    assert len(trainer.loader) == 3  # of 14 training images
+    before = weights_of(trainer)
+    means = trainer._holdout_logits()
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(trainer).items())  # spectral norm's too
+    trainer.D.eval()
+    held_out = trainer.loader.held_out(0, 4)
+    assert means["d_holdout"].item() == pytest.approx(trainer.D(*held_out).mean().item(), rel=1e-5, abs=1e-6)
+    assert means["d_train"].item() != means["d_holdout"].item()
+    trainer.D.train()
+    trainer.train()
+    (entry,) = metrics_of(trainer)
+    assert {"d_train", "d_holdout"} <= entry.keys()
+
+
 def test_augmented_images_are_shown_at_the_start(make_trainer):
     trainer = make_trainer(augment="cutout", total_step=1)
     trainer.train()

@@ -40,6 +40,10 @@ SIGN_NOTE = (
     "Mean sign of D(x) on the training images of a batch. Near 1 for long: D remembers them, see --augment "
     "(arXiv 2006.06676)."
 )
+HOLDOUT_NOTE = (
+    "Mean of D(x) on training images, of a batch that comes next, and on images that are held out (--holdout). The gap "
+    "is overfitting of D."
+)
 GAMMA_NOTE = (
     "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
     "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
@@ -48,6 +52,7 @@ SIGMA_NOTE = "Largest singular value of each layer's weight before normalization
 CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Losses", "d_loss|g_loss|d_penalty", "", LOSS_NOTE),
     ("Logits of D", "d_real|d_fake", "mean", LOGIT_NOTE),
+    ("Logits of D on training and held-out images", "d_train|d_holdout", "mean", HOLDOUT_NOTE),
     ("Sign of D on training images", "d_sign", "", SIGN_NOTE),
     ("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
     ("FID", "fid", "lower is better", ""),

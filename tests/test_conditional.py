@@ -181,6 +181,7 @@ def test_the_checkpoint_tells_the_classes(trained, make_config):
     (["short", "medium"], "only the checkpoint has long"),
     (["a", "medium", "long"], "only the checkpoint has short; only the images have a"),
     ([], "only the checkpoint has short, medium, long"),
+    (["long", "medium", "short"], "has the classes in another order: short, medium, long"),
 ])  # fmt: skip
 def test_a_checkpoint_of_other_classes_says_which(trained, classes, words):
     config = dataclasses.replace(trained.config, pretrained_model="1")
@@ -247,7 +248,26 @@ def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
 @pytest.mark.parametrize("name, folder", [("cat", "cat"), ("../../x", "_.._x"), ("..", "_"), ("a/b", "a_b"),
                                           ("Katze süß", "Katze süß"), ("x\0", "x_"), ("", "_")])  # fmt: skip
 def test_a_class_of_any_name_has_a_folder_inside(name, folder):
-    assert tester._folder_name(name) == folder
+    assert tester._folder_names([name]) == [folder]
+
+
+def test_each_class_has_a_folder_of_its_own():
+    assert tester._folder_names(["a:b", "dog", "a?b", "Dog", "a"]) == ["a_b_0", "dog_1", "a_b_2", "Dog_3", "a"]
+
+
+def test_class_names_may_have_commas():
+    classes = ["cat", "dog", "cat,dog"]
+    assert tester._class_numbers("cat,dog", classes) == [2]
+    assert tester._class_numbers("dog,cat", classes) == [1, 0]
+
+
+def test_both_names_of_an_interpolation_are_readable(trained):
+    tested, seen = make_tester(trained, loader=False), []
+    tested.classes = ("airplane", "automobile", "x" * 30)
+    tested._write_columns = lambda name, columns, row_names: seen.extend(row_names)
+    with torch.no_grad():
+        tested._write_class_interpolations()
+    assert seen[:2] == ["airplane - automobile", f"automobile - {'x' * 17}..."]
 
 
 def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):

@@ -106,6 +106,14 @@ def test_a_missing_list_of_attributes_says_what_to_fetch_and_where_it_goes(celeb
     assert smiling(tmp_path).numbers == [1, 0, 1, 0]
 
 
+def test_a_byte_order_mark_is_no_attribute(celeb, tmp_path):
+    """Spreadsheets write one: taken for a part of the header's first word, it would make that word an attribute."""
+    path = celeb.parent / "list_attr_celeba.csv"
+    write_csv(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert smiling(tmp_path).numbers == [1, 0, 1, 0]
+
+
 def test_an_image_without_attributes(celeb, tmp_path):
     write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
     with pytest.raises(UserError, match=r"no line for 1 of the images, such as 000004\.jpg"):

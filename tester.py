@@ -123,7 +123,7 @@ class Tester:
         with eval_mode(*self.networks):
             self._write_samples()
             self._write_interpolations()
-            if self.classes:
+            if len(self.shown) > 1:
                 self._write_class_interpolations()
             self._write_progress()
             explorer = self._write_attention()

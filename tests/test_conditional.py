@@ -25,6 +25,11 @@ OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
 CLASSES = ("short", "medium", "long")
 
 
+@pytest.fixture(autouse=True)
+def few_images_for_attention_statistics(monkeypatch):
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)  # they take most of the time of a test
+
+
 @pytest.fixture
 def make(make_config):
     return lambda **changes: build_trainer(make_config(**(OPTIONS | changes)))
@@ -220,6 +225,12 @@ def test_class_name_chooses_the_classes(trained):
     assert labels.tolist() == [2, 0, 2, 0]
     with pytest.raises(UserError, match="--class_name bald: the checkpoint's classes are short, medium, long"):
         make_tester(trained, class_name="short,bald")
+
+
+def test_one_class_is_not_interpolated(trained):
+    tested = make_tester(trained, loader=False, num_samples=1, class_name="long")
+    assert tested.test() == 0
+    assert (tested.folder / "interpolation.png").exists() and not [*tested.folder.glob("class_interpolation*")]
 
 
 def test_class_name_without_classes(make):

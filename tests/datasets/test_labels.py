@@ -167,7 +167,7 @@ def test_a_class_may_not_lose_its_images_to_damage(tmp_path):
     (tmp_path / "images" / "b" / "4.png").write_bytes(b"damaged")
     source = find_source("folder", str(tmp_path / "images"))
     loader = Loader(source, 32, 2, cache_path=str(tmp_path / "cache"), num_workers=0, conditional=True)
-    with pytest.raises(UserError, match="b has 1"):
+    with pytest.raises(UserError, match=r"b has 1\. Unreadable: 1 images, the first b.4\.png"):
         loader.open()
 
 

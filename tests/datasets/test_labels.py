@@ -161,6 +161,16 @@ def test_too_few_classes_or_images(labels, words):
         labels.check()
 
 
+def test_too_few_classes_are_an_error_before_any_image_is_decoded():
+    source = replace(find_source("toy", toy_num=4), labels=lambda: Labels(("cat",), [0] * 4))
+    with pytest.raises(UserError, match="two classes or more"):
+        Loader(source, 32, 2, conditional=True)
+
+
+def test_labels_without_some_items_stay_with_the_others():
+    assert Labels(("cat", "dog"), [0, 1, 0, 1, 1]).without([1, 4]) == Labels(("cat", "dog"), [0, 0, 1])
+
+
 def test_a_class_may_not_lose_its_images_to_damage(tmp_path):
     for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
         save(tmp_path / "images" / name)

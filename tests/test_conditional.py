@@ -123,6 +123,13 @@ def test_both_networks_judge_and_draw_by_the_same_labels(make):
     assert all(grad is not None and grad.abs().sum() > 0 for grad in changed)
 
 
+def test_each_update_has_labels_of_its_own(make):
+    trainer, calls = make(), []
+    trainer.d_step = trainer.g_step = lambda *inputs: calls.append(inputs) or {}
+    trainer._updates(["x0", "x1"], ["z0", "z1", "z2"], (), ["real0", "real1"], ["fake0", "fake1", "fake2"])
+    assert calls == [("x0", "z0", None, "real0", "fake0"), ("x1", "z1", None, "real1", "fake1"), ("z2", "fake2")]
+
+
 def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
     z = sample_z(0, 20, 16, "cpu")
     for classes, columns in ((range(3), 10), (range(8), 8), ([4, 1], 16), ([5], 20)):

@@ -188,6 +188,17 @@ def test_the_checkpoint_tells_the_classes(trained, make_config):
     checkpoint.check_classes(weights, ["a", "b", "c"])  # their names are not known
 
 
+def test_a_resumed_run_takes_the_step_that_it_would_have_taken(make):
+    trainer = make(total_step=1)
+    trainer.train()
+    resumed = make(pretrained_model="1")
+    for run in (trainer, resumed):
+        run.train_step()
+    for network in ("G", "D"):
+        ours, theirs = (getattr(run, network).state_dict() for run in (trainer, resumed))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 @pytest.mark.parametrize("classes, words", [
     (["short", "medium", "long", "bald"], "only the images have bald"),
     (["short", "medium"], "only the checkpoint has long"),
@@ -232,6 +243,22 @@ def test_class_name_chooses_the_classes(trained):
     assert labels.tolist() == [2, 0, 2, 0]
     with pytest.raises(UserError, match="--class_name bald: the checkpoint's classes are short, medium, long"):
         make_tester(trained, class_name="short,bald")
+
+
+def test_weights_alone_have_the_names_of_the_images_classes_or_numbers(trained):
+    config = dataclasses.replace(trained.config, train=False)
+    saved = dataclasses.replace(checkpoint.load(config.model_folder, "1"), state=None)
+    assert tester.Tester(config, trained.loader, saved).classes == CLASSES
+    assert tester.Tester(config, None, saved).classes == ("0", "1", "2")
+
+
+def test_real_images_in_attention_figures_have_their_labels(trained, monkeypatch):
+    tested, seen = make_tester(trained), []
+    monkeypatch.setattr(tester, "collect_attention", lambda G, D, latents, real, classes: seen.extend(real) or [])
+    monkeypatch.setattr(tester, "write_explorer", lambda *_: None)
+    tested._write_attention()
+    images, labels = seen
+    assert torch.equal(images, trained.loader.batch(0)) and torch.equal(labels, trained.loader.batch_labels(0))
 
 
 def test_one_class_is_not_interpolated(trained):

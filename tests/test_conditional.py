@@ -26,8 +26,8 @@ CLASSES = ("short", "medium", "long")
 
 
 @pytest.fixture(autouse=True)
-def few_images_for_attention_statistics(monkeypatch):
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)  # they take most of the time of a test
+def fewer_images_for_statistics(monkeypatch):
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
 
 
 @pytest.fixture
@@ -186,6 +186,15 @@ def test_the_checkpoint_tells_the_classes(trained, make_config):
     weights = dataclasses.replace(saved, state=None)
     assert checkpoint.saved_classes(weights) == ("0", "1", "2")
     checkpoint.check_classes(weights, ["a", "b", "c"])  # their names are not known
+
+
+def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
+    trainer = make()
+    config = dataclasses.replace(trainer.config, dataset="celeb", attribute="Smiling")
+    checkpoint.save(config.model_folder, 1, trainer._state() | {"config": dataclasses.asdict(config)})
+    default = dataclasses.replace(config, train=False, attribute=None)
+    assert load_test_checkpoint(default, set())[1].attribute == "Smiling"
+    assert load_test_checkpoint(dataclasses.replace(default, dataset="toy"), {"dataset"})[1].attribute is None
 
 
 def test_a_resumed_run_takes_the_step_that_it_would_have_taken(make):

@@ -90,7 +90,10 @@ class Loader:
         _check_size(len(images), self.batch_size)
         if self._labels:
             labels = self._labels.without(skipped)
-            labels.check()
+            try:
+                labels.check()
+            except UserError as error:  # there were enough of each class before
+                raise UserError(f"{error}. Unreadable: {len(skipped):,} images, the first {self.skipped[0]}") from error
             self.labels = torch.tensor(labels.numbers, device=self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it

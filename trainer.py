@@ -69,7 +69,7 @@ class Trainer:
 
     def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it is immutable
         self.loader, self.config, self.ranks = loader, config, ranks
-        self.classes = loader.classes if config.conditional else ()
+        self.classes = loader.classes
         with ranks.raise_together():
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)
@@ -372,10 +372,10 @@ class Trainer:
         """The first batch of real images; with classes, rows of images as in `_samples`, filled up with black."""
         if not self.classes:
             return self.loader.batch(0)
-        _, labels = class_rows(self.fixed_z, range(len(self.classes))[:CLASS_ROWS])
-        count = len(labels) // min(len(self.classes), CLASS_ROWS)
-        rows = [self.loader.images_of_class(label, count) for label in labels.unique().tolist()]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flatten(0, 1)
+        rows = range(len(self.classes))[:CLASS_ROWS]
+        columns = len(class_rows(self.fixed_z, rows)[0]) // len(rows)
+        images = [self.loader.images_of_class(label, columns) for label in rows]
+        return torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1).flatten(0, 1)
 
     def _attention(self) -> list[AttentionSample]:
         """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""

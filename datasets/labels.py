@@ -84,7 +84,7 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
             f"--conditional true needs CelebA's attributes: download {ATTRIBUTE_FILES[0]} from its page "
             f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html, folder Anno) and put it into {target}"
         )
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         rows = (line.replace(",", " ").split() for line in file)  # of the .txt, and of the .csv that Kaggle has
         header = next((row for row in rows if len(row) > 1), [])  # the .txt begins with the number of images
         attributes = [word for word in header if word != "image_id"]

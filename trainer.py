@@ -69,7 +69,7 @@ class Trainer:
 
     def __init__(self, loader: Loader, config: Config, ranks: Ranks = Ranks()):  # noqa: B008  it is immutable
         self.loader, self.config, self.ranks = loader, config, ranks
-        self.classes = loader.classes
+        self.classes = loader.classes if config.conditional else ()
         with ranks.raise_together():
             self.device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             self.precision = resolve_precision(config.precision, self.device)

@@ -56,11 +56,6 @@ def trained(tmp_path_factory):
     return trainer
 
 
-@pytest.fixture(autouse=True)
-def fewer_images_for_statistics(monkeypatch):
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
-
-
 def make_tester(trainer, loader=True, **changes):
     given = dataclasses.replace(trainer.config, **changes)
     saved, config = load_test_checkpoint(given, set(changes))

@@ -317,7 +317,9 @@ class Trainer:
         same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.identity["checksum"])
         with self.ranks.raise_together():
             if not same:
-                raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
+                raise UserError(
+                    "the machines have different images or labels: copy the images, or --cache_path, to all of them"
+                )
 
     def _open_recorder(self) -> Recorder | NullRecorder:
         if not self.ranks.is_rank_zero:

@@ -67,7 +67,7 @@ def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them
 def test_images_beside_the_class_folders(tmp_path):
     for name in ("a/1.png", "b/2.png", "stray.png"):
         save(tmp_path / name)
-    with pytest.raises(UserError, match=r"1 images are in none, such as stray\.png"):
+    with pytest.raises(UserError, match=r"in none: 1, the first stray\.png"):
         find_source("folder", str(tmp_path)).labels()
 
 
@@ -116,7 +116,7 @@ def test_a_byte_order_mark_is_no_attribute(celeb, tmp_path):
 
 def test_an_image_without_attributes(celeb, tmp_path):
     write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
-    with pytest.raises(UserError, match=r"no line for 1 of the images, such as 000004\.jpg"):
+    with pytest.raises(UserError, match=r"lacks images: 1, the first 000004\.jpg"):
         smiling(tmp_path)
 
 

@@ -99,7 +99,10 @@ class Loader:
         self._held_out, self._training = np.sort(numbers[:held_out]), np.sort(numbers[held_out:])
         if self._labels:
             labels = self._labels.without(skipped)
-            labels.check()
+            try:
+                labels.check()
+            except UserError as error:  # there were enough of each class before
+                raise UserError(f"{error}. Unreadable: {len(skipped):,} images, the first {self.skipped[0]}") from error
             self.labels = torch.tensor(labels.numbers, device=self.device)
             self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
         with warnings.catch_warnings():

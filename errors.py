@@ -45,7 +45,7 @@ def exit_code(error: BaseException) -> int:
     if is_out_of_memory(error):
         print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
     elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:
         raise error
     return 2

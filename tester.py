@@ -10,6 +10,7 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +61,7 @@ from visuals.figures import (
     progress_frames,
     sample_grid,
     save_animation,
+    shorten,
     to_pixels,
 )
 
@@ -121,7 +123,7 @@ class Tester:
         with eval_mode(*self.networks):
             self._write_samples()
             self._write_interpolations()
-            if self.classes:
+            if len(self.shown) > 1:
                 self._write_class_interpolations()
             self._write_progress()
             explorer = self._write_attention()
@@ -139,10 +141,10 @@ class Tester:
 
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
-        z, folder = self._sample_z(self.config.num_samples), self.folder / "samples"
+        z, folder, names = self._sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
         for number in self.shown:
             labels = torch.full((len(z),), number, device=self.device)
-            self._write_images(folder / _folder_name(self.classes[number]), z, labels)
+            self._write_images(folder / names[number], z, labels)
         if not self.classes:
             self._write_images(folder, z)
         rows = self.shown[:CLASS_ROWS]
@@ -170,10 +172,10 @@ class Tester:
         """Write `g_num` interpolations between two classes, each of one z."""
         z, labels = self._inputs(self.config.g_num + 1, SEED_INTERPOLATION)
         start, end = F.one_hot(labels, len(self.classes)).float().unfold(0, 2, 1).unbind(2)  # each (g_num, classes)
-        columns = [self.G(z[:-1], torch.lerp(start, end, t)) for t in torch.linspace(0, 1, INTERPOLATION_STEPS)]
-        self._write_columns(
-            "class_interpolation", columns, [f"{one} - {other}" for one, other in pairwise(self._names(labels))]
-        )
+        steps = torch.linspace(0, 1, INTERPOLATION_STEPS).tolist()
+        columns = [self.G(z[:-1], torch.lerp(start, end, step)) for step in steps]
+        row_names = [f"{one} - {other}" for one, other in pairwise(self._names(labels))]
+        self._write_columns("class_interpolation", columns, row_names)
 
     def _write_columns(self, name: str, columns: list[Tensor], row_names: list[str]) -> None:
         """Write interpolations as rows of an image, and as an animation back and forth.
@@ -266,7 +268,7 @@ class Tester:
         return z, torch.tensor(self.shown, device=self.device)[torch.arange(count) % len(self.shown)]
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
-        return [self.classes[number] for number in numbers]
+        return [shorten(self.classes[number]) for number in numbers]
 
     def _training_images(self, indices: Tensor) -> Tensor:
         """Return training images (K, 3, S, S) by index (K,); copies them if they are not on this device."""
@@ -287,12 +289,17 @@ def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
         return [*range(len(classes))]
     if not classes:
         raise UserError("--class_name: the networks of this checkpoint have no classes")
-    names = class_name.split(",")
+    names = [class_name] if class_name in classes else class_name.split(",")  # a name may have commas
     if unknown := [name for name in names if name not in classes]:
         raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
     return [classes.index(name) for name in names]
 
 
-def _folder_name(class_name: str) -> str:
-    """Return a folder's name for a class: a checkpoint from elsewhere may have any name, such as a path."""
-    return re.sub(r'[<>:"/\\|?*\0]', "_", class_name).strip(". ") or "_"
+def _folder_names(classes: Sequence[str]) -> list[str]:
+    """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
+
+    Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
+    """
+    names = [re.sub(r'[<>:"/\\|?*\0]', "_", name).strip(". ") or "_" for name in classes]
+    counts = Counter(name.lower() for name in names)
+    return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]

@@ -348,7 +348,9 @@ class Trainer:
         same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.identity["checksum"])
         with self.ranks.raise_together():
             if not same:
-                raise UserError("the machines have different images: copy the images, or --cache_path, to all of them")
+                raise UserError(
+                    "the machines have different images or labels: copy the images, or --cache_path, to all of them"
+                )
 
     def _open_recorder(self) -> Recorder | NullRecorder:
         if not self.ranks.is_rank_zero:
@@ -403,10 +405,10 @@ class Trainer:
         """The first batch of real images; with classes, rows of images as in `_samples`, filled up with black."""
         if not self.classes:
             return self.loader.batch(0)
-        _, labels = class_rows(self.fixed_z, range(len(self.classes))[:CLASS_ROWS])
-        count = len(labels) // min(len(self.classes), CLASS_ROWS)
-        rows = [self.loader.images_of_class(label, count) for label in labels.unique().tolist()]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).flatten(0, 1)
+        rows = range(len(self.classes))[:CLASS_ROWS]
+        columns = len(class_rows(self.fixed_z, rows)[0]) // len(rows)
+        images = [self.loader.images_of_class(label, columns) for label in rows]
+        return torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1).flatten(0, 1)
 
     def _augmented(self, images: Tensor) -> Tensor:
         """Real images as D may see them."""

@@ -8,7 +8,7 @@ Traffic counts what no order of operations avoids: what the forward saves for th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +34,15 @@ class Work(NamedTuple):
     parameters: int
 
 
-def machine_rates(device: str) -> Rates:
-    """Measure a device. The matrix rate is that of a product or a convolution: libraries differ in which is faster."""
+def machine_rates(device: str, precisions: Iterable[str]) -> Rates:
+    """Measure a device in some of the precisions fp32, tf32 and bf16; bf16 takes minutes on a CPU that has none.
+
+    The matrix rate is that of a product or a convolution: libraries differ in which is faster.
+    """
     on_cuda = device == "cuda"
     side, batch = (8192, 1024) if on_cuda else (2048, 64)
     matrix = {}
-    for precision in ("fp32", "tf32", "bf16") if on_cuda else ("fp32", "bf16"):
+    for precision in precisions:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         options = dict(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         left, right = torch.randn(side, side, **options), torch.randn(side, side, **options)

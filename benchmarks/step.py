@@ -223,7 +223,8 @@ def main() -> None:
     arguments = parse_arguments()
     warm_up, block = (10, 20) if arguments.device == "cuda" else (2, 4)
 
-    rates = machine_rates(arguments.device)
+    found = [contender for setting in arguments.settings for contender in contenders(setting, arguments.only)]
+    rates = machine_rates(arguments.device, dict.fromkeys(contender.precision for contender in found))
     for precision, matrix in rates.matrix.items():
         print(f"{precision}: {matrix / 1e12:.3g} TFLOP/s", end="   ")
     print(f"copy: {rates.copy / 1e9:.3g} GB/s   torch {torch.__version__}")

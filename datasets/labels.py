@@ -44,7 +44,7 @@ def list_classes(labels: Labels) -> str:
 
 def join_names(names: Sequence[str]) -> str:
     """Join names by commas; of many, the first and how many there are."""
-    return ", ".join(names[:LISTED]) + (f", ... ({len(names)} in all)" if len(names) > LISTED else "")
+    return ", ".join(names[:LISTED]) + (f", ... ({len(names):,} in all)" if len(names) > LISTED else "")
 
 
 def folder_labels(root: str, names: Sequence[str]) -> Labels:
@@ -55,8 +55,8 @@ def folder_labels(root: str, names: Sequence[str]) -> Labels:
     """
     if beside := [name for name in names if os.sep not in name]:
         raise UserError(
-            f"--conditional true takes the folders directly below {root} as classes, and {len(beside):,} images are in "
-            f"none, such as {beside[0]}: move them into one"
+            f"--conditional true takes the folders directly below {root} as classes; images that are in none: "
+            f"{len(beside):,}, the first {beside[0]}: move them into one"
         )
     folders = [name.split(os.sep, 1)[0] for name in names]
     classes = tuple(sorted({*folders}))
@@ -84,7 +84,7 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
             f"--conditional true needs CelebA's attributes: download {ATTRIBUTE_FILES[0]} from its page "
             f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html, folder Anno) and put it into {target}"
         )
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         rows = (line.replace(",", " ").split() for line in file)  # of the .txt, and of the .csv that Kaggle has
         header = next((row for row in rows if len(row) > 1), [])  # the .txt begins with the number of images
         attributes = [word for word in header if word != "image_id"]
@@ -96,7 +96,7 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
         present = dict(_presence(path, rows, attributes.index(attribute)))
     stems = [Path(name).stem for name in names]
     if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in present]:
-        raise UserError(f"{path} has no line for {len(missing):,} of the images, such as {missing[0]}")
+        raise UserError(f"{path} lacks images: {len(missing):,}, the first {missing[0]}")
     return Labels((f"not_{attribute}", attribute), [present[stem] for stem in stems])
 
 

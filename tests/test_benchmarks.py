@@ -72,7 +72,7 @@ def test_records_and_headings_name_the_model(monkeypatch, capsys, tmp_path):
     """Of two models; neither is built or timed."""
     path = tmp_path / "results.json"
     timed = {"ms_per_step": 1.0, "iqr_ms": 0.0, "images_per_s": 1.0, "peak_mib": 1.0}
-    monkeypatch.setattr(step, "machine_rates", lambda device: Rates({"fp32": 1e12, "bf16": 1e12}, 1e9))
+    monkeypatch.setattr(step, "machine_rates", lambda *_: Rates({"fp32": 1e12, "bf16": 1e12}, 1e9))
     monkeypatch.setattr(step, "count_work", lambda setting: Work(flop=2e9, saved_bytes=1, parameters=1))
     monkeypatch.setattr(
         step, "measure", lambda setting, found, *_: [setting._asdict() | one._asdict() | timed for one in found]

@@ -26,6 +26,11 @@ OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
 CLASSES = ("short", "medium", "long")
 
 
+@pytest.fixture(autouse=True)
+def fewer_images_for_statistics(monkeypatch):
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
+
+
 @pytest.fixture
 def make(make_config):
     return lambda **changes: build_trainer(make_config(**(OPTIONS | changes)))
@@ -49,11 +54,6 @@ def trained(tmp_path_factory):
         separate_classes(network)
     trainer.train()
     return trainer
-
-
-@pytest.fixture(autouse=True)
-def fewer_images_for_statistics(monkeypatch):
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
 
 
 def make_tester(trainer, loader=True, **changes):
@@ -127,6 +127,13 @@ def test_both_networks_judge_and_draw_by_the_same_labels(make):
     assert all(grad is not None and grad.abs().sum() > 0 for grad in changed)
 
 
+def test_each_update_has_labels_of_its_own(make):
+    trainer, calls = make(), []
+    trainer.d_step = trainer.g_step = lambda *inputs: calls.append(inputs) or {}
+    trainer._updates(["x0", "x1"], ["z0", "z1", "z2"], (), ["real0", "real1"], ["fake0", "fake1", "fake2"])
+    assert calls == [("x0", "z0", None, "real0", "fake0"), ("x1", "z1", None, "real1", "fake1"), ("z2", "fake2")]
+
+
 def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
     z = sample_z(0, 20, 16, "cpu")
     for classes, columns in ((range(3), 10), (range(8), 8), ([4, 1], 16), ([5], 20)):
@@ -185,11 +192,32 @@ def test_the_checkpoint_tells_the_classes(trained):
     checkpoint.check_classes(weights, ["a", "b", "c"])  # their names are not known
 
 
+def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
+    trainer = make()
+    config = dataclasses.replace(trainer.config, dataset="celeb", attribute="Smiling")
+    checkpoint.save(config.model_folder, 1, trainer._state() | {"config": dataclasses.asdict(config)})
+    default = dataclasses.replace(config, train=False, attribute=None)
+    assert load_test_checkpoint(default, set())[1].attribute == "Smiling"
+    assert load_test_checkpoint(dataclasses.replace(default, dataset="toy"), {"dataset"})[1].attribute is None
+
+
+def test_a_resumed_run_takes_the_step_that_it_would_have_taken(make):
+    trainer = make(total_step=1)
+    trainer.train()
+    resumed = make(pretrained_model="1")
+    for run in (trainer, resumed):
+        run.train_step()
+    for network in ("G", "D"):
+        ours, theirs = (getattr(run, network).state_dict() for run in (trainer, resumed))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 @pytest.mark.parametrize("classes, words", [
     (["short", "medium", "long", "bald"], "only the images have bald"),
     (["short", "medium"], "only the checkpoint has long"),
     (["a", "medium", "long"], "only the checkpoint has short; only the images have a"),
     ([], "only the checkpoint has short, medium, long"),
+    (["long", "medium", "short"], "has the classes in another order: short, medium, long"),
 ])  # fmt: skip
 def test_a_checkpoint_of_other_classes_says_which(trained, classes, words):
     config = dataclasses.replace(trained.config, pretrained_model="1")
@@ -230,6 +258,28 @@ def test_class_name_chooses_the_classes(trained):
         make_tester(trained, class_name="short,bald")
 
 
+def test_weights_alone_have_the_names_of_the_images_classes_or_numbers(trained):
+    config = dataclasses.replace(trained.config, train=False)
+    saved = dataclasses.replace(checkpoint.load(config.model_folder, "1"), state=None)
+    assert tester.Tester(config, trained.loader, saved).classes == CLASSES
+    assert tester.Tester(config, None, saved).classes == ("0", "1", "2")
+
+
+def test_real_images_in_attention_figures_have_their_labels(trained, monkeypatch):
+    tested, seen = make_tester(trained), []
+    monkeypatch.setattr(tester, "collect_attention", lambda G, D, latents, real, classes: seen.extend(real) or [])
+    monkeypatch.setattr(tester, "write_explorer", lambda *_: None)
+    tested._write_attention()
+    images, labels = seen
+    assert torch.equal(images, trained.loader.batch(0)) and torch.equal(labels, trained.loader.batch_labels(0))
+
+
+def test_one_class_is_not_interpolated(trained):
+    tested = make_tester(trained, loader=False, num_samples=1, class_name="long")
+    assert tested.test() == 0
+    assert (tested.folder / "interpolation.png").exists() and not [*tested.folder.glob("class_interpolation*")]
+
+
 def test_class_name_without_classes(make):
     trainer = make(conditional=False, total_step=1)
     trainer.train()
@@ -256,7 +306,26 @@ def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
 @pytest.mark.parametrize("name, folder", [("cat", "cat"), ("../../x", "_.._x"), ("..", "_"), ("a/b", "a_b"),
                                           ("Katze süß", "Katze süß"), ("x\0", "x_"), ("", "_")])  # fmt: skip
 def test_a_class_of_any_name_has_a_folder_inside(name, folder):
-    assert tester._folder_name(name) == folder
+    assert tester._folder_names([name]) == [folder]
+
+
+def test_each_class_has_a_folder_of_its_own():
+    assert tester._folder_names(["a:b", "dog", "a?b", "Dog", "a"]) == ["a_b_0", "dog_1", "a_b_2", "Dog_3", "a"]
+
+
+def test_class_names_may_have_commas():
+    classes = ["cat", "dog", "cat,dog"]
+    assert tester._class_numbers("cat,dog", classes) == [2]
+    assert tester._class_numbers("dog,cat", classes) == [1, 0]
+
+
+def test_both_names_of_an_interpolation_are_readable(trained):
+    tested, seen = make_tester(trained, loader=False), []
+    tested.classes = ("airplane", "automobile", "x" * 30)
+    tested._write_columns = lambda name, columns, row_names: seen.extend(row_names)
+    with torch.no_grad():
+        tested._write_class_interpolations()
+    assert seen[:2] == ["airplane - automobile", f"automobile - {'x' * 17}..."]
 
 
 def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):

@@ -107,7 +107,7 @@ def test_labels_stay_with_their_images(labelled):
 @pytest.mark.parametrize("cached_as", [2, 1, None])
 def test_labels_of_skipped_images_are_left_out_whatever_the_cache(labelled, tmp_path, cached_as):
     """Caches have no labels: those of older versions, and those written for other labels or none, stay valid."""
-    (tmp_path / "images" / "dark" / "2.png").write_bytes(b"damaged")
+    (tmp_path / "images" / "light" / "5.png").write_bytes(b"damaged")
     if cached_as:
         source = find_source("folder", str(tmp_path / "images"))
         Loader(source, 8, 2, cache_path=str(tmp_path / "cache"), num_workers=0).open()
@@ -117,8 +117,8 @@ def test_labels_of_skipped_images_are_left_out_whatever_the_cache(labelled, tmp_
             content |= {"format": 1, "skipped": [line for _, line in content["skipped"]]}
         info.write_text(json.dumps(content))
     loader = labelled()
-    assert loader.labels.tolist() == [0] * 4 + [1] * 3 and len(loader.skipped) == 1
-    assert gray_levels(loader.images_of_class(0, 9)) == [0, 20, 60, 80]
+    assert loader.labels.tolist() == [0] * 5 + [1] * 2 and len(loader.skipped) == 1
+    assert gray_levels(loader.images_of_class(1, 9)) == [120, 140]
     assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 

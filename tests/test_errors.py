@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("error, code, token", [
     (UserError("set --imsize"), 2, "--imsize"),
+    (UserError("class a\nb has 1"), 2, "class a b has 1"),
     (OSError(28, "No space left on device"), 2, "No space"),
     (RankLost("rank 1"), 1, "rank 1"),
     (KeyboardInterrupt(), 130, "interrupted"),

@@ -145,10 +145,12 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
     if checkpoint.state is None and len(saved) == len(classes):  # their names are not known
         return
     ours, theirs = ([name for name in one if name not in other] for one, other in ((classes, saved), (saved, classes)))
-    if ours or theirs:
-        only = [f"only the checkpoint has {join_names(theirs)}"] if theirs else []
-        only += [f"only the images have {join_names(ours)}"] if ours else []
+    only = [f"only the checkpoint has {join_names(theirs)}"] if theirs else []
+    only += [f"only the images have {join_names(ours)}"] if ours else []
+    if only:
         raise UserError(f"checkpoint {checkpoint.step} is of other classes than the images: {'; '.join(only)}")
+    if saved != tuple(classes):  # such as those of toy and of folders with their names
+        raise UserError(f"checkpoint {checkpoint.step} has the classes in another order: {join_names(saved)}")
 
 
 def _saved_sizes(checkpoint: Checkpoint) -> dict[str, int | str]:

@@ -27,7 +27,7 @@ from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib
 from visuals.attention_stats import AttentionSample
 from visuals.explorer import write_explorer
-from visuals.figures import CLASS_ROWS, attention_figures, sample_grid
+from visuals.figures import CLASS_ROWS, attention_figures, sample_grid, shorten
 from visuals.report import Run, report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -69,7 +69,7 @@ class Recorder:
     ):
         self.config, self.device, self.saved_step = config, device, step
         self._is_new = step == 0
-        self._row_names = classes[:CLASS_ROWS]
+        self._row_names = [shorten(name) for name in classes[:CLASS_ROWS]]
         self._run = _report_run(config, f"{device} in {precision}", classes)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf

@@ -36,14 +36,13 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
 
     Args:
         columns: images per row; by default B / R for R named rows, otherwise as near to a square as B allows.
-        row_names: to write at the left of the rows.
+        row_names: to write at the left of the rows; see `shorten`.
     """
     pixels, gap = to_pixels(images), 2
     count, size = pixels.shape[:2]
     columns = columns or (count // len(row_names) if row_names else math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     font = _font(13)
-    row_names = [shorten(name, NAME_LENGTH) for name in row_names]
     margin = max([0, *(GAP + math.ceil(font.getlength(name)) for name in row_names)])
     grid = Image.new("RGB", (margin + columns * (size + gap) + gap, rows * (size + gap) + gap))
     for index, tile in enumerate(pixels):
@@ -55,9 +54,9 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
     return grid
 
 
-def shorten(text: str, length: int) -> str:
-    """Return a text of at most `length` characters: the end of a longer one is replaced by "..."."""
-    return text if len(text) <= length else text[: length - 3] + "..."
+def shorten(name: str) -> str:
+    """Return a name of at most `NAME_LENGTH` characters: the end of a longer one is replaced by "..."."""
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
@@ -161,7 +160,7 @@ def attention_figure(images: Tensor, attention: Tensor, title: str, classes: Seq
         colors = dict(zip(query_points(maps, len(QUERY_COLORS)), QUERY_COLORS, strict=False))
         figure.paste(_mark_queries(image, query_side, colors), (GAP, top))
         for name in classes[row : row + 1]:
-            draw.text((GAP, top + TILE + 1), shorten(name, NAME_LENGTH), MUTED, _font(12))
+            draw.text((GAP, top + TILE + 1), shorten(name), MUTED, _font(12))
         for column, (query, color) in enumerate(colors.items(), start=1):
             left = GAP + column * (TILE + GAP)
             heatmap = overlay(image, maps[query].reshape(key_side, key_side))

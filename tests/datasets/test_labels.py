@@ -67,7 +67,7 @@ def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them
 def test_images_beside_the_class_folders(tmp_path):
     for name in ("a/1.png", "b/2.png", "stray.png"):
         save(tmp_path / name)
-    with pytest.raises(UserError, match=r"1 images are in none, such as stray\.png"):
+    with pytest.raises(UserError, match=r"in none: 1, the first stray\.png"):
         find_source("folder", str(tmp_path)).labels()
 
 
@@ -106,9 +106,17 @@ def test_a_missing_list_of_attributes_says_what_to_fetch_and_where_it_goes(celeb
     assert smiling(tmp_path).numbers == [1, 0, 1, 0]
 
 
+def test_a_byte_order_mark_is_no_attribute(celeb, tmp_path):
+    """Spreadsheets write one: taken for a part of the header's first word, it would make that word an attribute."""
+    path = celeb.parent / "list_attr_celeba.csv"
+    write_csv(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert smiling(tmp_path).numbers == [1, 0, 1, 0]
+
+
 def test_an_image_without_attributes(celeb, tmp_path):
     write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
-    with pytest.raises(UserError, match=r"no line for 1 of the images, such as 000004\.jpg"):
+    with pytest.raises(UserError, match=r"lacks images: 1, the first 000004\.jpg"):
         smiling(tmp_path)
 
 
@@ -153,13 +161,23 @@ def test_too_few_classes_or_images(labels, words):
         labels.check()
 
 
+def test_too_few_classes_are_an_error_before_any_image_is_decoded():
+    source = replace(find_source("toy", toy_num=4), labels=lambda: Labels(("cat",), [0] * 4))
+    with pytest.raises(UserError, match="two classes or more"):
+        Loader(source, 32, 2, conditional=True)
+
+
+def test_labels_without_some_items_stay_with_the_others():
+    assert Labels(("cat", "dog"), [0, 1, 0, 1, 1]).without([1, 4]) == Labels(("cat", "dog"), [0, 0, 1])
+
+
 def test_a_class_may_not_lose_its_images_to_damage(tmp_path):
     for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
         save(tmp_path / "images" / name)
     (tmp_path / "images" / "b" / "4.png").write_bytes(b"damaged")
     source = find_source("folder", str(tmp_path / "images"))
     loader = Loader(source, 32, 2, cache_path=str(tmp_path / "cache"), num_workers=0, conditional=True)
-    with pytest.raises(UserError, match="b has 1"):
+    with pytest.raises(UserError, match=r"b has 1\. Unreadable: 1 images, the first b.4\.png"):
         loader.open()
 
 

@@ -422,6 +422,16 @@ def test_labels_change_images_and_logits():
     assert not torch.isclose(other[1], logits[1])
 
 
+def test_every_embedding_learns_of_the_given_classes_alone():
+    G, D = make(num_classes=CLASSES)
+    labels = torch.tensor([3, 1])
+    D(G(torch.randn(2, 16), labels), labels).sum().backward()
+    tables = [layer.weight for layer in G.modules() if isinstance(layer, torch.nn.Embedding)]
+    assert len(tables) == 2 * 2 * G.num_blocks
+    for table in tables:
+        assert table.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 3]
+
+
 def test_the_projection_is_the_inner_product_of_features_and_the_class_s_embedding():
     _, D = make_settled(CLASSES)
     features = []

@@ -18,6 +18,7 @@ from visuals.figures import (
     query_points,
     sample_grid,
     save_animation,
+    shorten,
     to_pixels,
 )
 
@@ -34,6 +35,18 @@ def test_grid_is_nearly_square(count, columns, rows):
     assert grid.size == (columns * 10 + 2, rows * 10 + 2)
     last = count - 1
     assert grid.getpixel((2 + last % columns * 10, 2 + last // columns * 10))[0] == to_pixels(images)[last, 0, 0, 0]
+
+
+def test_a_grid_has_the_names_of_its_rows_at_the_left():
+    images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 3, 32, 32)
+    named, plain = (np.asarray(sample_grid(images, **given)) for given in ({"row_names": ["", "dog"]}, {"columns": 3}))
+    margin = named.shape[1] - plain.shape[1]
+    assert np.array_equal(named[:, margin:], plain)
+    assert named[36:68, :margin].any() and not named[:36, :margin].any()
+
+
+def test_names_are_cut_where_they_are_too_long_for_a_figure():
+    assert shorten("x" * 20) == "x" * 20 and shorten("x" * 21) == "x" * 17 + "..."
 
 
 def test_query_points_have_distinctive_maps_and_keep_their_distance():
@@ -86,6 +99,14 @@ def test_figure_marks_each_query_on_the_image_and_on_its_map(side):
     for index, color in enumerate(QUERY_COLORS):
         assert has(0, color)
         assert [has(column, color) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
+
+
+def test_figure_names_the_class_below_each_image():
+    images, attention = torch.zeros(2, 3, 64, 64), torch.full((2, 16, 16), 1 / 16)
+    plain, named = (np.asarray(attention_figure(images, attention, "title", classes)) for classes in ([], ["", "dog"]))
+    rows, columns = np.nonzero((plain != named).any(axis=2))
+    below = 58 + TILE + CAPTION + GAP + TILE  # the second image
+    assert below <= rows.min() and rows.max() < below + CAPTION and columns.max() < GAP + TILE
 
 
 def test_figure_of_pooled_keys(monkeypatch):

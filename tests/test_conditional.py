@@ -131,7 +131,9 @@ def test_each_update_has_labels_of_its_own(make):
     trainer, calls = make(), []
     trainer.d_step = trainer.g_step = lambda *inputs: calls.append(inputs) or {}
     trainer._updates(["x0", "x1"], ["z0", "z1", "z2"], (), ["real0", "real1"], ["fake0", "fake1", "fake2"])
-    assert calls == [("x0", "z0", None, "real0", "fake0"), ("x1", "z1", None, "real1", "fake1"), ("z2", "fake2")]
+    assert calls == [
+        ("x0", "z0", None, "real0", "fake0", None), ("x1", "z1", None, "real1", "fake1", None), ("z2", "fake2", None)
+    ]  # fmt: skip
 
 
 def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():

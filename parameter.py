@@ -89,6 +89,7 @@ class Config:
     g_conv_dim: int = option(64, "channels of the generator's last hidden layer; earlier layers have more", WIDTH)
     d_conv_dim: int = option(64, "channels of the discriminator's first layer; later layers have more", WIDTH)
 
+    attention: str = option("full", "none: networks without their attention layers", one_of("full", "none"))
     conditional: bool = option(
         False, "train on the classes of the images, with --model paper: the classes of cifar10, the folders directly "
         "below --image_path of folder, an --attribute of celeb, the hair length of toy"
@@ -242,7 +243,7 @@ class Config:
     @property
     def architecture(self) -> dict[str, int | str | bool]:
         """Options that decide the shapes of the weights; a checkpoint loads only if they are all equal."""
-        names = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "conditional")
+        names = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "attention", "conditional")
         return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:

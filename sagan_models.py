@@ -61,15 +61,16 @@ class Generator(nn.Module):
         image_size: 32, 64, 128 or 256.
         z_dim: length of z.
         conv_dim: width of the last block, a multiple of 8; widths double towards z.
+        has_attention: False for a network without attention layers.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
     """
 
-    def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64):
+    def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64, *, has_attention: bool = True):
         super().__init__()
         self.num_blocks = _count_blocks(image_size, conv_dim)
-        self.attention_sizes = (8, 16) if image_size == 32 else (16, 32)
+        self.attention_sizes = () if not has_attention else (8, 16) if image_size == 32 else (16, 32)
         width, num_attention = conv_dim * 2 ** (self.num_blocks - 1), 0
         for index in range(1, self.num_blocks + 1):
             block = _up_block(2 * width, width, stride=2, padding=1) if index > 1 else _up_block(z_dim, width, 1, 0)
@@ -98,15 +99,16 @@ class Discriminator(nn.Module):
     Args:
         image_size: 32, 64, 128 or 256.
         conv_dim: width of the first block, a multiple of 8; widths double from there.
+        has_attention: False for a network without attention layers.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
     """
 
-    def __init__(self, image_size: int = 64, conv_dim: int = 64):
+    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, has_attention: bool = True):
         super().__init__()
         self.num_blocks = _count_blocks(image_size, conv_dim)
-        self.attention_sizes = (8, 4)
+        self.attention_sizes = (8, 4) if has_attention else ()
         width, num_attention = conv_dim, 0
         for index in range(1, self.num_blocks + 1):
             self.add_module(f"l{index}", _down_block(width // 2 if index > 1 else 3, width))

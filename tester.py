@@ -29,7 +29,7 @@ from metrics.nearest import nearest_images
 from networks.latents import class_rows, sample_z, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
-from training.models import MODELS, class_options
+from training.models import MODELS, network_options
 from training.resuming import warn_of_other_images
 from training.run_folders import remove_test_results
 from utils import (
@@ -101,7 +101,7 @@ class Tester:
         if saved.state is None and loader is not None:  # weights alone have no names
             self.classes = loader.classes
         self.shown = _class_numbers(config.class_name, self.classes)
-        model, options = MODELS[config.model], class_options(len(self.classes))
+        model, options = MODELS[config.model], network_options(len(self.classes), config.attention)
         self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
         self.D = model.make_D(config.imsize, config.d_conv_dim, **options) if saved.D is not None else None
         with reraise_load_errors(saved.step):
@@ -126,16 +126,18 @@ class Tester:
             if len(self.shown) > 1:
                 self._write_class_interpolations()
             self._write_progress()
-            explorer = self._write_attention()
-            self._write_attention_stats()
-            self._write_gamma()
+            pages = [self.folder / "grid.png"]
+            if self.config.attention == "full":
+                pages.insert(0, self._write_attention())
+                self._write_attention_stats()
+                self._write_gamma()
             if self.loader is not None:
                 self._write_nearest()
             if self.config.metrics:
                 self._write_metrics()
         print(f"results in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         print("Open first:")
-        for path in (explorer, self.folder / "grid.png"):
+        for path in pages:
             print(f"  {path}")
         return 0
 

@@ -32,7 +32,7 @@ from training.cuda_graph import GraphedStep, can_capture
 from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
-from training.models import MODELS, class_options
+from training.models import MODELS, network_options
 from training.overfitting import OverfittingCheck
 from training.recorder import NullRecorder, Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
@@ -91,7 +91,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda" and not config.deterministic
 
         # Networks
-        model, options = MODELS[config.model], class_options(len(self.classes))
+        model, options = MODELS[config.model], network_options(len(self.classes), config.attention)
         self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
         self.G = ranks.convert_sync_batchnorm(self.G, self.device)
         self.D = model.make_D(config.imsize, config.d_conv_dim, **options)
@@ -313,7 +313,8 @@ class Trainer:
             if signal_number and ranks.is_rank_zero and recorder.saved_step != self.step:
                 recorder.checkpoint(self.step, self._state())
                 recorder.attention(self.step, attention)
-            recorder.explorer(self.step, attention)
+            if config.attention == "full":
+                recorder.explorer(self.step, attention)
         return signal_number
 
     def _due(self) -> set[str]:
@@ -370,7 +371,7 @@ class Trainer:
         print(f"training finished at step {self.step}. Open first:")
         for path in (
             config.log_folder / "report.html",
-            config.attn_folder / f"{self.step}_explorer.html",
+            *([config.attn_folder / f"{self.step}_explorer.html"] if config.attention == "full" else []),
             config.sample_folder / f"{self.step}_ema.png",
         ):
             print(f"  {path}")

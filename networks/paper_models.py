@@ -136,19 +136,29 @@ class Generator(nn.Module):
         z_dim: length of z.
         conv_dim: width of the last block, a multiple of 8.
         num_classes: 0 for an unconditional network.
+        has_attention: False for a network without its attention layer.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
     """
 
-    def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64, *, num_classes: int = 0):
+    def __init__(
+        self,
+        image_size: int = 64,
+        z_dim: int = 128,
+        conv_dim: int = 64,
+        *,
+        num_classes: int = 0,
+        has_attention: bool = True,
+    ):
         super().__init__()
         widths = _widths(image_size, conv_dim)
         self.num_blocks, self.num_classes = len(widths) - 1, num_classes
+        self.attention_size = ATTENTION_SIZE if has_attention else None
         self.linear = _spectral_norm(nn.Linear(z_dim, widths[0] * 4 * 4))
         for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
             self.add_module(f"block{index}", UpBlock(inputs, outputs, num_classes))
-            if 4 * 2**index == ATTENTION_SIZE:
+            if 4 * 2**index == self.attention_size:
                 self.attn1 = PooledAttention(outputs)
         self.bn = nn.BatchNorm2d(conv_dim)
         self.last = _conv(conv_dim, 3, 3)
@@ -165,16 +175,17 @@ class Generator(nn.Module):
             return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
 
         Returns:
-            images (B, 3, S, S) in [-1, 1], or the images and the map.
+            images (B, 3, S, S) in [-1, 1], or the images and the map, if there is an attention layer.
         """
         _check_labels(labels, self.num_classes)
-        x = self.linear(z).unflatten(1, (-1, 4, 4))
+        x, maps = self.linear(z).unflatten(1, (-1, 4, 4)), []
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"block{index}")(x, *as_arguments(labels))  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
-            if x.shape[2] == ATTENTION_SIZE:
+            if x.shape[2] == self.attention_size:
                 x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+                maps.append(attention)
         images = torch.tanh(self.last(F.relu(self.bn(x))))
-        return (images, attention) if return_attention else images
+        return (images, *maps) if return_attention else images
 
 
 class Discriminator(nn.Module):
@@ -184,19 +195,21 @@ class Discriminator(nn.Module):
         image_size: 64 or 128.
         conv_dim: width of the first block, a multiple of 8.
         num_classes: 0 for an unconditional network.
+        has_attention: False for a network without its attention layer.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
     """
 
-    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, num_classes: int = 0):
+    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, num_classes: int = 0, has_attention: bool = True):
         super().__init__()
         widths = (3, *reversed(_widths(image_size, conv_dim)))
         self.num_blocks, self.num_classes = len(widths) - 1, num_classes
+        self.attention_size = ATTENTION_SIZE if has_attention else None
         for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
             block = DownBlock(inputs, outputs, is_first=index == 1, is_last=index == self.num_blocks)
             self.add_module(f"block{index}", block)
-            if image_size // 2**index == ATTENTION_SIZE:
+            if image_size // 2**index == self.attention_size:
                 self.attn1 = PooledAttention(outputs)
         self.linear = _spectral_norm(nn.Linear(widths[-1], 1))
         if num_classes:
@@ -213,18 +226,20 @@ class Discriminator(nn.Module):
             return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
 
         Returns:
-            logits (B,), or the logits and the map.
+            logits (B,), or the logits and the map, if there is an attention layer.
         """
         _check_labels(labels, self.num_classes)
+        maps = []
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"block{index}")(x)  # at 64: (B, 64, 32, 32), ... (B, 512, 4, 4), (B, 1024, 4, 4)
-            if x.shape[2] == ATTENTION_SIZE:
+            if x.shape[2] == self.attention_size:
                 x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+                maps.append(attention)
         features = F.relu(x).sum((2, 3))  # (B, 1024)
         logits = self.linear(features).flatten()  # (B,)
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(1)
-        return (logits, attention) if return_attention else logits
+        return (logits, *maps) if return_attention else logits
 
 
 def _widths(image_size: int, conv_dim: int) -> tuple[int, ...]:

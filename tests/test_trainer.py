@@ -8,9 +8,11 @@ from conftest import log
 from PIL import Image
 from torch import nn
 
+import tester
 from errors import UserError
 from sagan_models import SelfAttention
 from training import checkpoint
+from training.resuming import load_test_checkpoint
 from utils import files_by_step
 
 LOSSES = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake", "d_sign"}
@@ -140,6 +142,29 @@ def test_the_papers_networks_resume_exactly(make_trainer, options):
     resumed = make_trainer(**options, version="parts", total_step=4, pretrained_model="latest")
     resumed.train()
     assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("options", [{}, dict(model="paper", imsize=64, adv_loss="wgan-gp")])
+def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config, capsys, options):
+    options |= dict(attention="none", log_step=1)
+    whole = make_trainer(version="whole", total_step=2, **options)
+    whole.train()
+    config = whole.config
+    assert [path.name for path in config.attn_folder.iterdir() if path.name != ".lock"] == []
+    out = capsys.readouterr()
+    assert "explorer" not in out.out and "gamma" not in out.err
+    assert not any(name.startswith("gamma") for line in metrics_of(whole) for name in line)
+    make_trainer(version="parts", total_step=1, **options).train()
+    resumed = make_trainer(version="parts", total_step=2, pretrained_model="latest", **options)
+    resumed.train()
+    assert_same_weights(whole, resumed)
+    with pytest.raises(UserError, match=r"--attention none \(not full\)"):
+        make_trainer(version="parts", pretrained_model="latest", **(options | dict(attention="full")))
+    saved, tested = load_test_checkpoint(make_config(version="whole"), {"version"})
+    assert tested.attention == "none"
+    tester.Tester(tested, whole.loader, saved).test()
+    results = {path.name for path in (config.sample_folder / "test_2").iterdir()}
+    assert "grid.png" in results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
 
 
 def test_every_image_that_d_sees_is_augmented(make_trainer, monkeypatch):

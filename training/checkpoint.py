@@ -123,13 +123,14 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
 
 
 def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str | bool]:
-    """Return model, imsize, z_dim, g_conv_dim, conditional and, if there is a D, d_conv_dim of a checkpoint's networks.
+    """Return the options that decide the shapes of a checkpoint's networks; without D, all but d_conv_dim.
 
     Raises:
         UserError: these are none of `MODELS`.
     """
     sizes = _saved_sizes(checkpoint)
-    return {"conditional": sizes.pop("num_classes") > 0, **sizes}
+    attention = "full" if sizes.pop("has_attention") else "none"
+    return {"conditional": sizes.pop("num_classes") > 0, "attention": attention, **sizes}
 
 
 def saved_classes(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -32,8 +32,11 @@ class Model(NamedTuple):
     d_conv_dim: Axis
     num_classes: Axis | None = None
 
-    def sizes(self, G: Mapping[str, Tensor], D: Mapping[str, Tensor] | None) -> dict[str, int]:
-        """Return imsize, num_classes, z_dim, g_conv_dim and, if D is given, d_conv_dim of networks by state dicts.
+    def sizes(self, G: Mapping[str, Tensor], D: Mapping[str, Tensor] | None) -> dict[str, int | bool]:
+        """Return the sizes of networks by their state dicts.
+
+        Returns:
+            imsize, num_classes, has_attention, z_dim, g_conv_dim and, if D is given, d_conv_dim.
 
         Raises:
             KeyError: these are other networks.
@@ -44,12 +47,14 @@ class Model(NamedTuple):
         imsize = 4 * 2 ** sum(bool(re.fullmatch(self.block, key)) for key in G)
         is_conditional = self.num_classes is not None and self.num_classes[0] in G
         num_classes = G[self.num_classes[0]].shape[self.num_classes[1]] if is_conditional else 0
-        return {"imsize": imsize, "num_classes": num_classes, **lengths}
+        has_attention = any(key.startswith("attn") for key in G)
+        return {"imsize": imsize, "num_classes": num_classes, "has_attention": has_attention, **lengths}
 
 
-def class_options(num_classes: int) -> dict[str, int]:
-    """Return the keyword arguments that make `make_G` and `make_D` conditional on classes; none for no classes."""
-    return {"num_classes": num_classes} if num_classes else {}
+def network_options(num_classes: int, attention: str) -> dict[str, int | bool]:
+    """Return the keyword arguments of `make_G` and `make_D`: for conditional networks, for those without attention."""
+    options = {"num_classes": num_classes} if num_classes else {}
+    return options | ({"has_attention": False} if attention == "none" else {})
 
 
 MODELS = {

@@ -33,7 +33,7 @@ from visuals.report import Run, report_page
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 # Where stderr is no terminal, `log` prints lines: after its entries, which have the numbers.
 LINES = {"bar_format": "step {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}", "mininterval": math.inf}
-POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}  gamma"
+POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}"
 REPORT_SECONDS = 60  # between two reports at least, longer where they take long: checkpoints may be seconds apart
 
 
@@ -113,7 +113,8 @@ class Recorder:
         self._logged_at = (now, step)
         self._log.scalars(step, numbers)
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
-        self._bar.set_postfix_str(" ".join([POSTFIX.format_map(numbers), *gammas]), refresh=False)
+        words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas else [])]
+        self._bar.set_postfix_str(" ".join(words), refresh=False)
         if self._prints_lines and (now >= self._line_due or step == self.config.total_step):
             self._bar.refresh()
             self._line_due = now + LINE_SECONDS

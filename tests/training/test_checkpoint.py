@@ -15,7 +15,8 @@ from errors import UserError, warn_once
 from sagan_models import Discriminator, Generator
 from training import checkpoint
 
-SIZES = dict(model="sagan", imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, conditional=False)
+SIZES = dict(model="sagan", imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, conditional=False,
+             attention="full")  # fmt: skip
 
 
 @functools.cache

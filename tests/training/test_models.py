@@ -6,7 +6,7 @@ from training.checkpoint import Checkpoint
 from training.models import MODELS
 from visuals.attention_stats import collect_attention
 
-SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8, conditional=False)
+SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8, conditional=False, attention="full")
 
 
 @pytest.mark.parametrize("imsize", [64, 128])
@@ -29,3 +29,21 @@ def test_both_models_are_called_in_the_same_way(name):
         assert G(z).shape == (2, 3, 64, 64) and D(G(z)).shape == (2,)
     for maps in (*generated.maps.values(), *real.maps.values()):
         torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:2]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_without_attention_are_the_others_without_these_layers(name):
+    makers = ((MODELS[name].make_G, (64, 16, 8), torch.randn(2, 16)),
+              (MODELS[name].make_D, (64, 8), torch.rand(2, 3, 64, 64)))  # fmt: skip
+    states = []
+    for make, sizes, x in makers:
+        full, none = make(*sizes).eval(), make(*sizes, has_attention=False).eval()
+        rest = {key: value for key, value in full.state_dict().items() if not key.startswith("attn")}
+        assert len(rest) < len(full.state_dict())
+        none.load_state_dict(rest)  # no other keys
+        with torch.no_grad():
+            (out,) = none(x, return_attention=True)
+            torch.testing.assert_close(out, full(x))  # gamma is 0
+        states.append(none.state_dict())
+    saved = checkpoint.saved_architecture(Checkpoint(5, *states, None))
+    assert saved == SIZES | {"model": name, "attention": "none", "g_conv_dim": 8}

@@ -286,6 +286,7 @@ class Trainer:
 
     @cached_property
     def overfitting(self) -> OverfittingCheck:
+        """Notices that D remembers the training images. Needs the opened loader."""
         return OverfittingCheck(epoch=len(self.loader) // self.config.n_critic)
 
     @property

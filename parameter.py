@@ -56,7 +56,7 @@ FRACTION = Constraint(lambda value: 0 <= value < 1, "at least 0 and less than 1"
 DECAY = Constraint(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 EPOCHS = Constraint(lambda value: 0 < value <= 1e6, "greater than 0 and at most 1000000")
 SEED = Constraint(lambda value: 0 <= value < 2**63, "at least 0 and less than 2^63")
-METRICS = subset_of("fid", "kid", "isc", "prc", "faces")
+METRICS = subset_of("fid", "kid", "isc", "prc", "faces", "hog")
 AUGMENTATIONS = Constraint(
     lambda value: value == "none" or subset_of("color", "translation", "cutout").check(value),
     "none, or one or more of color, translation, cutout, separated by commas",
@@ -162,7 +162,9 @@ class Config:
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
     metrics: str | None = option(
-        None, "FID, KID, Inception score, precision and recall, face rate; also during training", METRICS
+        None,
+        "FID, KID, Inception score, precision and recall, face rate, distance of HOG features; also during training",
+        METRICS,
     )
     metric_step: int = option(10_000, "steps between evaluations of --metrics during training", at_least(1))
     metric_num: int = option(10_000, "number of generated images per evaluation", between(10, 1_000_000))

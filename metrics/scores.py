@@ -1,4 +1,4 @@
-"""Scores of generated images: FID, KID, Inception Score, precision and recall, and face-detection rate.
+"""Scores of generated images: FID, KID, Inception Score, precision and recall, face-detection rate, HOG distance.
 
     scores = compute_scores(generate, loader.images, ["fid", "faces"], num_images=10_000, batch_size=64, ...)
 
@@ -21,6 +21,10 @@ trust.
 faces is the face-detection rate: the fraction of generated images in which OpenCV's frontal-face cascade finds a face.
 faces_real is that of the real images, as a reference, because the detector misses some faces: it finds 0.96 on CelebA
 at 64x64, and 0 on noise.
+
+hog is the Fréchet distance of histograms of oriented gradients, of the shapes in the gray images: a measure without any
+network, which needs no download. hog_real is that between two halves of the real images, which are half as many, so
+that it is somewhat larger than images as good as real ones would get. Compare values of equal `num_images` only.
 
 FID falls as the number of images grows: compare values of equal `num_images` only. 10,000 or more are customary; below
 2,048, the number of Inception features, prefer KID, which is unbiased.
@@ -46,9 +50,10 @@ from torch import Tensor
 from errors import UserError, warn_once
 from utils import progress
 
+OPENCV_METRICS = ("faces", "hog")
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
-OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.faces": "opencv-python-headless<5"}
+OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.opencv": "opencv-python-headless<5"}
 ISC_SPLITS = 10
 MIN_IMAGES = ISC_SPLITS  # one image for each split; the other metrics need fewer
 KID_SUBSET_SIZE = 1000
@@ -78,9 +83,9 @@ def compute_scores(
 
     Args:
         generate: generate(start, count) returns images start ... start + count - 1, (count, 3, S, S) in [-1, 1] on any
-            device, of a network in evaluation mode; called from 0 on for faces and for each extractor.
+            device, of a network in evaluation mode; called from 0 on for faces, for hog and for each extractor.
         real: real images (N, S, S, 3) uint8, which may be memory-mapped or on the GPU; read batch by batch.
-        names: some of "fid", "kid", "isc", "prc", "faces".
+        names: some of "fid", "kid", "isc", "prc", "faces", "hog".
         num_images: number of generated images, and maximum number of real images.
         batch_size: images per batch of the generator and the extractors; scores do not depend on it.
         device: of the extractors; those that are neither CUDA nor CPU are replaced by the CPU.
@@ -89,7 +94,8 @@ def compute_scores(
         feature_extractor: a TorchScript file to use instead of Inception and VGG16.
 
     Returns:
-        Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real that `names` ask for.
+        Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real, hog, hog_real that
+        `names` ask for.
 
     Raises:
         UserError: a library, weights or the extractor is missing or unusable, there are too few images, the disk is
@@ -106,7 +112,9 @@ def compute_scores(
     with preserve_global_state(device), _open_cache(cache_path / "metrics") as cache:
         if "faces" in names:
             scores |= _face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")
-        if feature_metrics := [name for name in names if name != "faces"]:
+        if "hog" in names:
+            scores |= _hog_scores(fakes, reals, batch_size)
+        if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
             extractors = _import_optional("metrics.extractors", feature_metrics)
             extractor = extractors.prepare_extractor(feature_metrics, real.shape[1], device, feature_extractor)
             scores |= _feature_scores(feature_metrics, extractor, fakes, reals, batch_size, device, cache, key)
@@ -122,9 +130,9 @@ def check_requirements(
         UserError: a library, weights or the extractor is missing or unusable.
     """
     with preserve_global_state(device):
-        if "faces" in names:
-            _import_optional("metrics.faces", ["faces"])
-        if feature_metrics := [name for name in names if name != "faces"]:
+        if opencv_metrics := [name for name in names if name in OPENCV_METRICS]:
+            _import_optional("metrics.opencv", opencv_metrics)
+        if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
             extractors = _import_optional("metrics.extractors", feature_metrics)
             extractors.prepare_extractor(feature_metrics, image_size, device, feature_extractor)
 
@@ -194,7 +202,7 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) -> dict[str, float]:
     """Return the face-detection rates; that of the real images is cached in a file."""
-    face_rate = _import_optional("metrics.faces", ["faces"]).face_rate
+    face_rate = _import_optional("metrics.opencv", ["faces"]).face_rate
     scores = {"faces": face_rate(*fakes, batch_size, "faces")}
     try:
         scores["faces_real"] = float(cached.read_text(encoding="utf-8"))
@@ -202,6 +210,15 @@ def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) ->
         scores["faces_real"] = face_rate(*reals, batch_size, "faces of real images")
         cached.write_text(str(scores["faces_real"]), encoding="utf-8")
     return scores
+
+
+def _hog_scores(fakes: Images, reals: Images, batch_size: int) -> dict[str, float]:
+    """Return the Fréchet distances of HOG features."""
+    opencv = _import_optional("metrics.opencv", ["hog"])
+    fake = opencv.hog_features(*fakes, batch_size, "hog")
+    real = opencv.hog_features(*reals, batch_size, "hog of real images")
+    distance, distance_real = opencv.hog_distances(fake, real)
+    return {"hog": distance, "hog_real": distance_real}
 
 
 def _feature_scores(

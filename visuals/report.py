@@ -60,6 +60,7 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Inception score", "isc", "higher is better", ""),
     ("Precision and recall", "precision|recall", "", ""),
     ("Face rate", "faces|faces_real", "", ""),
+    ("Fréchet distance of HOG features", "hog|hog_real", "lower is better", ""),
     ("Spectral norms of G", "sigma/G_.*", "", SIGMA_NOTE),
     ("Spectral norms of D", "sigma/D_.*", "", ""),
     ("Speed", "images_per_s", "images/s", ""),

@@ -1,17 +1,13 @@
 import json
 import statistics
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import loop
+import pytest
 import scaling
 import step
+import torch
 from baseline import Baseline
 from class_accuracy import accuracy, train_classifier
 from floor import Rates, Work, floors_ms, step_work

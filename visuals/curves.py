@@ -120,7 +120,7 @@ def _plot(axes, points: np.ndarray, index: int):
     if np.abs(np.diff(shown[:, 1])).sum() <= NOISY * np.ptp(shown[:, 1]):
         return axes.plot(*shown.T, **style)[0]
     axes.plot(*shown.T, linewidth=0.8, alpha=0.4, **style)
-    return axes.plot(*_running_mean(points).T, zorder=3, **style)[0]
+    return axes.plot(*running_mean(points).T, zorder=3, **style)[0]
 
 
 def _downsample(points: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ def _downsample(points: np.ndarray) -> np.ndarray:
     return points[np.unique([*index[row, y.argmin(1)], *index[row, y.argmax(1)], 0, count - 1])]
 
 
-def _running_mean(points: np.ndarray) -> np.ndarray:
+def running_mean(points: np.ndarray) -> np.ndarray:
     """Return means over a fortieth of the points (n, 2), at most 2 * STRETCHES of them."""
     width = max(1, len(points) // 40)
     sums = np.cumsum(np.insert(points, 0, 0, axis=0), axis=0)

@@ -152,6 +152,11 @@ class Loader:
         rows = self._rows(position)
         return self.labels[self._order[rows][shard].to(self.device)]
 
+    def labelled_batch(self, position: int, shard: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Return what D takes: the images of `batch` and, if there are classes, their labels."""
+        images = self.batch(position, shard)
+        return (images, self.batch_labels(position, shard)) if self.classes else (images,)
+
     def held_out(self, index: int, count: int) -> tuple[Tensor, ...]:
         """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
 

@@ -26,7 +26,7 @@ from datasets.labels import join_names
 from errors import UserError
 from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
-from networks.latents import class_rows, sample_z, slerp
+from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
 from training.models import MODELS, network_options
@@ -201,8 +201,8 @@ class Tester:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
         real, rows = None, slice(self.config.g_num)
         if self.loader is not None:
-            real = (self.loader.batch(0, rows).contiguous(memory_format=self.memory_format),)
-            real += (self.loader.batch_labels(0, rows),) if self.classes else ()
+            images, *labels = self.loader.labelled_batch(0, rows)
+            real = (images.contiguous(memory_format=self.memory_format), *labels)
         samples = collect_attention(self.G, self.D, self._inputs(self.config.g_num), real, self.classes)
         for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
@@ -267,7 +267,7 @@ class Tester:
         z = self._sample_z(count, stream)
         if not self.classes:
             return (z,)
-        return z, torch.tensor(self.shown, device=self.device)[torch.arange(count) % len(self.shown)]
+        return z, classes_in_turn(self.shown, count).to(self.device)
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]

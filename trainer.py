@@ -23,7 +23,7 @@ from datasets.labels import Labels, list_classes
 from errors import UserError, warn
 from metrics.evaluation import check_metrics, compute_metrics
 from networks.augmentation import RANDOM_NUMBERS, augment
-from networks.latents import as_arguments, class_rows, sample_z
+from networks.latents import as_arguments, sample_z
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
 from sagan_models import gammas_and_sigmas
@@ -33,6 +33,7 @@ from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
 from training.models import MODELS, network_options
+from training.monitor import Monitor
 from training.overfitting import OverfittingCheck
 from training.recorder import NullRecorder, Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
@@ -40,11 +41,11 @@ from training.run_folders import check_folders
 from training.schedule import Schedule
 from utils import (
     EMA,
-    SEED_AUGMENTED,
     SEED_FIXED_Z,
     SEED_METRICS,
     SEED_STEP,
     StopSignals,
+    autocast,
     conv_memory_format,
     derive_seed,
     eval_mode,
@@ -54,8 +55,6 @@ from utils import (
     resolve_precision,
     set_learning_rate,
 )
-from visuals.attention_stats import AttentionSample, collect_attention
-from visuals.figures import CLASS_ROWS
 
 
 class Trainer:
@@ -115,6 +114,7 @@ class Trainer:
         if saved := ranks.on_rank_zero(load_resume_checkpoint, config, self.classes):
             with ranks.raise_together():
                 self._resume(saved)
+        self.monitor = Monitor(config, loader, self.G, self.ema.network, self.D, self.fixed_z, self.precision)
 
     def d_step(
         self,
@@ -140,7 +140,7 @@ class Trainer:
             d_real and d_fake, the mean sign of those of real images d_sign: detached 0-d tensors on the device.
         """
         real_label, fake_label = as_arguments(real_labels), as_arguments(fake_labels)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             with torch.no_grad():
                 fake = self.G_ddp(z, *fake_label).float()
             if u is not None:
@@ -180,7 +180,7 @@ class Trainer:
         """
         label = as_arguments(labels)
         with no_param_grads(self.D):  # only G is updated
-            with self._autocast():
+            with autocast(self.device, self.precision):
                 fake = self.G_ddp(z, *label)
                 if u is not None:
                     fake = augment(fake.float(), u, self.augmentations)
@@ -259,9 +259,9 @@ class Trainer:
                 stop = stack.enter_context(StopSignals())
                 with ranks.raise_together():
                     recorder = stack.enter_context(self._open_recorder())
-                    recorder.real_images(self._real_samples(), "real")
+                    recorder.real_images(self.monitor.real_images(), "real")
                     if self.augmentations:
-                        recorder.real_images(self._augmented(self._real_samples()), "augmented")
+                        recorder.real_images(self.monitor.augmented_images(self.augmentations), "augmented")
                 print(config.summary())
                 print(f"data: {self.loader.source.description}")
                 if self.classes:
@@ -310,7 +310,7 @@ class Trainer:
                 signal_number = ranks.max(stop.received)
                 sync.done(self.step)
         with ranks.raise_together():
-            attention = self._attention()
+            attention = self.monitor.attention()
             if signal_number and ranks.is_rank_zero and recorder.saved_step != self.step:
                 recorder.checkpoint(self.step, self._state())
                 recorder.attention(self.step, attention)
@@ -333,19 +333,35 @@ class Trainer:
         if due:
             self.guard.check_losses()
         scores = self._evaluate(recorder) if "metrics" in due and self.ranks.is_rank_zero else {}
-        if "log" in due:
-            tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D) | self._holdout_logits()
+        if "log" in due and self.ranks.is_rank_zero:
+            tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
+            tensors |= self.monitor.holdout_logits(self.step) if config.holdout else {}
             recorder.log(self.step, tensors, self._learning_rates() | scores)
-            if config.adv_loss == "hinge" and self.ranks.is_rank_zero:  # the critic of wgan-gp has no zero
+            if config.adv_loss == "hinge":  # the critic of wgan-gp has no zero
                 self.overfitting.add(self.step, stats["d_sign"].item())
         if "samples" in due:
-            recorder.samples(self.step, self._samples())
+            recorder.samples(self.step, self.monitor.samples())
         if "attention" in due:
-            recorder.attention(self.step, self._attention())
+            recorder.attention(self.step, self.monitor.attention())
         if "checkpoint" in due:
             recorder.checkpoint(self.step, self._state())
         elif recorder.is_save_overdue():
             recorder.checkpoint(self.step, self._state(), export=False)
+
+    def _evaluate(self, recorder: Recorder | NullRecorder) -> dict[str, float]:
+        """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
+        config, network = self.config, self.ema.network if self.config.use_ema else self.G
+        z = sample_z(derive_seed(config.seed, SEED_METRICS), config.metric_num, config.z_dim, self.device)
+        try:
+            with eval_mode(network):
+                scores = compute_metrics(config, network, z, self.loader)
+        except UserError as error:  # such as a full disk: no reason to stop training
+            warn(f"metrics skipped at step {self.step}: {error}")
+            return {}
+        if scores.get("fid", math.inf) < self.best_fid:
+            self.best_fid = scores["fid"]
+            recorder.checkpoint("best", self._state())
+        return scores
 
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
@@ -391,74 +407,10 @@ class Trainer:
         betas = (self.config.beta1, self.config.beta2)
         return torch.optim.Adam(network.parameters(), lr, betas, fused=True, capturable=capturable)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
     def _learning_rates(self) -> dict[str, float]:
         """Learning rates of the step that was just taken."""
         factor = self.schedule.factor(self.step - 1)
         return {"lr/g": self.config.g_lr * factor, "lr/d": self.config.d_lr * factor}
-
-    def _samples(self) -> dict[str, Tensor]:
-        """Images of the fixed z by G and by its EMA; with classes, of a row for each of the first."""
-        inputs = class_rows(self.fixed_z, range(len(self.classes))[:CLASS_ROWS]) if self.classes else (self.fixed_z,)
-        with eval_mode(self.G, self.ema.network):
-            return {"fake": self.G(*inputs), "ema": self.ema.network(*inputs)}
-
-    def _real_samples(self) -> Tensor:
-        """The first batch of real images; with classes, rows of images as in `_samples`, filled up with black."""
-        if not self.classes:
-            return self.loader.batch(0)
-        rows = range(len(self.classes))[:CLASS_ROWS]
-        columns = len(class_rows(self.fixed_z, rows)[0]) // len(rows)
-        images = [self.loader.images_of_class(label, columns) for label in rows]
-        return torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1).flatten(0, 1)
-
-    def _augmented(self, images: Tensor) -> Tensor:
-        """Real images as D may see them."""
-        rng = torch.Generator().manual_seed(derive_seed(self.config.seed, SEED_AUGMENTED))
-        u = torch.rand(len(images), RANDOM_NUMBERS, generator=rng).to(self.device)
-        return augment(images, u, self.augmentations)
-
-    def _attention(self) -> list[AttentionSample]:
-        """Attention maps of the EMA generator on the first fixed z, of D on its images and on real ones."""
-        rows, networks = slice(self.config.g_num), (self.ema.network, self.D)
-        latents, real = (self.fixed_z[rows],), (self._real(0, rows),)
-        if self.classes:
-            latents += (torch.arange(len(latents[0]), device=self.device) % len(self.classes),)
-            real += (self.loader.batch_labels(0, rows),)
-        with eval_mode(*networks):
-            return collect_attention(*networks, latents, real, self.classes)
-
-    def _holdout_logits(self) -> dict[str, Tensor]:
-        """D's mean logits on held-out images and on training images, of the next batch: the gap is overfitting."""
-        if not self.config.holdout or not self.ranks.is_rank_zero:
-            return {}
-        position = self.step * self.config.n_critic
-        training = (self.loader.batch(position), *([self.loader.batch_labels(position)] if self.classes else []))
-        held_out = self.loader.held_out(self.step // self.config.log_step, self.config.batch_size)
-        means = {}
-        with eval_mode(self.D), self._autocast():
-            for name, (images, *labels) in {"d_train": training, "d_holdout": held_out}.items():
-                logits = self.D(images.contiguous(memory_format=self.memory_format), *labels)
-                means[name] = logits.float().mean()
-        return means
-
-    def _evaluate(self, recorder: Recorder) -> dict[str, float]:
-        """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
-        network = self.ema.network if self.config.use_ema else self.G
-        seed = derive_seed(self.config.seed, SEED_METRICS)
-        z = sample_z(seed, self.config.metric_num, self.config.z_dim, self.device)
-        try:
-            with eval_mode(network):
-                scores = compute_metrics(self.config, network, z, self.loader)
-        except UserError as error:  # such as a full disk: no reason to stop training
-            warn(f"metrics skipped at step {self.step}: {error}")
-            return {}
-        if scores.get("fid", math.inf) < self.best_fid:
-            self.best_fid = scores["fid"]
-            recorder.checkpoint("best", self._state())
-        return scores
 
     def _state(self) -> dict[str, Any]:
         """Return all that the next step depends on; random numbers and data are functions of the seed and the step.

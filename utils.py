@@ -90,6 +90,11 @@ def conv_memory_format(device: torch.device, precision: str) -> torch.memory_for
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which forwards are computed in bf16 if that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def _cpu_has_bf16() -> bool:
     """Return whether the CPU has bf16 matrix instructions; True on systems without /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -26,7 +26,7 @@ def as_arguments(labels: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a grid with a row for each class, of the same z in each: at least 8 images, if z has them.
+    """Return the inputs of a grid with a row for each class, of the same z in each.
 
     Args:
         z: (B, z_dim), of which the first are used.
@@ -35,8 +35,18 @@ def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     Returns:
         z (R * K, z_dim) and labels (R * K,), row by row, of K columns.
     """
-    z = z[: max(8, 32 // len(classes))]
+    z = z[: class_columns(len(classes), len(z))]
     return z.repeat(len(classes), 1), torch.tensor(classes, device=z.device).repeat_interleave(len(z))
+
+
+def class_columns(rows: int, available: int) -> int:
+    """Return the images in each of so many rows of a grid: at least 8, if so many are available."""
+    return min(available, max(8, 32 // rows))
+
+
+def classes_in_turn(classes: Sequence[int], count: int) -> Tensor:
+    """Return labels (count,): these classes in turn."""
+    return torch.tensor(classes)[torch.arange(count) % len(classes)]
 
 
 def slerp(start: Tensor, end: Tensor, count: int) -> Tensor:

@@ -146,7 +146,7 @@ def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
 
 
 def test_samples_of_training_are_rows_of_classes(trained):
-    images = trained._samples()["ema"]
+    images = trained.monitor.samples()["ema"]
     assert len(images) == 3 * 4
     names = trained.config.sample_folder
     grid = Image.open(names / "1_ema.png")
@@ -168,13 +168,13 @@ def test_rows_of_real_images_may_be_short(make):
     numbers = torch.zeros(40, dtype=torch.long)
     numbers[:2], numbers[2:5] = 1, 2
     trainer.loader.labels = numbers
-    trainer.fixed_z = torch.randn(12, 16)
-    rows = trainer._real_samples().unflatten(0, (3, 10))
+    trainer.monitor.fixed_z = torch.randn(12, 16)
+    rows = trainer.monitor.real_images().unflatten(0, (3, 10))
     assert [int((row.flatten(1).min(1).values != row.flatten(1).max(1).values).sum()) for row in rows] == [10, 2, 3]
 
 
 def test_attention_figures_name_the_classes(trained):
-    generated, real = trained._attention()
+    generated, real = trained.monitor.attention()
     assert list(generated.classes) == ["short", "medium", "long", "short"]
     assert list(real.classes) == [CLASSES[number] for number in trained.loader.batch_labels(0)[:4]]
     explorer = (trained.config.attn_folder / "1_explorer.html").read_text()

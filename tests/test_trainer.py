@@ -99,13 +99,14 @@ def test_optimizers_have_the_options_rates_and_betas_also_after_resuming(make_tr
 def test_networks_and_batches_have_the_memory_format_of_the_device(make_trainer, monkeypatch):
     """Contiguous on some; the results are the same up to rounding."""
     stats = make_trainer().train_step()
-    monkeypatch.setattr("trainer.conv_memory_format", lambda device, precision: torch.contiguous_format)
+    for module in ("trainer", "training.monitor"):
+        monkeypatch.setattr(f"{module}.conv_memory_format", lambda device, precision: torch.contiguous_format)
     trainer, given = make_trainer(), []
     updates = trainer.updates
     monkeypatch.setattr(trainer, "updates", lambda real, *inputs: given.extend(real) or updates(real, *inputs))
     for name, value in trainer.train_step().items():
         assert value.item() == pytest.approx(stats[name].item(), rel=1e-4, abs=1e-6), name
-    given += [sample.images for sample in trainer._attention() if sample.name == "real"]
+    given += [sample.images for sample in trainer.monitor.attention() if sample.name == "real"]
     assert len(given) == 2
     networks = (trainer.G, trainer.D, trainer.ema.network)
     weights = [parameter for network in networks for parameter in network.parameters()]
@@ -207,7 +208,7 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, options):
     trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
     assert len(trainer.loader) == 3  # of 14 training images
     before = weights_of(trainer)
-    means = trainer._holdout_logits()
+    means = trainer.monitor.holdout_logits(trainer.step)
     assert all(torch.equal(value, before[key]) for key, value in weights_of(trainer).items())  # spectral norm's too
     trainer.D.eval()
     held_out = trainer.loader.held_out(0, 4)

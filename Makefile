@@ -14,7 +14,7 @@ demo: .venv/.installed
 		--sample_step 50 --attn_step 200 --use_tensorboard true
 
 test: .venv/.installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal  # a process per core
 
 lint: .venv/.installed-tests
 	$(BIN)/ruff check .

@@ -42,7 +42,11 @@ class Monitor:
         self.G, self.ema, self.D, self.fixed_z = G, ema, D, fixed_z
         self.device, self.precision = fixed_z.device, precision
         self.memory_format = conv_memory_format(self.device, precision)
-        self.shown_classes = range(len(loader.classes))[:CLASS_ROWS]  # a row of the grids for each
+
+    @property
+    def shown_classes(self) -> range:
+        """The classes that have a row in the grids."""
+        return range(len(self.loader.classes))[:CLASS_ROWS]
 
     def samples(self) -> dict[str, Tensor]:
         """Return images of the fixed z by G and by its EMA; with classes, row by row."""

@@ -16,7 +16,7 @@ FIGURE_ROW = 100_000  # of an attention figure, per image
 LOG_ENTRY = 600  # of metrics.jsonl
 EVENTS_ENTRY = 3000  # of TensorBoard's files, without images
 PAGES = 14_000_000  # the explorer and the report, at most
-LAYERS = 4  # attention layers of both networks
+LAYERS = {"sagan": 4, "paper": 2}  # attention layers of both networks
 
 
 def report_disk_usage(config: Config, step: int, save_step: int, networks: Iterable[nn.Module]) -> None:
@@ -67,7 +67,8 @@ def expected_bytes(config: Config, step: int, save_step: int, g_bytes: int, d_by
     grid_bytes = real.stat().st_size if real.exists() else config.batch_size * config.imsize**2 * 3
     weights_bytes = g_bytes + d_bytes
     state_bytes = weights_bytes + g_bytes + 2 * weights_bytes  # both networks, the EMA, and Adam's two moments
-    grids, figures = 2 * grid_bytes, LAYERS * config.g_num * FIGURE_ROW  # per step; grids of G and of its EMA
+    layers = LAYERS[config.model] if config.attention == "full" else 0
+    grids, figures = 2 * grid_bytes, layers * config.g_num * FIGURE_ROW  # per step; grids of G and of its EMA
     weights = count(save_step, config.keep_weights and config.keep_weights + config.keep_checkpoints)
     logs = count(config.log_step) * LOG_ENTRY + PAGES
     if config.use_tensorboard:  # which holds all images once more

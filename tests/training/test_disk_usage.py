@@ -38,6 +38,14 @@ def test_options_that_limit_it(make_config):
     assert limited["checkpoints"] == 13 * WEIGHTS + 3 * STATE
 
 
+def test_only_the_attention_layers_that_there_are_have_figures(make_config):
+    sagan, paper, none = (
+        expected_bytes(make_config(**CELEBA, **options), 0, 1000, G, D)["attention"]
+        for options in ({}, {"model": "paper"}, {"attention": "none"})
+    )
+    assert paper == sagan / 2 and none == 0
+
+
 def test_a_resumed_run_counts_what_is_left_to_write(make_config):
     config = make_config(**(CELEBA | {"total_step": 1050}))
     whole, rest = (expected_bytes(config, step, 100, G, D)["samples"] for step in (0, 1000))

@@ -27,6 +27,6 @@ class OverfittingCheck:
             self._warned = True
             warn(
                 f"since step {self._since}, for an epoch, D's logits are positive on nearly all training images (mean "
-                f"sign {r:.2f}): it probably remembers them, and G may get worse. More images help, or --augment "
-                "color,translation,cutout"
+                f"sign {r:.2f}): it may remember them, which --holdout 0.05 shows, and G may get worse. More images "
+                "help, or --augment color,translation,cutout"
             )

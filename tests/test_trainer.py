@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,19 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, options):
     trainer.train()
     (entry,) = metrics_of(trainer)
     assert {"d_train", "d_holdout"} <= entry.keys()
+
+
+@pytest.mark.parametrize("loss, checked", [("hinge", [2, 4, 5]), ("wgan-gp", [])])
+def test_r_is_watched_where_logits_have_a_zero(make_trainer, monkeypatch, loss, checked):
+    seen = []
+    monkeypatch.setattr(
+        "trainer.OverfittingCheck",
+        lambda epoch: SimpleNamespace(add=lambda step, r: seen.append((epoch, step, r))),
+    )
+    trainer = make_trainer(adv_loss=loss, total_step=5, log_step=2, n_critic=2)  # 5 batches an epoch
+    trainer.train()
+    logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
+    assert seen == [(2, step, pytest.approx(logged[step])) for step in checked]
 
 
 def test_augmented_images_are_shown_at_the_start(make_trainer):

@@ -9,17 +9,22 @@ def warnings_of(values, epoch, capsys):
 
 
 def test_an_epoch_above_the_limit_is_one_warning(capsys):
-    (line,) = warnings_of([(step, 0.95) for step in range(10, 400, 10)], 100, capsys)
-    assert "since step 10," in line and "0.95" in line and "--augment" in line
+    (line,) = warnings_of([(step, 0.95) for step in range(10, 4000, 10)], 1000, capsys)
+    assert "since step 10," in line and "0.95" in line and "--augment" in line and "--holdout" in line
 
 
 def test_less_than_an_epoch_or_a_break_is_none(capsys):
-    assert not warnings_of([(step, 0.95) for step in range(10, 110, 10)], 100, capsys)
-    assert not warnings_of([(step, 0.8 if step % 100 == 0 else 1.0) for step in range(10, 1000, 10)], 100, capsys)
-    assert not warnings_of([(step, 0.9) for step in range(10, 400, 10)], 100, capsys)
+    assert not warnings_of([(step, 0.95) for step in range(10, 1010, 10)], 1000, capsys)
+    assert not warnings_of([(step, 0.8 if step % 1000 == 0 else 1.0) for step in range(10, 9000, 10)], 1000, capsys)
+    assert not warnings_of([(step, 0.9) for step in range(10, 4000, 10)], 1000, capsys)
 
 
 def test_it_counts_from_the_last_break(capsys):
-    values = [(step, 0.5 if step == 200 else 1.0) for step in range(150, 330, 10)]
-    (line,) = warnings_of(values, 100, capsys)
+    values = [(step, 0.5 if step == 200 else 1.0) for step in range(150, 1230, 10)]
+    (line,) = warnings_of(values, 1000, capsys)
     assert "since step 210," in line
+
+
+def test_short_epochs_count_500_steps(capsys):
+    assert not warnings_of([(step, 1.0) for step in range(10, 510, 10)], 5, capsys)
+    assert len(warnings_of([(step, 1.0) for step in range(10, 520, 10)], 5, capsys)) == 1

@@ -44,6 +44,6 @@ clean:
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/.installed-tests: tests/requirements.txt .venv/.installed
+.venv/.installed-tests: tests/requirements.txt requirements-export.txt .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -r tests/requirements.txt
 	touch $@

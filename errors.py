@@ -31,6 +31,13 @@ class RankLost(Exception):
     """The connection to another rank is lost."""
 
 
+def make_output_robust() -> None:
+    """Let lines appear at once in files and pipes too, with any characters that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
 def exit_code(error: BaseException) -> int:
     """Print the line that the user needs about an error, and return the exit code; raise the error if it is a bug."""
     match error:

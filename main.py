@@ -17,7 +17,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  before the imports, whose syntax 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from errors import UserError, exit_code, handle_signals, silence_other_ranks, stop_signals, warn
+from errors import UserError, exit_code, handle_signals, make_output_robust, silence_other_ranks, stop_signals, warn
 from parameter import Config, get_parameters, given_options
 from training.environment import read_launch
 
@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run this process's command line. Returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            # Lines appear at once in files and pipes too; paths may have characters that the terminal's encoding lacks.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    make_output_robust()
     try:
         with ExitStack() as stack:
             stack.enter_context(silence_other_ranks(read_launch().rank))

@@ -68,6 +68,7 @@ CHECKPOINT = matches(r"[0-9]+|latest|auto|best", "a step, latest, auto or best")
 PATH = matches(r"[^\0]+", "a path")
 WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
+EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
 
 
@@ -239,7 +240,8 @@ class Config:
     @property
     def output_folders(self) -> list[Path]:
         """Folders that runs with any --version write to."""
-        paths = (self.sample_path, self.attn_path, self.model_save_path, self.log_path, self.cache_path)
+        paths = (self.sample_path, self.attn_path, self.model_save_path, self.log_path, self.cache_path,
+                 EXPORT_PATH)  # fmt: skip
         return [Path(os.path.expanduser(path)) for path in paths]
 
     @property
@@ -323,8 +325,8 @@ def given_options(argv: list[str] | None = None) -> set[str]:
     return set(vars(_make_parser().parse_args(argv)))
 
 
-def _make_parser() -> "_Parser":
-    parser = _Parser(
+def _make_parser() -> "Parser":
+    parser = Parser(
         usage="python main.py [--option value] ...",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -335,19 +337,22 @@ def _make_parser() -> "_Parser":
         group = parser.add_argument_group(title)
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
-            parse = _boolean if kind is bool else kind
+            parse = boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. `usage` starts with the command, before " ["."""
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line instead of the usage and a line."""
-        self.exit(2, f"error: {message.removeprefix('argument ')} (see python main.py --help)\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.usage.partition(' [')[0]} --help)\n")
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """Parse a value of the command line."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"must be true or false (or 1/0, yes/no), not '{text}'")

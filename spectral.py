@@ -3,10 +3,16 @@
 Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv 1802.05957, algorithm 1.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-12  # the reference's; keeps a zero vector from becoming NaN
+SUFFIXES = ("_bar", "_u", "_v")  # of the names of the weight and its two vectors
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _normalize(vector: Tensor) -> Tensor:
@@ -67,6 +73,15 @@ class SpectralNorm(nn.Module):
         return torch.dot(u, torch.mv(weight.flatten(1), v))
 
     @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """Return the layer with the plain weight ``W / sigma`` of evaluation mode. It is no longer of use in here."""
+        plain = nn.Parameter(self._weight_u_v()[0] / self.sigma())
+        for suffix in SUFFIXES:
+            delattr(self.module, self.name + suffix)
+        self.module.register_parameter(self.name, plain)
+        return self.module
+
+    @torch.no_grad()
     def _power_iteration(self) -> None:
         """Update u and v in place."""
         weight, u, v = self._weight_u_v()
@@ -76,4 +91,18 @@ class SpectralNorm(nn.Module):
             u.copy_(_normalize(torch.mv(matrix, v)))
 
     def _weight_u_v(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(getattr(self.module, self.name + suffix) for suffix in ("_bar", "_u", "_v"))
+        return tuple(getattr(self.module, self.name + suffix) for suffix in SUFFIXES)
+
+
+def fold_spectral_norm(network: nn.Module) -> nn.Module:
+    """Replace each `SpectralNorm` in a network by its `folded` layer, in place; for evaluation only. Returns it."""
+    return replace_layers(network, SpectralNorm, SpectralNorm.folded)
+
+
+def replace_layers(network: nn.Module, kind: type[Layer], replacement: Callable[[Layer], nn.Module]) -> nn.Module:
+    """Replace each layer of a kind in a network by a function of it, in place. Returns the network."""
+    for parent in [*network.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if isinstance(layer, kind):
+                setattr(parent, name, replacement(layer))
+    return network

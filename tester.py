@@ -149,9 +149,13 @@ class Tester:
             self._write_images(folder / names[number], z, labels)
         if not self.classes:
             self._write_images(folder, z)
-        rows = self.shown[:CLASS_ROWS]
+        self.grid().save(self.folder / "grid.png")
+
+    def grid(self) -> Image.Image:
+        """Return a grid of the first samples, at most `--batch_size`, or with a row for each class."""
+        z, rows = self._sample_z(self.config.num_samples), self.shown[:CLASS_ROWS]
         inputs = class_rows(z, rows) if rows else (z[: self.config.batch_size],)
-        sample_grid(self.G(*inputs), row_names=self._names(rows)).save(self.folder / "grid.png")
+        return sample_grid(self.G(*inputs), row_names=self._names(rows))
 
     def _write_images(self, folder: Path, *inputs: Tensor) -> None:
         """Write G's images of these inputs, one file each."""
@@ -255,7 +259,9 @@ class Tester:
         scores = compute_metrics(self.config, self.G, z, self.loader)
         how = ", classes as frequent as in the training images" if self.classes else ""
         print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        self._write_json("metrics.json", {"step": self.step, "images": len(z), "ema": self.uses_ema, **scores})
+        protocol = {name: getattr(self.config, name) for name in ("dataset", "truncation", "feature_extractor")}
+        protocol |= {"step": self.step, "images": len(z), "ema": self.uses_ema}
+        self._write_json("metrics.json", protocol | scores)
 
     def _sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
         """Return z (count, z_dim), a function of the seed and the stream."""

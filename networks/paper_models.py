@@ -60,9 +60,18 @@ class UpsampledConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, inputs, H, W) -> (B, outputs, 2H, 2W)."""
+        return F.conv_transpose2d(x, self.kernel(), self.bias, stride=2, padding=1)
+
+    def kernel(self) -> Tensor:
+        """Return the 4x4 kernel, (inputs, outputs, 4, 4)."""
         # Each pixel of x is a 2x2 square after upsampling: its kernel is the sum of the 3x3 one at four positions.
-        kernel = F.avg_pool2d(self.weight.flip(2, 3).transpose(0, 1), 2, stride=1, padding=1, divisor_override=1)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return F.avg_pool2d(self.weight.flip(2, 3).transpose(0, 1), 2, stride=1, padding=1, divisor_override=1)
+
+    def as_conv_transpose(self) -> nn.ConvTranspose2d:
+        """Return the transposed convolution, for evaluation."""
+        layer = nn.ConvTranspose2d(self.in_channels, self.out_channels, 4, stride=2, padding=1)
+        layer.load_state_dict({"weight": self.kernel(), "bias": self.bias})
+        return layer
 
 
 class PooledConv2d(nn.Conv2d):

@@ -17,9 +17,13 @@ import torch
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS
+from exporting.description import Description
+from exporting.safetensors_file import safetensors_bytes
 from networks.losses import g_loss, hinge_d_loss
 from parameter import Config
+from spectral import fold_spectral_norm
 from trainer import Trainer
+from training.models import MODELS, network_options
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
@@ -89,6 +93,47 @@ def toy(tmp_path):
     return lambda **options: Loader(
         find_source("toy", toy_num=10), 32, 4, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)
     ).open()
+
+
+def random_generator(model: str, imsize: int, num_classes: int = 0, attention: str = "full") -> torch.nn.Module:
+    """A small generator, z (B, 16), in evaluation mode, of which nothing is as it was initialized."""
+    torch.manual_seed(0)
+    G = MODELS[model].make_G(imsize, 16, 8, **network_options(num_classes, attention))
+    with torch.no_grad():
+        for layer in G.modules():
+            if hasattr(layer, "gamma"):
+                layer.gamma.fill_(0.7)
+            if isinstance(layer, torch.nn.BatchNorm2d) and layer.affine:
+                layer.weight.normal_(1, 0.3)
+                layer.bias.normal_(0, 0.3)
+            if isinstance(layer, torch.nn.Embedding):
+                layer.weight.normal_(1, 0.5)
+        for _ in range(3):  # power iterations, statistics of BatchNorm
+            G(*generator_inputs(8, num_classes))
+    return G.eval()
+
+
+def generator_inputs(count: int, num_classes: int = 0) -> tuple[torch.Tensor, ...]:
+    """z (count, 16) and, if there are classes, labels (count,)."""
+    return torch.randn(count, 16), *((torch.arange(count) % num_classes,) if num_classes else ())
+
+
+def describe(
+    model: str = "sagan", imsize: int = 32, num_classes: int = 0, attention: str = "full", **changes
+) -> Description:
+    """The description of a `random_generator`."""
+    classes = tuple(f"class {number}" for number in range(num_classes))
+    values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
+                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4)  # fmt: skip
+    return Description(**(values | changes))
+
+
+def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
+    """Write generator.safetensors of a `random_generator`, with changed metadata; return that network."""
+    G = random_generator(*network)
+    metadata = describe(*network).metadata() | changes
+    path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)), metadata))
+    return G
 
 
 def cache_folder(tmp_path):

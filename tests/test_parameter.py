@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from parameter import Config, get_parameters, option_groups
+from parameter import EXPORT_PATH, Config, get_parameters, option_groups
 
 ROOT = Path(__file__).parent.parent
 # The reference's options with the defaults of its README, which for four of them are not those of its own parser:
@@ -85,7 +85,7 @@ def test_a_home_that_is_unknown_is_a_plain_name():
 def test_output_folders_are_all_that_the_program_writes_to():
     paths = {f"{name}_path": f"{name}s" for name in ("sample", "attn", "model_save", "log", "cache")}
     config = Config(**paths, version="v")
-    assert config.output_folders == [Path(path) for path in paths.values()]
+    assert config.output_folders == [Path(path) for path in (*paths.values(), EXPORT_PATH)]
     assert [folder.parent for folder in config.folders.values()] == config.output_folders[:4]
 
 

@@ -6,15 +6,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+import export
 from networks.losses import LOSSES
 from parameter import Config, get_parameters
+from sagan_models import Generator
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("networks", "datasets", "training", "metrics", "visuals")
+FOLDERS = ("networks", "datasets", "training", "metrics", "exporting", "visuals")
 SMALL = "--imsize 64 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu"
 
 SOFTPLUS = """def softplus_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +89,31 @@ def test_the_commands_of_the_readme_parse():
     assert len(commands) >= 5
     for command in commands:
         assert isinstance(get_parameters(shlex.split(command)), Config)
+
+
+def test_the_export_commands_parse():
+    """Of the README and of docs/export.md."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "export.md"):
+        commands = re.findall(r"^    python export\.py (.*?)(?:  #.*)?$", page.read_text(encoding="utf-8"), re.M)
+        assert commands
+        for command in commands:
+            _, arguments = export.parse(shlex.split(command))
+            assert isinstance(get_parameters(arguments), Config)
+
+
+def test_the_lines_of_python_of_the_readme(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"in Python:\n\n((?:    .*\n)+)", text)[1]
+    path = tmp_path / re.search(r'load\("(.*?)"', block)[1]
+    path.parent.mkdir(parents=True)
+    G = Generator().eval()
+    torch.save({"ema": G.state_dict()}, path)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    exec(textwrap.dedent(block), results := {})
+    torch.manual_seed(1)
+    Generator()  # as in the block, whose z comes after
+    assert torch.equal(results["images"], G(torch.randn(16, 128)))
 
 
 def test_every_loss_is_an_option():

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from conftest import generator_inputs, random_generator
 from torch import nn
 
-from spectral import SpectralNorm
+from spectral import SpectralNorm, fold_spectral_norm
+from training.models import MODELS, network_options
 
 LAYERS = [lambda: nn.Conv2d(6, 10, 3), lambda: nn.ConvTranspose2d(6, 10, 4, 2, 1), lambda: nn.Linear(7, 5)]
 
@@ -114,3 +116,34 @@ def test_a_zero_weight_gives_no_nan_vectors():
 def test_zero_power_iterations_are_rejected():
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNorm(nn.Linear(2, 2), power_iterations=0)
+
+
+@pytest.mark.parametrize("make", [*LAYERS, lambda: nn.Embedding(5, 7)])
+def test_a_folded_layer_is_the_plain_one_with_the_result_of_evaluation(make):
+    torch.manual_seed(0)
+    layer = SpectralNorm(make())
+    x = torch.arange(5) if isinstance(layer.module, nn.Embedding) else inputs_for(layer.module)
+    layer(x)  # u and v are no singular vectors yet: sigma is theirs
+    expected = layer.eval()(x)
+    folded = copy.deepcopy(layer).folded()
+    assert folded.state_dict().keys() == make().state_dict().keys()
+    assert type(folded) is type(make())
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model, imsize, num_classes", [("sagan", 32, 0), ("paper", 64, 0), ("paper", 64, 3)])
+def test_networks_with_folded_weights_equal_those_in_evaluation(model, imsize, num_classes):
+    """All outputs; also D, whose embedding is normalized too."""
+    G = random_generator(model, imsize, num_classes)
+    D = MODELS[model].make_D(imsize, 8, **network_options(num_classes))
+    for network in (G, D):
+        inputs = generator_inputs(5, num_classes)
+        if network is D:
+            inputs = (torch.rand(5, 3, imsize, imsize), *inputs[1:])
+        network(*inputs)
+        folded = fold_spectral_norm(copy.deepcopy(network.eval()))
+        assert not any(isinstance(layer, SpectralNorm) for layer in folded.modules())
+        with torch.no_grad():
+            pairs = zip(network(*inputs, return_attention=True), folded(*inputs, return_attention=True), strict=True)
+        for expected, actual in pairs:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

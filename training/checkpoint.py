@@ -14,7 +14,6 @@ like weights saved by the reference.
 import io
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from datasets.labels import join_names
 from errors import UserError, warn
 from parameter import option_text
 from training.models import MODELS
+from training.weights import one_line, read_dict, strip_dataparallel_prefix
 from utils import files_by_step, flush_to_disk
 
 PARTS = ("state", "G", "D")  # in the order in which the files are renamed
@@ -157,7 +157,8 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
 def _saved_sizes(checkpoint: Checkpoint) -> dict[str, int | str]:
     for name, model in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
-            return {"model": name, **model.sizes(checkpoint.G, checkpoint.D)}
+            D_sizes = model.D_sizes(checkpoint.D) if checkpoint.D is not None else {}
+            return {"model": name, **D_sizes, **model.G_sizes(checkpoint.G)}
     raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
 
 
@@ -186,7 +187,7 @@ def reraise_load_errors(name: Name) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"checkpoint {name} is incomplete or incompatible: {_one_line(error)}") from error
+        raise UserError(f"checkpoint {name} is incomplete or incompatible: {one_line(error)}") from error
 
 
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
@@ -216,8 +217,8 @@ def _load(folder: Path, name: Name, needs_D: bool) -> Checkpoint:
         parts = ("G", "D") if needs_D or _path(folder, name, "D").exists() else ("G",)
         networks = {part: _read(_path(folder, name, part)) for part in parts}
     with reraise_load_errors(name):
-        G = _strip_dataparallel_prefix(networks["G"])
-        D = _strip_dataparallel_prefix(networks["D"]) if "D" in networks else None
+        G = strip_dataparallel_prefix(networks["G"])
+        D = strip_dataparallel_prefix(networks["D"]) if "D" in networks else None
         return Checkpoint(state["step"] if name == "best" else name, G, D, state)
 
 
@@ -234,20 +235,9 @@ def _full_and_weights(folder: Path, needs_D: bool = True) -> tuple[list[int], li
 def _read(path: Path) -> dict[str, Any]:
     """Return the dict that a file contains; `UserError` if it is damaged."""
     try:
-        if zipfile.is_zipfile(path):  # torch does not verify the checksums in its own zip files
-            with zipfile.ZipFile(path) as archive:
-                if broken := archive.testzip():
-                    raise ValueError(f"wrong checksum of {broken}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise TypeError(f"it contains a {type(content).__name__}, not a dict")
-    except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
-        raise UserError(f"{path} is damaged or not a checkpoint: {_one_line(error)}") from error
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return read_dict(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -289,10 +279,3 @@ def _was_exported(path: Path) -> bool:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("exported", True)
     except Exception:  # as in `_read`
         return True
-
-
-def _strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the "module." that the reference's `--parallel` puts before every key."""
-    if all(key.startswith("module.") for key in weights):
-        return {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights

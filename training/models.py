@@ -18,10 +18,12 @@ class Model(NamedTuple):
     Attributes:
         make_G: constructor of G, of image_size, z_dim and conv_dim.
         make_D: constructor of D, of image_size and conv_dim.
-        block: pattern of the keys of which G has one for each block that doubles the size.
+        block: pattern of the keys of which both networks have one for each block.
         z_dim, g_conv_dim: axes of G's weights that have these lengths.
         d_conv_dim: axis of D's weights that has this length.
-        num_classes: axis of G's weights that has this length in a conditional network; None if there is none.
+        g_num_classes, d_num_classes: axes of the weights of conditional networks that have the number of classes as
+            their length; None if there are none.
+        d_extra_blocks: blocks of D that keep the size of the feature map; the others halve it, and G's double it.
     """
 
     make_G: Callable[..., nn.Module]
@@ -30,28 +32,40 @@ class Model(NamedTuple):
     z_dim: Axis
     g_conv_dim: Axis
     d_conv_dim: Axis
-    num_classes: Axis | None = None
+    g_num_classes: Axis | None = None
+    d_num_classes: Axis | None = None
+    d_extra_blocks: int = 0
 
-    def sizes(self, G: Mapping[str, Tensor], D: Mapping[str, Tensor] | None) -> dict[str, int | bool]:
-        """Return the sizes of networks by their state dicts.
-
-        Returns:
-            imsize, num_classes, has_attention, z_dim, g_conv_dim and, if D is given, d_conv_dim.
+    def G_sizes(self, G: Mapping[str, Tensor]) -> dict[str, int | bool]:
+        """Return imsize, num_classes, has_attention, z_dim and g_conv_dim of a generator by its state dict.
 
         Raises:
-            KeyError: these are other networks.
+            KeyError: this is another network.
         """
-        axes = [("z_dim", self.z_dim, G), ("g_conv_dim", self.g_conv_dim, G)]
-        axes += [("d_conv_dim", self.d_conv_dim, D)] if D is not None else []
-        lengths = {name: weights[key].shape[axis] for name, (key, axis), weights in axes}
-        imsize = 4 * 2 ** sum(bool(re.fullmatch(self.block, key)) for key in G)
-        is_conditional = self.num_classes is not None and self.num_classes[0] in G
-        num_classes = G[self.num_classes[0]].shape[self.num_classes[1]] if is_conditional else 0
-        has_attention = any(key.startswith("attn") for key in G)
-        return {"imsize": imsize, "num_classes": num_classes, "has_attention": has_attention, **lengths}
+        return self._sizes(G, {"z_dim": self.z_dim, "g_conv_dim": self.g_conv_dim}, self.g_num_classes, 0)
+
+    def D_sizes(self, D: Mapping[str, Tensor]) -> dict[str, int | bool]:
+        """Return imsize, num_classes, has_attention and d_conv_dim of a discriminator by its state dict.
+
+        Raises:
+            KeyError: this is another network.
+        """
+        return self._sizes(D, {"d_conv_dim": self.d_conv_dim}, self.d_num_classes, self.d_extra_blocks)
+
+    def _sizes(
+        self, weights: Mapping[str, Tensor], axes: Mapping[str, Axis], num_classes: Axis | None, extra_blocks: int
+    ) -> dict[str, int | bool]:
+        lengths = {name: weights[key].shape[axis] for name, (key, axis) in axes.items()}
+        is_conditional = num_classes is not None and num_classes[0] in weights
+        return {
+            "imsize": 4 * 2 ** (sum(bool(re.fullmatch(self.block, key)) for key in weights) - extra_blocks),
+            "num_classes": weights[num_classes[0]].shape[num_classes[1]] if is_conditional else 0,
+            "has_attention": any(key.startswith("attn") for key in weights),
+            **lengths,
+        }
 
 
-def network_options(num_classes: int, attention: str) -> dict[str, int | bool]:
+def network_options(num_classes: int, attention: str = "full") -> dict[str, int | bool]:
     """Return the keyword arguments of `make_G` and `make_D`: for conditional networks, for those without attention."""
     options = {"num_classes": num_classes} if num_classes else {}
     return options | ({"has_attention": False} if attention == "none" else {})
@@ -73,6 +87,8 @@ MODELS = {
         z_dim=("linear.module.weight_bar", 1),
         g_conv_dim=("last.module.weight_bar", 1),
         d_conv_dim=("block1.conv1.module.weight_bar", 0),
-        num_classes=("block1.bn1.gain.weight", 0),
+        g_num_classes=("block1.bn1.gain.weight", 0),
+        d_num_classes=("embedding.module.weight_bar", 0),
+        d_extra_blocks=1,
     ),
 }

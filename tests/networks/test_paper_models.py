@@ -207,6 +207,12 @@ def pooled_conv(x, weight, bias):
     return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
 
 
+def test_an_upsampled_convolution_as_a_transposed_one():
+    layer, x = UpsampledConv2d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8)
+    assert type(layer.as_conv_transpose()) is torch.nn.ConvTranspose2d
+    torch.testing.assert_close(layer.as_conv_transpose()(x), layer(x))
+
+
 @pytest.mark.parametrize("layer, expected", [(UpsampledConv2d, upsampled_conv), (PooledConv2d, pooled_conv)])
 @pytest.mark.parametrize("height, width", [(4, 6), (2, 2)])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

@@ -3,7 +3,7 @@ import torch
 
 from training import checkpoint
 from training.checkpoint import Checkpoint
-from training.models import MODELS
+from training.models import MODELS, network_options
 from visuals.attention_stats import collect_attention
 
 SIZES = dict(imsize=64, z_dim=16, g_conv_dim=16, d_conv_dim=8, conditional=False, attention="full")
@@ -47,3 +47,14 @@ def test_networks_without_attention_are_the_others_without_these_layers(name):
         states.append(none.state_dict())
     saved = checkpoint.saved_architecture(Checkpoint(5, *states, None))
     assert saved == SIZES | {"model": name, "attention": "none", "g_conv_dim": 8}
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_weights_of_each_network_alone_tell_its_sizes(num_classes):
+    for name in MODELS if not num_classes else ["paper"]:
+        for imsize in (64, 128):
+            options = network_options(num_classes)
+            G, D = MODELS[name].make_G(imsize, 16, 24, **options), MODELS[name].make_D(imsize, 8, **options)
+            sizes = {"imsize": imsize, "num_classes": num_classes, "has_attention": True}
+            assert MODELS[name].G_sizes(G.state_dict()) == sizes | {"z_dim": 16, "g_conv_dim": 24}
+            assert MODELS[name].D_sizes(D.state_dict()) == sizes | {"d_conv_dim": 8}

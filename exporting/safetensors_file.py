@@ -1,0 +1,55 @@
+"""generator.safetensors: weights with spectral norm folded in, and what it takes to build the network again.
+
+    G = read_generator("generator.safetensors")
+    images = G(torch.randn(16, 128))                # (16, 3, 64, 64) in [-1, 1]
+
+A safetensors file has a header of JSON and numbers: reading one runs no code. The library is an optional dependency.
+"""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from exporting.description import FORMAT, FORMAT_VERSION
+from spectral import fold_spectral_norm
+from training.models import MODELS, network_options
+from training.weights import one_line
+
+
+def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
+    """Return the content of the file.
+
+    Args:
+        G: with spectral norm folded, on the CPU.
+        metadata: of `Description.metadata`.
+    """
+    from safetensors.torch import save
+
+    return save({key: tensor.contiguous() for key, tensor in G.state_dict().items()}, dict(metadata))
+
+
+def read_generator(path: str | os.PathLike) -> nn.Module:
+    """Return the generator of a file, on the CPU in evaluation mode; it has plain layers in place of spectral norm.
+
+    Raises:
+        ValueError: the file is missing, damaged or not an export of this program; the message is one line.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
+        if metadata.get("format") != FORMAT or metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its metadata does not say {FORMAT}, version {FORMAT_VERSION}")
+        sizes = [int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim")]
+        options = network_options(int(metadata["num_classes"]), metadata["attention"])
+        with torch.device("meta"):  # without memory and random numbers: the weights follow
+            G = fold_spectral_norm(MODELS[metadata["model"]].make_G(*sizes, **options))
+        G.load_state_dict(weights, assign=True)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
+    return G.eval()

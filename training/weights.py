@@ -1,0 +1,39 @@
+"""Read files of weights, without running code in them."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    """Return the dict that a file of torch.save contains, on the CPU, read with `weights_only=True`.
+
+    Raises:
+        ValueError: the file is missing, damaged or contains something else; the message is one line.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums in its own zip files
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"wrong checksum of {broken}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it contains a {type(content).__name__}, not a dict")
+    except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
+        raise ValueError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from error
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an error, at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the "module." that the reference's `--parallel` puts before every key."""
+    if all(key.startswith("module.") for key in weights):
+        return {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights

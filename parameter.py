@@ -67,6 +67,7 @@ DEVICE = matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mp
 CHECKPOINT = matches(r"[0-9]+|latest|auto|best", "a step, latest, auto or best")
 PATH = matches(r"[^\0]+", "a path")
 WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
+CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
@@ -159,6 +160,11 @@ class Config:
         between(1, 1_000_000),
     )
     class_name: str | None = option(None, "with --train false, the classes to generate; None: all", LIST)
+    corners: str = option(
+        "0,1,2,3",
+        "numbers of the sample images at the corners of playground.html: top left and right, bottom left and right",
+        CORNERS,
+    )
     truncation: float | None = option(
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
@@ -210,6 +216,10 @@ class Config:
             raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
             raise UserError("--attribute is for --conditional true with --dataset celeb")
+
+        samples = max(self.num_samples, 4)  # as many z are drawn
+        if any(int(number) >= samples for number in self.corners.split(",")):
+            raise UserError(f"--corners {self.corners}: samples are numbered 0 to {samples - 1}; see --num_samples")
 
     @property
     def sample_folder(self) -> Path:

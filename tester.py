@@ -64,6 +64,7 @@ from visuals.figures import (
     shorten,
     to_pixels,
 )
+from visuals.playground import generate_maps, playground_page
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
@@ -126,7 +127,7 @@ class Tester:
             if len(self.shown) > 1:
                 self._write_class_interpolations()
             self._write_progress()
-            pages = [self.folder / "grid.png"]
+            pages = [self._write_playground(), self.folder / "grid.png"]
             if self.config.attention == "full":
                 pages.insert(0, self._write_attention())
                 self._write_attention_stats()
@@ -200,6 +201,16 @@ class Tester:
         steps = evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
         if frames := progress_frames({step: grids[step] for step in steps}):
             save_animation(self.folder / "progress.gif", frames, seconds=0.25)
+
+    def _write_playground(self) -> Path:
+        """Write the map between four samples, with a switch between the classes. Returns its path."""
+        corners = [int(number) for number in self.config.corners.split(",")]
+        z = self._sample_z(max(self.config.num_samples, 4))[corners]
+        classes = [(self.classes[number], number) for number in self.shown[:CLASS_ROWS]] or [("", None)]
+        page = playground_page(generate_maps(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
+        path = self.folder / "playground.html"
+        path.write_text(page, encoding="utf-8")
+        return path
 
     def _write_attention(self) -> Path:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""

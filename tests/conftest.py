@@ -1,5 +1,6 @@
 """Shared by the tests: small networks, toy runs in a temporary folder, a browser, the oracles' computation."""
 
+import base64
 import copy
 import json
 import re
@@ -182,6 +183,17 @@ def log_lines(folder):
 
 def log(folder):
     return [json.loads(line) for line in log_lines(folder)]
+
+
+def page_data(path):
+    """What the script of an explorer or a playground reads."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0])
+
+
+def page_pixels(text: str, size: int) -> np.ndarray:
+    """The images of a class in the data of a playground, (T, S, S, 3)."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(-1, size, size, 3).astype(int)
 
 
 def free_port():

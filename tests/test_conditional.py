@@ -1,13 +1,12 @@
 """Conditional training and evaluation, end to end: labels of real and generated images, grids, samples, checkpoints."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, build_trainer
+from conftest import SMALL, build_trainer, page_data, page_pixels
 from PIL import Image
 
 import main
@@ -177,8 +176,7 @@ def test_attention_figures_name_the_classes(trained):
     generated, real = trained.monitor.attention()
     assert list(generated.classes) == ["short", "medium", "long", "short"]
     assert list(real.classes) == [CLASSES[number] for number in trained.loader.batch_labels(0)[:4]]
-    explorer = (trained.config.attn_folder / "1_explorer.html").read_text()
-    entries = json.loads(explorer.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    entries = page_data(trained.config.attn_folder / "1_explorer.html")
     assert [image["class"] for image in entries["images"]] == [*generated.classes, *real.classes]
     assert "classes short, medium, long" in (trained.config.log_folder / "report.html").read_text()
 
@@ -243,6 +241,11 @@ def test_samples_are_written_for_each_class(trained):
     for row, name in enumerate(CLASSES):  # the second z in each row
         tile = grid[2 + 66 * row : 66 + 66 * row, left + 68 : left + 132]
         assert np.abs(tile.astype(int) - pixels[name]).max() <= 1
+    data = page_data(tested.folder / "playground.html")
+    assert [shown["name"] for shown in data["classes"]] == [*CLASSES]
+    for shown in data["classes"]:  # the second z is at the top right
+        corner = page_pixels(shown["pixels"], 64)[data["side"] - 1]
+        assert np.abs(corner - pixels[shown["name"]]).max() <= 1
     (tested.folder / "samples" / "short" / "mine.png").touch()
     remove_test_results(tested.folder)
     assert [path.name for path in tested.folder.rglob("*.*")] == ["mine.png"]

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import page_data, page_pixels
 from PIL import Image
 
 import tester
@@ -15,7 +16,7 @@ from training.run_folders import TEST_RESULTS
 from visuals.attention_stats import attention_stats
 
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json", "gamma.svg",
-         "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png"}  # fmt: skip
+         "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png", "playground.html"}  # fmt: skip
 
 
 @pytest.fixture
@@ -77,7 +78,8 @@ def test_output_names_every_file(trained, make_config, capsys):
     assert explorer.stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "EMA" in out and "G attn1" in out and all(name in out for name in FILES)
-    assert [line.strip() for line in out.splitlines()[-2:]] == [str(explorer), str(tested.folder / "grid.png")]
+    pages = [explorer, tested.folder / "playground.html", tested.folder / "grid.png"]
+    assert [line.strip() for line in out.splitlines()[-3:]] == [*map(str, pages)]
 
 
 def test_contents_of_the_files(trained, make_config):
@@ -97,6 +99,26 @@ def test_contents_of_the_files(trained, make_config):
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
+
+
+def test_the_corners_of_the_playground_are_samples(trained, make_config):
+    """Those that --corners names; their pixels may differ by rounding, as the batches are others."""
+    for numbers, options in (((0, 1, 2, 3), {}), ((4, 0, 5, 4), {"corners": "4,0,5,4"})):
+        tested = make_tester(make_config(num_samples=6, **options), trained.loader)
+        tested.test()
+        data = page_data(tested.folder / "playground.html")
+        (shown,), side = data["classes"], data["side"]
+        tiles = page_pixels(shown["pixels"], 32)
+        assert data["corners"] == [*numbers] and len(tiles) == side**2
+        for tile, number in zip((0, side - 1, side**2 - side, side**2 - 1), numbers, strict=True):
+            sample = np.asarray(Image.open(tested.folder / "samples" / f"{number:05}.png"))
+            assert np.abs(tiles[tile] - sample).max() <= 1
+
+
+def test_a_playground_of_fewer_samples_than_corners(trained, make_config):
+    tested = make_tester(make_config(num_samples=1), None)
+    tested.test()
+    assert page_data(tested.folder / "playground.html")["corners"] == [0, 1, 2, 3]
 
 
 def test_ema_generator_is_used_if_there_is_one(trained, make_config):

@@ -166,7 +166,7 @@ def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config,
     assert tested.attention == "none"
     tester.Tester(tested, whole.loader, saved).test()
     results = {path.name for path in (config.sample_folder / "test_2").iterdir()}
-    assert "grid.png" in results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
+    assert {"grid.png", "playground.html"} <= results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
 
 
 def test_every_image_that_d_sees_is_augmented(make_trainer, monkeypatch):

@@ -17,7 +17,7 @@ from utils import check_writable, files_by_step
 
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
-    r"|(attention|metrics)\.json|nearest\.png"
+    r"|(attention|metrics)\.json|nearest\.png|playground\.html"
 )
 
 

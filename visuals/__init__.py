@@ -1,1 +1,1 @@
-"""Images and pages for people: sample grids, attention figures, curves, the attention explorer, the run report."""
+"""Images and pages for people: sample grids, attention figures, curves, attention explorer, playground, run report."""

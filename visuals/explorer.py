@@ -6,12 +6,7 @@
 The page is a single file and works offline. Its template is `explorer.html` in this folder.
 """
 
-import base64
-import html
-import json
 import math
-import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from visuals.attention_stats import AttentionSample, grid_sides
-from visuals.figures import HEAT, layer_name, query_points, to_pixels
-
-LEVELS = 63  # highest level of a quantized map: at six bits a value, even maps of noise keep a page of 64x64 below 6 MB
+from visuals.figures import layer_name, query_points, to_pixels
+from visuals.pages import compress, compress_maps, fill_template
 
 
 def write_explorer(folder: Path, version: str, step: int, samples: Sequence[AttentionSample]) -> Path:
@@ -45,25 +39,7 @@ def explorer_page(samples: Sequence[AttentionSample], title: str) -> str:
     entries = [entry for sample in samples for entry in _image_entries(sample)]
     if not entries:
         raise ValueError("the explorer needs at least one image")
-    data = json.dumps({"heat": HEAT.tolist(), "levels": LEVELS, "images": entries}, separators=(",", ":"))
-    parts = {
-        "title": html.escape(title),
-        "data": data.replace("<", "\\u003c"),  # no "</script>" or "<!--" inside the script tag
-    }
-    template = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: a title may contain {{data}}
-
-
-def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a map (N, M) to levels (N, M) uint8 in 0 ... 63; return them and each row's maximum, (N,) float32.
-
-    ``(level / 63)**2 * maximum`` approximates the value. The square root is what the page shows as color; its error is
-    at most 1/126. The error of the value is at most ``(2 * sqrt(value / maximum) + 1/126) / 126`` of the row's maximum:
-    1.6 % at the top, 0.006 % near zero.
-    """
-    maxima = maps.max(axis=1).astype(np.float32)
-    relative = maps / np.where(maxima > 0, maxima, 1)[:, None]
-    return np.rint(LEVELS * np.sqrt(relative.clip(0, 1))).astype(np.uint8), maxima
+    return fill_template("explorer", title, {"images": entries})
 
 
 def _image_entries(sample: AttentionSample) -> list[dict]:
@@ -77,7 +53,7 @@ def _image_entries(sample: AttentionSample) -> list[dict]:
             "group": sample.name,
             "class": sample.classes[index] if sample.classes else "",
             "size": pixels.shape[0],
-            "pixels": _compress(pixels.tobytes()),
+            "pixels": compress(pixels.tobytes()),
             "query": _initial_query(first[index]),
             "layers": [_layer_entry(name, maps[index]) for name, maps in layers.items()],
         }
@@ -106,10 +82,4 @@ def _initial_query(maps: np.ndarray) -> tuple[float, float]:
 def _layer_entry(name: str, maps: np.ndarray) -> dict:
     """Return what the page's script reads of a layer's maps (N, M) of one image."""
     query_side, key_side = grid_sides(maps)
-    levels, maxima = quantize(maps)
-    data = maxima.astype("<f4").tobytes() + levels.tobytes()  # in this order the floats are aligned for the script
-    return {"name": layer_name(name), "querySide": query_side, "keySide": key_side, "data": _compress(data)}
-
-
-def _compress(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, level=9)).decode("ascii")
+    return {"name": layer_name(name), "querySide": query_side, "keySide": key_side, "data": compress_maps(maps)}

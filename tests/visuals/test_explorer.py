@@ -1,6 +1,5 @@
 """The explorer page in a real browser: its panels are compared with the maps that it was made from."""
 
-import base64
 import io
 import math
 import re
@@ -8,14 +7,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from page_tools import BrowserPage, bound
 from PIL import Image
 
 from visuals.attention_stats import AttentionSample, grid_sides
-from visuals.explorer import LEVELS, explorer_page, quantize
+from visuals.explorer import explorer_page
 from visuals.figures import overlay, query_points, to_pixels
 
 webdriver = pytest.importorskip("selenium.webdriver")
-ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
+Keys = webdriver.Keys
 By = pytest.importorskip("selenium.webdriver.common.by").By
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 
@@ -69,20 +69,18 @@ def pooled_page(browser, addresses):
 
 
 def open_page(browser, address):
-    yield Page(browser, address)
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
+    page = Page(browser, address)
+    yield page
+    page.assert_quiet()
 
 
-class Page:
-    """User input to the page, and what the page shows."""
+class Page(BrowserPage):
+    """User input to the explorer, and what it shows."""
 
     def __init__(self, browser: webdriver.Chrome, address: str):
-        self.browser = browser
-        self.command("Emulation.setFocusEmulationEnabled", enabled=True)  # a window has no focus before the first click
-        browser.get(address)
-        self.image = browser.find_element(By.ID, "image")
-        WebDriverWait(browser, 20, poll_frequency=0.02).until(lambda _: self.state()["layers"])
+        super().__init__(browser, address, "image")
+        self.image = self.pointable
+        self.wait_for(lambda: self.state()["layers"])
 
     def state(self) -> dict:
         return self.browser.execute_script("return window.explorer()")
@@ -94,72 +92,12 @@ class Page:
 
     def select(self, image: int) -> None:
         self.browser.find_elements(By.CSS_SELECTOR, "#thumbnails button")[image].click()
-        WebDriverWait(self.browser, 20, poll_frequency=0.02).until(lambda _: self.state()["layers"])
-
-    def mouse(self) -> ActionChains:
-        return ActionChains(self.browser, duration=0)
-
-    def point(self, x: float, y: float) -> None:
-        """Move the mouse to a position given as fractions of the image."""
-        self.move_to(*self.position(self.image, x, y))
-
-    def move_to(self, x: int, y: int) -> None:
-        mouse = self.mouse()
-        mouse.w3c_actions.pointer_action.move_to_location(x, y)
-        mouse.perform()
-
-    def position(self, element, x: float, y: float) -> tuple[int, int]:
-        """Convert fractions of an element to pixels of the window."""
-        box = self.browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
-        return round(box["x"] + x * box["width"]), round(box["y"] + y * box["height"])
-
-    def press(self, *keys: str) -> None:
-        self.mouse().send_keys(*keys).perform()
-
-    def touch(self, *positions: tuple[float, float]) -> None:
-        """Touch the image at the first position, in fractions of it, drag along the others and lift the finger."""
-        for index, fractions in enumerate(positions):
-            x, y = self.position(self.image, *fractions)
-            kind = "touchMove" if index else "touchStart"
-            self.command("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y, "id": 1}])
-        self.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-
-    def command(self, name: str, **arguments) -> None:
-        self.browser.execute_cdp_cmd(name, arguments)
-
-    def panels(self) -> list:
-        return self.browser.find_elements(By.CSS_SELECTOR, "figure")
-
-    def pixels(self, panel) -> np.ndarray:
-        """Pixels of the panel's canvas, (S, S, 3)."""
-        canvas = panel.find_element(By.TAG_NAME, "canvas")
-        png = self.browser.execute_script("return arguments[0].toDataURL('image/png')", canvas).split(",")[1]
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
+        self.wait_for(lambda: self.state()["layers"])
 
 
 def outline_width(parent, name: str) -> float:
     """Width of an outline as a fraction of the image or panel that it is in."""
     return parent.find_element(By.CLASS_NAME, name).size["width"] / parent.size["width"]
-
-
-def bound(maps: np.ndarray) -> np.ndarray:
-    """Largest error of the page in each value of a map (N, M), as stated by `quantize`."""
-    peaks = maps.max(axis=1, keepdims=True)
-    return (2 * np.sqrt(maps / peaks) + 1 / 126) / 126 * peaks + 1e-6
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 200.0])
-def test_quantization_error_is_within_the_bound(scale):
-    maps = torch.softmax(scale * torch.randn(256, 256), -1).numpy()
-    levels, maxima = quantize(maps)
-    assert (levels.dtype, levels.max(), maxima.dtype) == (np.uint8, LEVELS, np.float32)
-    assert (np.abs((levels / LEVELS) ** 2 * maxima[:, None] - maps) <= bound(maps)).all()
-    assert (np.abs(levels / LEVELS - np.sqrt(maps / maxima[:, None])) <= 1 / 126 + 1e-6).all()
-
-
-def test_rows_of_zeros_are_quantized_to_zeros():
-    levels, maxima = quantize(np.zeros((16, 16), np.float32))
-    assert not levels.any() and not maxima.any()
 
 
 @pytest.mark.parametrize(

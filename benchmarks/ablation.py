@@ -137,12 +137,17 @@ def table(results: Mapping[str, Mapping[int, Curves]]) -> str:
     shown = [name for name in NAMES if all(name in curves for curves in all_curves)]
     rows = [["variant", "seeds", *(NAMES[name] for name in shown)], ["---"] * (len(shown) + 2)]
     for variant, by_seed in results.items():
-        row = [variant.replace(",", ", "), ", ".join(map(str, by_seed))]
+        row = [variant, ", ".join(map(str, by_seed))]
         for name in shown:
             values = [final_value(name, curves[name]) for curves in by_seed.values()]
-            row.append(f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})")
+            spread = f" ({_format(min(values))} to {_format(max(values))})" if len(values) > 1 else ""
+            row.append(_format(np.mean(values)) + spread)
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def write_figure(

@@ -61,13 +61,13 @@ def test_table_has_means_and_ranges():
         return {"faces": np.array([[10, 0.1], [20, level]]), "d_sign": np.stack([steps, steps], 1),
                 "ms": np.stack([steps, speed * np.where(steps == 5, 100, 1)], 1)}  # fmt: skip
 
-    results = {"a=1,b=2": {0: curves(0.25, 10), 3: curves(0.75, 20)}, "a=1,b=3": {0: curves(1, 5)}}
+    results = {"a=1,b=2": {0: curves(0.25, 1000), 3: curves(0.75, 2000)}, "a=1,b=3": {0: curves(1, 5)}}
     assert final_value("d_sign", results["a=1,b=3"][0]["d_sign"]) == 19.5  # of the last two of 20
     assert table(results).splitlines() == [
         "| variant | seeds | face rate | r | ms per step |",
         "| --- | --- | --- | --- | --- |",
-        "| a=1, b=2 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 15 (10 to 20) |",
-        "| a=1, b=3 | 0 | 1 (1 to 1) | 19.5 (19.5 to 19.5) | 5 (5 to 5) |",
+        "| a=1,b=2 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 1,500 (1,000 to 2,000) |",
+        "| a=1,b=3 | 0 | 1 | 19.5 | 5 |",
     ]
 
 

@@ -100,7 +100,16 @@ def test_stopped_and_continued(tmp_path):
     assert f"2 runs of {total:,} steps" in written and written.strip() in result.stdout
     assert "| attention=none | 0 |" in written and "Real images: face rate" in written
     assert (tmp_path / "out/ablation.png").stat().st_size > 10_000
-    before = (tmp_path / "out/logs/attention=full,seed=0/metrics.jsonl").read_bytes()
-    again = subprocess.run([*command, f"--total_step={total}"], cwd=tmp_path, capture_output=True, text=True)
-    assert "resuming" not in again.stdout and written.strip() in again.stdout
-    assert (tmp_path / "out/logs/attention=full,seed=0/metrics.jsonl").read_bytes() == before
+
+
+def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
+    words = ["--vary", "attention", "full", "none", "--seeds", "0", "--out", str(tmp_path), "--total_step", "2"]
+    for run in make_runs([["attention", "full", "none"]], [0], str(tmp_path), ["--total_step", "2"]):
+        for folder in run.config.folders.values():
+            folder.mkdir(parents=True)
+        (run.config.model_folder / "2_state.pth").touch()
+        (run.config.log_folder / "metrics.jsonl").write_text('{"step": 2, "images_per_s": 8, "d_sign": 0.5}\n')
+    monkeypatch.setattr(ablation, "train", None)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
+    assert ablation.main() == 0
+    assert "| attention=none | 0 | 0.5 | 8,000 |" in capsys.readouterr().out

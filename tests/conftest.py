@@ -172,6 +172,8 @@ def browser(tmp_path_factory):
     if binary:
         options.binary_location = binary
     with Chrome(options, Service(driver)) as chrome:
+        chrome.get("about:blank")
+        chrome.get_log("browser")  # of the browser's own first page, which wants the network
         yield chrome
 
 

@@ -73,7 +73,8 @@ class BrowserPage:
 
     def assert_quiet(self) -> None:
         """Check that the page has logged no error and requested nothing."""
-        assert self.browser.get_log("browser") == []
+        log = self.browser.get_log("browser")
+        assert log == [], log
         names = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
         assert self.browser.execute_script(names) == []
 

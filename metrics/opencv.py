@@ -3,13 +3,13 @@
 OpenCV is an optional dependency: import this module only for metrics that need it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from cv2 import CascadeClassifier, HOGDescriptor  # fails here, at import, with OpenCV 5, which has neither
-from torch import Tensor
 
+from metrics.scores import ImageFn
 from utils import progress
 
 # OpenCV's usual settings, at one image size. Without resizing, the cascade misses 10% of CelebA at 64x64. A finer scale
@@ -22,8 +22,6 @@ SCALE_FACTOR, MIN_NEIGHBORS = 1.1, 3
 # Histograms of 9 orientations in cells of 8x8 pixels, normalized in blocks of 2x2 cells at every cell: 1,764 features.
 HOG_SIDE, HOG_BLOCK, HOG_CELL, HOG_BINS = 64, 16, 8, 9
 HOG_COMPONENTS = 64  # principal components that are compared: some hundred images determine their covariances
-
-ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S) uint8
 
 
 def face_rate(read: ImageFn, count: int, batch_size: int, title: str) -> float:
@@ -71,7 +69,7 @@ def gray_images(read: ImageFn, count: int, batch_size: int, title: str, side: in
     """Yield images in gray, (side, side) uint8, with a progress bar.
 
     Args:
-        read: returns images by position.
+        read: returns images by position, uint8.
         count: number of images.
         batch_size: images to read at a time.
         title: of the progress bar.

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,12 @@ class BrowserPage:
         assert log == [], log
         names = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
         assert self.browser.execute_script(names) == []
+
+
+def quiet(page: BrowserPage) -> Iterator[BrowserPage]:
+    """Yield a page for a fixture, and check after the test that it is quiet."""
+    yield page
+    page.assert_quiet()
 
 
 def bound(maps: np.ndarray) -> np.ndarray:

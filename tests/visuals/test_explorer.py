@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from page_tools import BrowserPage, bound
+from page_tools import BrowserPage, bound, quiet
 from PIL import Image
 
 from visuals.attention_stats import AttentionSample, grid_sides
@@ -60,18 +60,12 @@ def addresses(samples, pooled_sample, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def page(browser, addresses):
     """The opened page; after each test, check that it has logged no error and requested nothing."""
-    yield from open_page(browser, addresses["page"])
+    yield from quiet(Page(browser, addresses["page"]))
 
 
 @pytest.fixture
 def pooled_page(browser, addresses):
-    yield from open_page(browser, addresses["pooled_page"])
-
-
-def open_page(browser, address):
-    page = Page(browser, address)
-    yield page
-    page.assert_quiet()
+    yield from quiet(Page(browser, addresses["pooled_page"]))
 
 
 class Page(BrowserPage):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from page_tools import BrowserPage, bound
+from page_tools import BrowserPage, bound, quiet
 from PIL import Image
 
 from networks import paper_models
@@ -93,24 +93,18 @@ def addresses(maps, class_maps, plain_maps, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def page(browser, addresses):
     """The opened page; after each test, check that it has logged no error and requested nothing."""
-    yield from open_page(browser, addresses["page"])
+    yield from quiet(Page(browser, addresses["page"]))
 
 
 @pytest.fixture
 def class_page(browser, addresses):
-    yield from open_page(browser, addresses["class_page"])
+    yield from quiet(Page(browser, addresses["class_page"]))
 
 
 @pytest.fixture
 def plain_page(browser, addresses):
     """Of a network without attention."""
-    yield from open_page(browser, addresses["plain_page"])
-
-
-def open_page(browser, address):
-    page = Page(browser, address)
-    yield page
-    page.assert_quiet()
+    yield from quiet(Page(browser, addresses["plain_page"]))
 
 
 class Page(BrowserPage):

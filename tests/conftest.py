@@ -24,6 +24,7 @@ from networks.losses import g_loss, hinge_d_loss
 from parameter import Config
 from spectral import fold_spectral_norm
 from trainer import Trainer
+from training import recorder
 from training.models import MODELS, network_options
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
@@ -65,8 +66,14 @@ def make_config(tmp_path):
 
 
 @pytest.fixture
-def make_trainer(make_config):
-    """A function that makes trainers of small toy runs."""
+def no_report(monkeypatch):
+    """Leave the report empty: drawing its curves takes half of a small run's time."""
+    monkeypatch.setattr(recorder, "report_page", lambda *_: "")
+
+
+@pytest.fixture
+def make_trainer(make_config, no_report):
+    """A function that makes trainers of small toy runs, whose report is empty."""
     return lambda **changes: build_trainer(make_config(**changes))
 
 

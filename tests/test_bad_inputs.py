@@ -54,11 +54,10 @@ def working_in(folder):
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
+def no_figures(monkeypatch, no_report):
     """Leave out the attention figures and the report, which take half of a run's time and depend on no input here."""
     monkeypatch.setattr(recorder, "attention_figures", lambda *_: {})
     monkeypatch.setattr(recorder, "write_explorer", lambda *_: None)
-    monkeypatch.setattr(recorder, "report_page", lambda *_: "")
 
 
 def run(folder, *words):

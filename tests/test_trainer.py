@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import log
+from conftest import build_trainer, log
 from PIL import Image
 from torch import nn
 
@@ -601,8 +601,8 @@ def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(ma
     assert measured == [(trainer.ema.network if use_ema else trainer.G, 11)]
 
 
-def test_the_last_lines_name_the_files_to_open_first(make_trainer, capsys):
-    trainer = make_trainer(version="named")
+def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):
+    trainer = build_trainer(make_config(version="named"))
     config = trainer.config
     trainer.train()
     lines = capsys.readouterr().out.splitlines()

@@ -183,7 +183,7 @@ class Recorder:
         )
         if name != "best":
             self._written_step = name
-            if time.monotonic() >= self._report_due:
+            if time.monotonic() >= self._report_due and name < self.config.total_step:  # otherwise `_finish` writes it
                 self._write_report("running")
 
     def _write_report(self, state: str) -> None:

@@ -507,12 +507,14 @@ def test_resuming_a_checkpoint_of_another_version_lists_the_changed_options(make
     first.train()
     path = first.config.model_folder / "3_state.pth"
     state = torch.load(path, weights_only=True)
-    del state["config"]["save_minutes"]
+    del state["config"]["save_minutes"], state["config"]["augment"]
     state["config"]["color"] = "blue"
     torch.save(state, path)
-    make_trainer(pretrained_model="latest", total_step=4)
-    out = capsys.readouterr().out
-    assert "color blue" in out and "--save_minutes 10.0" in out
+    make_trainer(pretrained_model="latest", total_step=4, save_minutes=5)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "resuming from step 3; changed options: --total_step 4 (was 3), --save_minutes 5 (was 10.0), "
+        "color blue (no longer an option)"
+    )
 
 
 def test_deterministic_switches_torch_to_deterministic_algorithms(make_trainer):

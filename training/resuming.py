@@ -78,17 +78,17 @@ def warn_of_other_images(saved: Mapping[str, int] | None, current: Mapping[str, 
         warn(f"there are {current['images']:,} training images; the checkpoint was trained with {saved['images']:,}")
 
 
-def changed_options(saved: Mapping[str, Any], config: Config) -> list[str]:
+def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """List how this run's options differ from those in a checkpoint, maybe of another version of this program."""
     current = dataclasses.asdict(config)
+    # The default of an option that an older version lacks is what that version did.
+    saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
     for name in current | saved:
         if name in ("pretrained_model", "overwrite"):  # these are expected to differ
             continue
         if name not in current:
             changes.append(f"{name} {option_text(saved[name])} (no longer an option)")
-        elif name not in saved:
-            changes.append(f"--{name} {option_text(current[name])} (new)")
         elif current[name] != saved[name]:
             changes.append(f"--{name} {option_text(current[name])} (was {option_text(saved[name])})")
     return changes

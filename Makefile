@@ -3,6 +3,7 @@
 # make lint         run the linter
 # make bench        measure the figures of benchmarks/README.md on this machine
 # make bench-gpu    run the CUDA tests and benchmarks on an NVIDIA GPU
+# make clean        remove the installed packages and the cache of decoded images; results stay
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,7 +37,7 @@ bench-gpu: .venv/.installed-tests
 	-$(BIN)/python benchmarks/step.py --device cuda --rounds 3 --model paper --imsize 64,128 --batch_size 64,256
 
 clean:
-	rm -rf .venv cache samples attn models logs
+	rm -rf .venv cache
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'

@@ -4,11 +4,9 @@ loader = Loader(find_source("toy"), image_size=64, batch_size=64).open()
 real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
 """
 
-import itertools
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -93,7 +91,7 @@ class Loader:
             return self
         images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         self.skipped = list(skipped.values())
-        held_out = min(len(images), max(1, round(self.holdout * len(images)))) if self.holdout else 0
+        held_out = held_out_count(len(images), self.holdout)
         _check_size(len(images) - held_out, self.batch_size)
         numbers = np.random.default_rng([self.seed, HOLDOUT_STREAM]).permutation(len(images))
         self._held_out, self._training = np.sort(numbers[:held_out]), np.sort(numbers[held_out:])
@@ -127,10 +125,6 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self._training) // self.batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Iterate over the batches from position 0 on, without end."""
-        return map(self.batch, itertools.count())
 
     def batch(self, position: int, shard: slice = slice(None)) -> Tensor:
         """Return batch number `position`, counted from the start of training.
@@ -209,6 +203,11 @@ def _find_labels(source: Source) -> Labels:
     labels = source.labels()
     labels.check()
     return labels
+
+
+def held_out_count(images: int, holdout: float) -> int:
+    """Return how many of so many images `--holdout` keeps from training: at least one, unless it is 0."""
+    return min(images, max(1, round(holdout * images))) if holdout else 0
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

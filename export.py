@@ -131,6 +131,7 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
 
 def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
+    from data_loader import held_out_count
     from exporting.description import Description
 
     config = tester.config
@@ -146,7 +147,7 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
         step=tester.step,
         is_ema=tester.uses_ema,
         dataset=trained.get("dataset"),
-        num_images=data["images"] if data else None,
+        num_images=data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None,
         batch_size=trained.get("batch_size"),
     )
 
@@ -157,8 +158,9 @@ def read_metrics(path: Path, description: "Description") -> dict[str, Any] | Non
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not computed, or cut off
         return None
-    is_same = (metrics["step"], metrics["ema"]) == (description.step, description.is_ema)
-    return metrics if is_same else None
+    dataset = description.dataset or metrics.get("dataset")  # weights alone do not tell theirs
+    found = metrics["step"], metrics["ema"], metrics.get("dataset", dataset)
+    return metrics if found == (description.step, description.is_ema, dataset) else None
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     from training.distributed import launch, process_group, processes_to_start
     from utils import resolve_device, tune_malloc
 
-    if config.parallel and config.train and (processes := processes_to_start(config.device)) > 1:
+    if config.parallel and (processes := processes_to_start(config.device, config.train)) > 1:
         return launch(processes)
     with process_group(config.device) as ranks:
         with ranks.raise_together():

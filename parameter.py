@@ -190,7 +190,7 @@ class Config:
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
     g_num: int = option(5, "images per attention figure, at most --batch_size", at_least(1))
     keep_samples: int = option(
-        0, "most sample grids and attention figures to keep, evenly over the steps; 0: all", at_least(0)
+        0, "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all", at_least(0)
     )
     model_save_step: float = option(1.0, "epochs between checkpoints", EPOCHS)
     min_save_step: int = option(1000, "fewest steps between these checkpoints, for small datasets", at_least(1))

@@ -117,7 +117,8 @@ class Tester:
 
     def test(self) -> int:
         """Write all results and print where they are. Returns the exit code, 0."""
-        remove_test_results(self.folder)  # of an earlier test of this step
+        # Of an earlier test of this step; metrics take long, and say of which images they are.
+        remove_test_results(self.folder, keep=() if self.config.metrics else ["metrics.json"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")

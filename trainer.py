@@ -200,11 +200,9 @@ class Trainer:
         u: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Update D on each real batch, then G on the last z. A function of its inputs, so that it can be captured."""
-        # G's update takes what is left when there are no more real images.
-        *inputs, (_, z_of_g, _, _, labels_of_g, u_of_g) = zip_longest(real, z, mix, real_labels, fake_labels, u)
-        for given in inputs:
+        for given in zip_longest(real, z[:-1], mix, real_labels, fake_labels[:-1], u[:-1]):
             stats = self.d_step(*given)
-        return stats | self.g_step(z_of_g, labels_of_g, u_of_g)
+        return stats | self.g_step(z[-1], fake_labels[-1] if fake_labels else None, u[-1] if u else None)
 
     def train_step(self) -> dict[str, Tensor]:
         """Take one step: `n_critic` updates of D on fresh batches, one of G, then the EMA.

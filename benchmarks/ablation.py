@@ -177,6 +177,8 @@ def write_figure(
         axes.set(title=NAMES[name], xlabel="step")
         for (variant, by_seed), color in zip(results.items(), itertools.cycle(COLORS)):
             curves = [running_mean(curves[name]) for curves in by_seed.values() if name in curves]
+            if not curves:  # such as the gap of D in a run without --holdout
+                continue
             steps = curves[0][:, 0]
             values = [np.interp(steps, *points.T) for points in curves]
             axes.plot(steps, np.mean(values, 0), color=color, label=variant)

@@ -89,7 +89,8 @@ def compute_scores(
         num_images: number of generated images, and maximum number of real images.
         batch_size: images per batch of the generator and the extractors; scores do not depend on it.
         device: of the extractors; those that are neither CUDA nor CPU are replaced by the CPU.
-        cache_path: what is computed from the real images is cached in its folder `metrics`, if that can be written.
+        cache_path: what is computed from the real images, except for hog, is cached in its folder `metrics`, if that
+            can be written.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
         feature_extractor: a TorchScript file to use instead of Inception and VGG16.
 

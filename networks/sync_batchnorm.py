@@ -12,14 +12,11 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     @staticmethod
-    def convert(network: nn.Module) -> None:
-        """Replace the BatchNorm layers inside a network, keeping their state."""
-        for parent in list(network.modules()):
-            for name, layer in parent.named_children():
-                if isinstance(layer, nn.BatchNorm2d):
-                    synced = CpuSyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine)
-                    synced.load_state_dict(layer.state_dict())
-                    setattr(parent, name, synced)
+    def copy_of(layer: nn.BatchNorm2d) -> "CpuSyncBatchNorm2d":
+        """Return a layer with the options and the state of another."""
+        synced = CpuSyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine)
+        synced.load_state_dict(layer.state_dict())
+        return synced
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W). Returns its shape and dtype; statistics are computed in at least float32."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import ablation
 import numpy as np
 import pytest
-from ablation import final_value, make_runs, table
+from ablation import final_value, make_runs, table, write_figure
 
 from errors import UserError
 
@@ -69,6 +69,14 @@ def test_table_has_means_and_ranges():
         "| a=1,b=2 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 1,500 (1,000 to 2,000) |",
         "| a=1,b=3 | 0 | 1 | 19.5 | 5 |",
     ]
+
+
+def test_a_curve_that_a_variant_lacks_is_left_out(tmp_path):
+    """Such as the gap of D, without --holdout."""
+    steps = np.arange(1.0, 21)
+    whole = {name: np.stack([steps, steps], 1) for name in ("d_gap", "d_sign")}
+    write_figure(tmp_path / "figure.png", {"a=1": {0: {"d_sign": whole["d_sign"]}}, "a=2": {0: whole}}, {})
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -150,6 +150,14 @@ def test_work_in_the_background_may_overlap_a_capture(make_trainer, deterministi
     assert overlapped == [True, True]
 
 
+def test_a_checkpoint_loads_on_a_machine_without_a_gpu(make_trainer):
+    trainer = make_trainer(**REAL, total_step=1)
+    trainer.train()
+    for path in trainer.config.model_folder.glob("*.pth"):
+        content = torch.load(path, weights_only=True)  # to the devices in the file
+        assert {tensor.device.type for tensor in iter_tensors(content)} == {"cpu"}
+
+
 def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(make_trainer):
     """The state is copied after half a second of other work on the GPU, and before two seconds and two steps."""
     trainer = make_trainer(**REAL, cuda_graph="true")

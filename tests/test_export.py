@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
     "--z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu --dataset toy --toy_num 20"
 )
-RUNS = {"plain": ["--imsize", "32"], "classes": ["--imsize", "64", "--model", "paper", "--conditional", "true"]}
+RUNS = {
+    "plain": ["--imsize", "32", "--holdout", "0.2"],
+    "classes": ["--imsize", "64", "--model", "paper", "--conditional", "true"],
+}
 FILES = {*export.FILES}
 
 
@@ -190,10 +193,13 @@ def test_metrics_are_those_of_the_same_generator(run, tmp_path, trained):
     path.parent.mkdir(exist_ok=True)
     card = tmp_path / "exports" / "plain" / "2" / "model_card.md"
     words = ["--version", "plain", "--format", "safetensors", "--overwrite", "true"]
-    for step, ema, is_shown in ((2, True, True), (2, False, False), (1, True, False)):
-        path.write_text(json.dumps({"step": step, "images": 100, "ema": ema, "faces": 0.25}))
+    for step, ema, dataset, is_shown in (
+        (2, True, "toy", True), (2, False, "toy", False), (1, True, "toy", False), (2, True, "celeb", False)
+    ):  # fmt: skip
+        path.write_text(json.dumps({"step": step, "images": 100, "ema": ema, "dataset": dataset, "faces": 0.25}))
         assert run(*words)[0] == 0
         assert ("| 0.25 |" in card.read_text()) == is_shown == ("Not computed" not in card.read_text())
+    assert "(16 images)" in card.read_text()  # the others are held out
     path.write_text("{")  # cut off
     assert run(*words)[0] == 0
     path.unlink()

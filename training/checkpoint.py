@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from datasets.labels import join_names
 from errors import UserError, warn
@@ -71,7 +72,8 @@ def save(
     Raises:
         UserError: the disk is full, or the folder cannot be written. Earlier checkpoints are intact.
     """
-    contents = {"state": {**state, "exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
+    state = tree_map_only(Tensor, Tensor.cpu, {**state})  # so that the files load on machines without a GPU
+    contents = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
     temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run

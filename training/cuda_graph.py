@@ -21,9 +21,13 @@ def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
         world_size: number of ranks; an all-reduce of gradients is not captured.
 
     Raises:
-        UserError: `--cuda_graph true` on several ranks.
+        UserError: `--cuda_graph true` on several ranks, or without an NVIDIA GPU.
     """
-    if device.type != "cuda" or cuda_graph == "false":
+    if cuda_graph == "false":
+        return False
+    if device.type != "cuda":
+        if cuda_graph == "true":
+            raise UserError(f"--cuda_graph true needs an NVIDIA GPU, this run is on {device}: use --cuda_graph auto")
         return False
     if world_size == 1:
         return True

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import PeerFailed, RankLost, UserError, stop_signals
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
+from spectral import replace_layers
 from training.environment import read_launch
 
 T = TypeVar("T")
@@ -72,8 +73,7 @@ class Ranks:
             return network
         if device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        CpuSyncBatchNorm2d.convert(network)
-        return network
+        return replace_layers(network, nn.BatchNorm2d, CpuSyncBatchNorm2d.copy_of)
 
     def wrap_ddp(self, network: nn.Module) -> nn.Module:
         """Return a wrapper of the network whose backward averages the gradients over the ranks.
@@ -210,15 +210,20 @@ def process_group(device: str) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def processes_to_start(device: str) -> int:
+def processes_to_start(device: str, train: bool) -> int:
     """Return, and print, how many processes `--parallel true` starts: one per visible GPU. 1 is this one alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ or read_launch().size > 1:  # this is one of them
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if gpus > 1:
+    if gpus > 1 and train:
         print(f"--parallel true starts {gpus} processes, one per visible GPU")
         return gpus
-    reason = "only one GPU" if gpus else "no GPU" if device in ("auto", "cuda") else f"--device {device}"
+    if not train:
+        reason = "--train false runs in one process"
+    elif gpus:
+        reason = "only one GPU"
+    else:
+        reason = "no GPU" if device in ("auto", "cuda") else f"--device {device}"
     print(f"--parallel true ignored: {reason}")
     return 1
 

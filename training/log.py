@@ -57,7 +57,7 @@ class RunLog:
         """Write a log entry. TensorBoard groups curves by the part of their name before "/"."""
         rounded = {name: float(f"{value:.9g}") for name, value in values.items()}  # a float32 has no more digits
         with self._tolerate:
-            if not self._path.exists():
+            if self._file.closed or not self._path.exists():
                 self.__exit__()
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._open()

@@ -18,7 +18,7 @@ class Model(NamedTuple):
     Attributes:
         make_G: constructor of G, of image_size, z_dim and conv_dim.
         make_D: constructor of D, of image_size and conv_dim.
-        block: pattern of the keys of which both networks have one for each block.
+        block: regular expression that matches one key per block in the state dict of either network.
         z_dim, g_conv_dim: axes of G's weights that have these lengths.
         d_conv_dim: axis of D's weights that has this length.
         g_num_classes, d_num_classes: axes of the weights of conditional networks that have the number of classes as

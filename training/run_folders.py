@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,9 +39,9 @@ def check_folders(config: Config, step: int) -> None:
                 f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
                 "another --version, or delete them with --overwrite true"
             )
-    elif later := [found for found in checkpoint.list_steps(config.model_folder) if found > step]:
+    elif newest := _newest_later_step(config, step):
         warn(
-            f"{config.model_folder} has checkpoints after step {step}, up to {max(later)}: --pretrained_model latest "
+            f"{config.model_folder} has checkpoints after step {step}, up to {newest}: --pretrained_model latest "
             "resumes from those until this run has passed them; --overwrite true deletes them"
         )
 
@@ -54,9 +56,10 @@ def lock_folders(config: Config) -> Iterator[None]:
     with ExitStack() as locks:
         for folder in config.folders.values():
             folder.mkdir(parents=True, exist_ok=True)
-        if without := [str(folder) for folder in config.folders.values() if not _can_lock(folder)]:
+        folders = {os.path.realpath(folder): folder for folder in config.folders.values()}  # some may be the same
+        if without := [str(folder) for folder in folders.values() if not _can_lock(folder)]:
             warn(f"no locks on the file system of {', '.join(without)}: make sure that no other run writes there")
-        for folder in config.folders.values():
+        for folder in folders.values():
             if str(folder) in without:
                 continue
             try:
@@ -85,12 +88,18 @@ def _can_lock(folder: Path) -> bool:
 def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) -> None:
     """Prepare the locked folders for a run that starts after `step` steps, and write `config.json`.
 
-    Removes unfinished checkpoints, and under `--overwrite` the results of later steps. `skipped` names the images that
-    could not be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
+    Removes unfinished checkpoints, and under `--overwrite` the results of later steps; otherwise, where there are later
+    checkpoints, it copies the log, of which the run drops the later entries. `skipped` names the images that could not
+    be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
     if config.overwrite:
         _remove_later_results(config, step)
+    elif newest := _newest_later_step(config, step):
+        log, kept = (config.log_folder / name for name in ("metrics.jsonl", f"metrics_until_{newest}.jsonl"))
+        if log.exists() and not kept.exists():  # the log is complete only before the first of such runs
+            shutil.copy(log, kept)
+            print(f"the log up to step {newest} is kept as {kept}")
     resolved = json.dumps(dataclasses.asdict(config), indent=2)
     (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
     path = config.log_folder / "skipped_images.txt"
@@ -100,10 +109,11 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
         warn(f"{len(skipped):,} of {total:,} images could not be read and are skipped, see {path}")
 
 
-def remove_test_results(folder: Path) -> None:
-    """Remove what `--train false` wrote to a folder, and those of its folders that have no other files."""
+def remove_test_results(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what `--train false` wrote to a folder, but not the files `keep`, and then its folders that are empty."""
     found = [path for pattern in ("samples/*/*", "samples/*", "*") for path in folder.glob(pattern)]
-    results = [path for path in found if TEST_RESULTS.fullmatch(path.relative_to(folder).as_posix())]
+    names = {path: path.relative_to(folder).as_posix() for path in found}
+    results = [path for path, name in names.items() if TEST_RESULTS.fullmatch(name) and name not in keep]
     for path in results:
         path.unlink()
     for path in dict.fromkeys([*(path.parent for path in results), folder / "samples", folder]):
@@ -130,6 +140,11 @@ def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int)
         files[number].unlink(missing_ok=True)
 
 
+def _newest_later_step(config: Config, step: int) -> int | None:
+    """Return the step of the newest checkpoint after `step`."""
+    return max((found for found in checkpoint.list_steps(config.model_folder) if found > step), default=None)
+
+
 def _remove_later_results(config: Config, step: int) -> None:
     """Remove results of steps after `step`, and for a new run those without a step too."""
     for path, remove in list(_later_results(config, step)):
@@ -150,6 +165,7 @@ def _later_results(config: Config, step: int) -> Iterator[tuple[Path, Callable[[
         (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
         *([(config.model_folder, r"best_(?:G|D|state)\.pth", Path.unlink)] if step == 0 else []),
         *([(config.log_folder, r"events\.out\.tfevents\..*", Path.unlink)] if step == 0 else []),
+        (config.log_folder, r"metrics_until_([0-9]+)\.jsonl", Path.unlink),
     ):
         for path in folder.iterdir() if folder.is_dir() else ():
             match = re.fullmatch(names, path.name)

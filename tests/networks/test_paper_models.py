@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import assert_as_recorded, fill_as_oracle, oracle_inputs, replay, shapes_of
+from torch import nn
 
 from networks.losses import gradient_penalty
 from networks.paper_models import (
@@ -20,7 +21,7 @@ from networks.paper_models import (
 )
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from sagan_models import gammas_and_sigmas
-from spectral import SpectralNorm
+from spectral import SpectralNorm, replace_layers
 
 CLASSES = 5
 # A bias of a channel that the next BatchNorm subtracts again has no effect.
@@ -464,8 +465,7 @@ def test_batch_norm_over_ranks_keeps_conditional_layers(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     G, _ = make(num_classes=CLASSES)
-    synced = copy.deepcopy(G)
-    CpuSyncBatchNorm2d.convert(synced)
+    synced = replace_layers(copy.deepcopy(G), nn.BatchNorm2d, CpuSyncBatchNorm2d.copy_of)
     assert synced.state_dict().keys() == G.state_dict().keys()
     assert isinstance(synced.block1.bn1.norm, CpuSyncBatchNorm2d) and isinstance(synced.bn, CpuSyncBatchNorm2d)
     z, labels = torch.randn(3, 16), torch.tensor([0, 4, 2])

@@ -146,9 +146,11 @@ def test_a_failed_capture_falls_back_to_eager_or_raises(fake_cuda, capsys, fallb
 def test_only_a_single_process_on_cuda_captures(capsys):
     gpu = torch.device("cuda")
     assert can_capture(gpu, "auto", 1) and can_capture(gpu, "true", 1)
-    assert not can_capture(gpu, "false", 1) and not can_capture(torch.device("cpu"), "true", 1)
+    assert not can_capture(gpu, "false", 1) and not can_capture(torch.device("cpu"), "auto", 1)
     assert not capsys.readouterr().out
     assert not can_capture(gpu, "auto", 2)
     assert capsys.readouterr().out.count("CUDA graph") == 1
     with pytest.raises(UserError, match="--cuda_graph"):
         can_capture(gpu, "true", 2)
+    with pytest.raises(UserError, match="this run is on cpu"):
+        can_capture(torch.device("cpu"), "true", 1)

@@ -375,9 +375,11 @@ def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
 def test_parallel_starts_a_process_per_gpu(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert processes_to_start("auto") == processes_to_start("cuda") == 4
-    assert processes_to_start("cpu") == processes_to_start("cuda:1") == 1
-    assert capsys.readouterr().out.count("--parallel") == 4
+    assert processes_to_start("auto", train=True) == processes_to_start("cuda", train=True) == 4
+    assert processes_to_start("cpu", train=True) == processes_to_start("cuda:1", train=True) == 1
+    assert processes_to_start("auto", train=False) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "--train false" in lines[-1] and all("--parallel" in line for line in lines) and len(lines) == 5
 
 
 @pytest.mark.parametrize("variables", [
@@ -388,7 +390,7 @@ def test_parallel_starts_nothing_in_a_process_that_a_launcher_started(monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes_to_start("auto") == 1
+    assert processes_to_start("auto", train=True) == 1
 
 
 @pytest.mark.parametrize("steps_per_second", [0.2, 3, 100, 5000])

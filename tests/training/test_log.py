@@ -71,7 +71,8 @@ def test_files_that_somebody_removes_are_made_again(tmp_path, use_tensorboard):
     assert len(list(folder.glob("events.out.tfevents.*"))) == use_tensorboard
 
 
-def test_a_folder_that_cannot_be_made_again_costs_the_entries_and_one_warning(tmp_path, capsys):
+@pytest.mark.parametrize("comes_back", [False, True])  # with its file, such as a network drive
+def test_a_folder_that_cannot_be_made_again_costs_the_entries_and_one_warning(tmp_path, capsys, comes_back):
     folder = tmp_path / "logs"
     folder.mkdir()
     with RunLog(folder, 0, use_tensorboard=True) as log:
@@ -82,6 +83,9 @@ def test_a_folder_that_cannot_be_made_again_costs_the_entries_and_one_warning(tm
             log.flush()
             log.image(step, "samples/fake", Image.new("RGB", (8, 8)))
         folder.unlink()
+        if comes_back:
+            folder.mkdir()
+            (folder / "metrics.jsonl").touch()
         log.scalars(30, {"d_loss": 1.0})
     assert logged_steps(folder) == [30]
     assert capsys.readouterr().err.count("warning") == 1

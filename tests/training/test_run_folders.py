@@ -38,7 +38,29 @@ def test_results_are_not_overwritten_without_the_option(make_trainer):
         check_folders(config, 0)
     before = files(config)
     init_folders(config, 0, [], 1000)
-    assert files(config) == before
+    assert files(config) == before | {config.log_folder / "metrics_until_3.jsonl"}
+
+
+def test_resuming_from_an_earlier_checkpoint_keeps_the_log(make_trainer, capsys):
+    make_trainer(model_save_step=0.2, log_step=1).train()
+    config = make_trainer().config
+    log, kept = (config.log_folder / name for name in ("metrics.jsonl", "metrics_until_3.jsonl"))
+    init_folders(config, 3, [], 1000)
+    assert not kept.exists()
+    whole = log.read_bytes()
+    init_folders(config, 2, [], 1000)
+    assert kept.read_bytes() == whole and str(kept) in capsys.readouterr().out
+    log.write_text("")
+    init_folders(config, 1, [], 1000)
+    assert kept.read_bytes() == whole
+    init_folders(make_trainer(overwrite=True).config, 2, [], 1000)
+    assert not kept.exists()
+
+
+def test_one_folder_for_all_results(make_config, tmp_path):
+    paths = dict.fromkeys(("sample_path", "attn_path", "model_save_path", "log_path"), str(tmp_path / "out"))
+    with lock_folders(make_config(**paths)), pytest.raises(UserError), lock_folders(make_config(**paths)):
+        pass
 
 
 def test_overwrite_removes_the_results_of_later_steps(make_trainer):

@@ -64,7 +64,7 @@ from visuals.figures import (
     shorten,
     to_pixels,
 )
-from visuals.playground import generate_maps, playground_page
+from visuals.playground import generate_grids, playground_page
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
@@ -204,11 +204,11 @@ class Tester:
             save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
     def _write_playground(self) -> Path:
-        """Write the map between four samples, with a switch between the classes. Returns its path."""
+        """Write the grid between four samples, with a switch between the classes. Returns its path."""
         corners = [int(number) for number in self.config.corners.split(",")]
         z = self._sample_z(max(self.config.num_samples, 4))[corners]
         classes = [(self.classes[number], number) for number in self.shown[:CLASS_ROWS]] or [("", None)]
-        page = playground_page(generate_maps(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
+        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
         path = self.folder / "playground.html"
         path.write_text(page, encoding="utf-8")
         return path

@@ -1,9 +1,9 @@
-"""The playground: an HTML page with a map of generated images that one can walk through.
+"""The playground: an HTML page to walk through a grid of latent interpolations.
 
-    maps = generate_maps(G, z, [("", None)])  # z (4, z_dim)
-    Path("playground.html").write_text(playground_page(maps, "step 1000", [0, 1, 2, 3]), encoding="utf-8")
+    grids = generate_grids(G, z, [("", None)])  # z (4, z_dim)
+    Path("playground.html").write_text(playground_page(grids, "step 1000", [0, 1, 2, 3]), encoding="utf-8")
 
-The four corners of the map are given, everything between them is slerp. The page is a single file and works offline.
+The four corners of the grid are given, everything between them is slerp. The page is a single file and works offline.
 Its template is `playground.html` in this folder.
 """
 
@@ -21,21 +21,21 @@ from utils import progress
 from visuals.figures import layer_name, to_pixels
 from visuals.pages import compress, compress_maps, fill_template
 
-MAX_SIDE = 16  # tiles in a row of the map
+MAX_SIDE = 16  # tiles in a row of the grid
 PAGE_BYTES = 5_700_000  # for the tiles of all classes; what else is in a page takes less than 100 kB
-BATCH = 32  # images at once; a map of 1024 x 1024 takes 4 MiB for each
+BATCH = 32  # images at once; an attention map of 1024 x 1024 takes 4 MiB for each
 
 
-class Tiles(NamedTuple):
-    """The map of one class: T = side * side tiles, row by row."""
+class Grid(NamedTuple):
+    """The grid of one class: T = side * side tiles, row by row."""
 
     class_name: str  # "" without classes
     pixels: np.ndarray  # (T, S, S, 3) uint8
-    maps: dict[str, np.ndarray]  # "G attn1": (T, M) float32, the mean map over all queries; by layer
+    attention: dict[str, np.ndarray]  # "G attn1": (T, M) float32, the mean over all queries; by layer
 
 
-def generate_maps(G: Generator, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Tiles]:
-    """Return the map of each class, of the same z in each.
+def generate_grids(G: Generator, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
+    """Return the grid of each class, of the same z in each.
 
     Args:
         G: in evaluation mode.
@@ -44,21 +44,21 @@ def generate_maps(G: Generator, corners: Tensor, classes: Sequence[tuple[str, in
     """
     image, *maps = G(corners[:1], *_labels(classes[0][1], corners[:1]), return_attention=True)
     tile_bytes = image.numel() + sum(attention.shape[2] for attention in maps)
-    z = latent_map(corners, map_side(tile_bytes, len(classes)))
+    z = latent_grid(corners, grid_side(tile_bytes, len(classes)))
     return [_generate(G, z, name, number) for name, number in classes]
 
 
-def map_side(tile_bytes: int, classes: int) -> int:
-    """Return the tiles in a row of the map, at most 16: as many as keep the page below 6 MB.
+def grid_side(tile_bytes: int, classes: int) -> int:
+    """Return the tiles in a row of the grid, at most 16: as many as keep the page below 6 MB.
 
     Args:
-        tile_bytes: a tile's pixels and maps, before base64, which makes 4/3 of them.
-        classes: how many maps the page has.
+        tile_bytes: a tile's pixels and attention maps, before base64, which makes 4/3 of them.
+        classes: how many grids the page has.
     """
     return min(MAX_SIDE, math.isqrt(PAGE_BYTES * 3 // (4 * tile_bytes * classes)))
 
 
-def latent_map(corners: Tensor, side: int) -> Tensor:
+def latent_grid(corners: Tensor, side: int) -> Tensor:
     """Return z (side * side, z_dim), row by row: slerp along the top and the bottom row, then down each column.
 
     Args:
@@ -68,39 +68,39 @@ def latent_map(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(maps: Sequence[Tiles], title: str, corners: Sequence[int]) -> str:
+def playground_page(grids: Sequence[Grid], title: str, corners: Sequence[int]) -> str:
     """Return the page as HTML.
 
     Args:
-        maps: one for each class.
+        grids: one for each class.
         title: plain text.
         corners: numbers of the samples at the corners.
     """
-    count, size = maps[0].pixels.shape[:2]
+    count, size = grids[0].pixels.shape[:2]
     entries = [
         {
-            "name": tiles.class_name,
-            "pixels": compress(tiles.pixels.tobytes()),
+            "name": grid.class_name,
+            "pixels": compress(grid.pixels.tobytes()),
             "layers": [
                 {"name": layer_name(name), "keySide": math.isqrt(values.shape[1]), "data": compress_maps(values)}
-                for name, values in tiles.maps.items()
+                for name, values in grid.attention.items()
             ],
         }
-        for tiles in maps
+        for grid in grids
     ]
     data = {"side": math.isqrt(count), "size": size, "corners": [*corners], "classes": entries}
     return fill_template("playground", title, data)
 
 
-def _generate(G: Generator, z: Tensor, class_name: str, number: int | None) -> Tiles:
-    """Return the map of a class, of z (T, z_dim)."""
+def _generate(G: Generator, z: Tensor, class_name: str, number: int | None) -> Grid:
+    """Return the grid of a class, of z (T, z_dim)."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):
         images, *maps = G(batch, *_labels(number, batch), return_attention=True)
         pixels.append(to_pixels(images))
         means.append([attention.mean(1).cpu().numpy() for attention in maps])  # (B, M)
     layers = {f"G attn{index}": np.concatenate(parts) for index, parts in enumerate(zip(*means, strict=True), start=1)}
-    return Tiles(class_name, np.concatenate(pixels), layers)
+    return Grid(class_name, np.concatenate(pixels), layers)
 
 
 def _labels(number: int | None, z: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from networks.latents import slerp
 from sagan_models import Generator
 from visuals import playground
 from visuals.figures import overlay, to_pixels
-from visuals.playground import Tiles, generate_maps, latent_map, map_side, playground_page
+from visuals.playground import Grid, generate_grids, grid_side, latent_grid, playground_page
 
 webdriver = pytest.importorskip("selenium.webdriver")
 Keys = webdriver.Keys
@@ -65,26 +65,26 @@ def conditional_G() -> paper_models.Generator:
 
 
 @pytest.fixture(scope="module")
-def maps(G, corners) -> list[Tiles]:
-    return generate_maps(G, corners, [("", None)])
+def grids(G, corners) -> list[Grid]:
+    return generate_grids(G, corners, [("", None)])
 
 
 @pytest.fixture(scope="module")
-def class_maps(conditional_G, corners) -> list[Tiles]:
+def class_grids(conditional_G, corners) -> list[Grid]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(playground, "MAX_SIDE", CLASS_SIDE)
-        return generate_maps(conditional_G, corners, [*CLASSES.items()])
+        return generate_grids(conditional_G, corners, [*CLASSES.items()])
 
 
 @pytest.fixture(scope="module")
-def plain_maps(corners) -> list[Tiles]:
-    return generate_maps(Generator(32, 16, 8, has_attention=False).eval(), corners, [("", None)])
+def plain_grids(corners) -> list[Grid]:
+    return generate_grids(Generator(32, 16, 8, has_attention=False).eval(), corners, [("", None)])
 
 
 @pytest.fixture(scope="module")
-def addresses(maps, class_maps, plain_maps, tmp_path_factory) -> dict[str, str]:
+def addresses(grids, class_grids, plain_grids, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
-    pages = {"page": maps, "class_page": class_maps, "plain_page": plain_maps}
+    pages = {"page": grids, "class_page": class_grids, "plain_page": plain_grids}
     for name, shown in pages.items():
         (folder / f"{name}.html").write_text(playground_page(shown, "A title", [4, 0, 7, 2]), encoding="utf-8")
     return {path.stem: path.as_uri() for path in folder.iterdir()}
@@ -111,7 +111,7 @@ class Page(BrowserPage):
     """User input to the playground, and what it shows."""
 
     def __init__(self, browser: webdriver.Chrome, address: str):
-        super().__init__(browser, address, "map")
+        super().__init__(browser, address, "grid")
         self.wait_for(self.state)
 
     def state(self) -> dict:
@@ -147,14 +147,14 @@ def z_of(corners: torch.Tensor, side: int, column: int, row: int) -> torch.Tenso
     return slerp(top, bottom, side)[:, row]
 
 
-def tiles_of(maps: Tiles) -> np.ndarray:
+def tiles_of(grids: Grid) -> np.ndarray:
     """The pixels of the tiles by row and column, (side, side, S, S, 3)."""
-    side = math.isqrt(len(maps.pixels))
-    return maps.pixels.reshape(side, side, *maps.pixels.shape[1:]).astype(int)
+    side = math.isqrt(len(grids.pixels))
+    return grids.pixels.reshape(side, side, *grids.pixels.shape[1:]).astype(int)
 
 
 def test_z_is_spherically_interpolated_between_the_corners():
-    z = latent_map(torch.randn(4, 64), 7)
+    z = latent_grid(torch.randn(4, 64), 7)
     z0, z1, z2, z3 = z[[0, 6, 42, 48]].numpy()
 
     def between(start, end, t):
@@ -170,25 +170,25 @@ def test_z_is_spherically_interpolated_between_the_corners():
 
 
 def test_the_corners_are_the_given_z(corners):
-    assert torch.allclose(latent_map(corners, 5)[[0, 4, 20, 24]], corners, atol=1e-5)
+    assert torch.allclose(latent_grid(corners, 5)[[0, 4, 20, 24]], corners, atol=1e-5)
 
 
-def test_maps_are_means_over_all_queries(G, corners, maps):
-    z = latent_map(corners, SIDE)
+def test_maps_are_means_over_all_queries(G, corners, grids):
+    z = latent_grid(corners, SIDE)
     expected = G(z[40:44], return_attention=True)[1:]
-    assert [*maps[0].maps] == ["G attn1", "G attn2"]
-    for values, attention in zip(maps[0].maps.values(), expected, strict=True):
+    assert [*grids[0].attention] == ["G attn1", "G attn2"]
+    for values, attention in zip(grids[0].attention.values(), expected, strict=True):
         assert values.shape == (SIDE**2, attention.shape[2])
         assert np.allclose(values[40:44], attention.sum(1) / attention.shape[1], atol=1e-6)
         assert np.allclose(values.sum(1), 1, atol=1e-4)
 
 
-def test_each_class_has_the_same_z(conditional_G, corners, class_maps):
-    assert [tiles.class_name for tiles in class_maps] == NAMES
-    z = latent_map(corners, CLASS_SIDE)
-    for tiles, number in zip(class_maps, CLASSES.values(), strict=True):
+def test_each_class_has_the_same_z(conditional_G, corners, class_grids):
+    assert [tiles.class_name for tiles in class_grids] == NAMES
+    z = latent_grid(corners, CLASS_SIDE)
+    for tiles, number in zip(class_grids, CLASSES.values(), strict=True):
         assert np.array_equal(tiles.pixels, to_pixels(conditional_G(z, torch.full((16,), number))))
-    assert not np.array_equal(class_maps[0].pixels, class_maps[1].pixels)
+    assert not np.array_equal(class_grids[0].pixels, class_grids[1].pixels)
 
 
 SIZES = [(32, (64, 256), 1, 16), (64, (256, 1024), 1, 16), (64, (256,), 1, 16), (64, (256,), 8, 6),
@@ -197,13 +197,13 @@ SIZES = [(32, (64, 256), 1, 16), (64, (256, 1024), 1, 16), (64, (256,), 1, 16), 
 
 @pytest.mark.parametrize("size, keys, classes, side", SIZES)
 def test_a_page_of_noise_stays_below_6_mb(size, keys, classes, side):
-    assert map_side(3 * size**2 + sum(keys), classes) == side
+    assert grid_side(3 * size**2 + sum(keys), classes) == side
     random = np.random.default_rng(0)
 
-    def noise(name: str) -> Tiles:
+    def noise(name: str) -> Grid:
         pixels = random.integers(0, 256, (side**2, size, size, 3), np.uint8)
         values = [random.random((side**2, count), np.float32) ** 2 for count in keys]  # all levels equally frequent
-        return Tiles(name, pixels, {f"G attn{index}": layer for index, layer in enumerate(values, start=1)})
+        return Grid(name, pixels, {f"G attn{index}": layer for index, layer in enumerate(values, start=1)})
 
     page = playground_page([noise(100 * "é") for _ in range(classes)], "title", [0, 1, 2, 3])
     assert len(page.encode()) < 6_000_000
@@ -220,14 +220,14 @@ def test_the_tile_under_the_pointer_is_what_g_makes_of_its_z(page, G, corners):
 
 
 @pytest.mark.browser
-def test_the_map_shows_every_tile_at_its_place(page, maps):
+def test_the_grid_shows_every_tile_at_its_place(page, grids):
     shown = page.pixels(page.pointable).reshape(SIDE, 32, SIDE, 32, 3).swapaxes(1, 2)
-    assert np.array_equal(shown, tiles_of(maps[0]))
+    assert np.array_equal(shown, tiles_of(grids[0]))
 
 
 @pytest.mark.browser
-def test_halfway_between_tiles_is_their_mean(page, maps):
-    tiles = tiles_of(maps[0])
+def test_halfway_between_tiles_is_their_mean(page, grids):
+    tiles = tiles_of(grids[0])
     page.select_tile(6, 9)
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert page.place() == (6.5, 9)
@@ -239,8 +239,8 @@ def test_halfway_between_tiles_is_their_mean(page, maps):
 
 
 @pytest.mark.browser
-def test_the_image_is_the_blend_at_the_pointer(page, maps):
-    tiles = tiles_of(maps[0])
+def test_the_image_is_the_blend_at_the_pointer(page, grids):
+    tiles = tiles_of(grids[0])
     for x, y in ((0.31, 0.62), (0.97, 0.5), (0.5, 0.999), (0.001, 0.001)):
         page.point(x, y)
         place = np.array(page.place())
@@ -255,15 +255,15 @@ def test_the_image_is_the_blend_at_the_pointer(page, maps):
 
 
 @pytest.mark.browser
-def test_panels_show_where_the_nearest_tile_attends(page, maps):
+def test_panels_show_where_the_nearest_tile_attends(page, grids):
     page.point(7.8 / SIDE, 3.3 / SIDE)  # in the tile of column 7, row 3
     cell = 3 * SIDE + 7
     layers = page.state()["layers"]
     assert [layer["name"] for layer in layers] == ["Generator attn1", "Generator attn2"]
-    for layer, panel, values in zip(layers, page.panels(), maps[0].maps.values(), strict=True):
+    for layer, panel, values in zip(layers, page.panels(), grids[0].attention.values(), strict=True):
         shown, side = np.array(layer["values"]), layer["side"]
         assert (np.abs(shown - values[cell]) <= bound(values)[cell]).all()
-        expected = overlay(Image.fromarray(maps[0].pixels[cell]), shown.reshape(side, side))
+        expected = overlay(Image.fromarray(grids[0].pixels[cell]), shown.reshape(side, side))
         assert np.abs(page.pixels(panel) - expected).max() <= 1
         row, column = divmod(int(shown.argmax()), side)
         assert f"{100 * shown.max():.3g} % at row {row + 1}, column {column + 1}" in panel.text
@@ -283,7 +283,7 @@ def test_a_click_pins_a_tile_and_a_second_click_unpins_it(page):
 
 @pytest.mark.browser
 def test_keyboard(page):
-    assert page.browser.execute_script("return document.activeElement.matches('#map:focus-visible')")
+    assert page.browser.execute_script("return document.activeElement.matches('#grid:focus-visible')")
     assert page.pointable.value_of_css_property("outline-style") == "solid"
     assert page.place() == (7, 7)
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
@@ -304,12 +304,12 @@ def test_keyboard(page):
 
 
 @pytest.mark.browser
-def test_touch(page, maps):
+def test_touch(page, grids):
     page.command("Emulation.setTouchEmulationEnabled", enabled=True)
     scrolled = lambda: page.browser.execute_script("return window.scrollY")  # noqa: E731
     page.touch((0.2, 0.7))
     assert page.place() == (3, 11)
-    assert np.array_equal(page.image(), tiles_of(maps[0])[11, 3])
+    assert np.array_equal(page.image(), tiles_of(grids[0])[11, 3])
     page.touch((0.5, 0.9), (0.6, 0.5), (0.9, 0.1))
     assert page.place() == pytest.approx((13.9, 1.1), abs=0.03) and scrolled() == 0
     page.touch((0.53, 0.53), (0.535, 0.535))  # a tap that moves a few pixels
@@ -318,7 +318,7 @@ def test_touch(page, maps):
 
 
 @pytest.mark.browser
-def test_classes_are_switched_at_the_same_z(class_page, conditional_G, corners, class_maps):
+def test_classes_are_switched_at_the_same_z(class_page, conditional_G, corners, class_grids):
     page = class_page
     page.select_tile(2, 1)
     z = z_of(corners, CLASS_SIDE, 2, 1)
@@ -326,12 +326,12 @@ def test_classes_are_switched_at_the_same_z(class_page, conditional_G, corners, 
         page.choose_class(index)
         assert page.place() == (2, 1)
         assert np.array_equal(page.image(), to_pixels(conditional_G(z, torch.tensor([CLASSES[NAMES[index]]])))[0])
-        values, attended = class_maps[index].maps["G attn1"], np.array(page.state()["layers"][0]["values"])
+        values, attended = class_grids[index].attention["G attn1"], np.array(page.state()["layers"][0]["values"])
         assert (np.abs(attended - values[6]) <= bound(values)[6]).all()
-        expected = overlay(Image.fromarray(class_maps[index].pixels[6]), attended.reshape(16, 16))
+        expected = overlay(Image.fromarray(class_grids[index].pixels[6]), attended.reshape(16, 16))
         assert np.abs(page.pixels(page.panels()[0]) - expected).max() <= 1
         shown = page.pixels(page.pointable).reshape(CLASS_SIDE, 64, CLASS_SIDE, 64, 3).swapaxes(1, 2)
-        assert np.array_equal(shown, tiles_of(class_maps[index]))
+        assert np.array_equal(shown, tiles_of(class_grids[index]))
 
 
 @pytest.mark.browser
@@ -367,9 +367,9 @@ def test_the_last_of_two_quick_choices_is_shown(class_page):
 
 
 @pytest.mark.browser
-def test_without_classes_and_attention_there_is_neither_switch_nor_map(plain_page, plain_maps):
+def test_without_classes_and_attention_there_is_neither_switch_nor_map(plain_page, plain_grids):
     plain_page.select_tile(4, 4)
-    assert np.array_equal(plain_page.image(), tiles_of(plain_maps[0])[4, 4])
+    assert np.array_equal(plain_page.image(), tiles_of(plain_grids[0])[4, 4])
     assert plain_page.state()["layers"] == [] and plain_page.panels() == []
     hidden = ("#maps", "#about-maps", "#classes")
     assert not any(plain_page.find(selector).is_displayed() for selector in hidden)
@@ -400,7 +400,7 @@ def test_layout_on_a_phone(request, name):
         assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
         image, chart = page.find("#image").rect, page.pointable.rect
         assert chart["width"] > 0.8 * width and image["width"] > 0.6 * width
-        assert chart["y"] >= image["y"] + image["height"]  # a finger on the map does not cover the image
+        assert chart["y"] >= image["y"] + image["height"]  # a finger on the grid does not cover the image
         assert chart["y"] + chart["height"] <= 700
         assert all(panel.rect["y"] > chart["y"] + chart["height"] for panel in page.panels())
         labels = page.browser.find_elements(By.CSS_SELECTOR, "#classes label")
@@ -410,10 +410,10 @@ def test_layout_on_a_phone(request, name):
 
 
 @pytest.mark.browser
-def test_markup_in_names_is_shown_as_text(browser, maps, tmp_path):
+def test_markup_in_names_is_shown_as_text(browser, grids, tmp_path):
     text = "</script><b>bold</b> {{data}} & <!--<script>"
     file = tmp_path / "page.html"
-    shown = [Tiles(name, maps[0].pixels, maps[0].maps) for name in (text, "other")]
+    shown = [Grid(name, grids[0].pixels, grids[0].attention) for name in (text, "other")]
     file.write_text(playground_page(shown, text, [0, 1, 2, 3]), encoding="utf-8")
     page = Page(browser, file.as_uri())
     assert browser.title == page.find("h1").text == text

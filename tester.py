@@ -145,7 +145,7 @@ class Tester:
 
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
-        z, folder, names = self._sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
+        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
         for number in self.shown:
             labels = torch.full((len(z),), number, device=self.device)
             self._write_images(folder / names[number], z, labels)
@@ -155,7 +155,7 @@ class Tester:
 
     def grid(self) -> Image.Image:
         """Return a grid of the first samples, at most `--batch_size`, or with a row for each class."""
-        z, rows = self._sample_z(self.config.num_samples), self.shown[:CLASS_ROWS]
+        z, rows = self.sample_z(self.config.num_samples), self.shown[:CLASS_ROWS]
         inputs = class_rows(z, rows) if rows else (z[: self.config.batch_size],)
         return sample_grid(self.G(*inputs), row_names=self._names(rows))
 
@@ -206,7 +206,7 @@ class Tester:
     def _write_playground(self) -> Path:
         """Write the grid between four samples, with a switch between the classes. Returns its path."""
         corners = [int(number) for number in self.config.corners.split(",")]
-        z = self._sample_z(max(self.config.num_samples, 4))[corners]
+        z = self.sample_z(max(self.config.num_samples, 4))[corners]
         classes = [(self.classes[number], number) for number in self.shown[:CLASS_ROWS]] or [("", None)]
         page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
         path = self.folder / "playground.html"
@@ -267,7 +267,7 @@ class Tester:
 
     def _write_metrics(self) -> None:
         """Write and print the metrics that `--metrics` lists."""
-        z = self._sample_z(self.config.metric_num, SEED_METRICS)
+        z = self.sample_z(self.config.metric_num, SEED_METRICS)
         scores = compute_metrics(self.config, self.G, z, self.loader)
         how = ", classes as frequent as in the training images" if self.classes else ""
         print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -275,14 +275,14 @@ class Tester:
         protocol |= {"step": self.step, "images": len(z), "ema": self.uses_ema}
         self._write_json("metrics.json", protocol | scores)
 
-    def _sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
+    def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
         """Return z (count, z_dim), a function of the seed and the stream."""
         seed = derive_seed(self.config.seed, stream)
         return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
 
     def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, ...]:
         """Return what G takes: z (count, z_dim) and, if there are classes, labels (count,): those shown, in turn."""
-        z = self._sample_z(count, stream)
+        z = self.sample_z(count, stream)
         if not self.classes:
             return (z,)
         return z, classes_in_turn(self.shown, count).to(self.device)

@@ -64,7 +64,7 @@ def measure(loader: Loader, tester: Tester) -> None:
     )
     images = loader.images[held_out.to(loader.images.device)].to(loader.labels.device)
     real = accuracy(classifier, to_model_range(images), loader.labels[held_out])
-    z = tester._sample_z(tester.config.num_samples)
+    z = tester.sample_z(tester.config.num_samples)
     tester.G.eval()
     rows = []
     for number, name in enumerate(loader.classes):

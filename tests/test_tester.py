@@ -86,7 +86,7 @@ def test_output_names_every_file(trained, make_config, capsys):
 def test_contents_of_the_files(trained, make_config):
     tested = make_tester(make_config(num_samples=5, truncation=0.7), trained.loader)
     tested.test()
-    z = tested._sample_z(5)
+    z = tested.sample_z(5)
     assert z.abs().max() <= 0.7
     with torch.no_grad():
         expected = tested.G.eval()(z)
@@ -95,7 +95,7 @@ def test_contents_of_the_files(trained, make_config):
         assert torch.allclose(to_model_range(torch.from_numpy(pixels)[None])[0], image, atol=0.011)  # 256 levels
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
-        maps = tested.G(tested._sample_z(64), return_attention=True)[1]
+        maps = tested.G(tested.sample_z(64), return_attention=True)[1]
     assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)

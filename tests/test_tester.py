@@ -173,14 +173,6 @@ def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkey
         torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_images_may_be_on_another_device(trained, make_config):
-    tested = make_tester(make_config(device="cuda"), trained.loader)
-    tested.test()
-    assert (tested.folder / "nearest.png").exists()
-
-
 def test_networks_and_real_images_have_the_memory_format_of_the_device(trained, make_config, monkeypatch):
     formats, given = [], []
     collect_attention = tester.collect_attention

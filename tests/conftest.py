@@ -1,12 +1,17 @@
 """Shared by the tests: small networks, toy runs in a temporary folder, a browser, the oracles' computation."""
 
 import base64
+import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -182,6 +187,37 @@ def browser(tmp_path_factory):
         chrome.get("about:blank")
         chrome.get_log("browser")  # of the browser's own first page, which wants the network
         yield chrome
+
+
+@pytest.fixture
+def start_process():
+    """A function that starts a program in a session of its own. What still runs of it after the test is ended."""
+    started = []
+
+    def start(command, folder, **options):
+        started.append(subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            **options,
+        ))  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # launchers pass it on to their processes, which are in sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=40)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill() if sys.platform == "win32" else os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(happened, process, seconds=150):
+    """Wait until something happened in a process that goes on."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def log_lines(folder):

@@ -4,13 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ablation
 import numpy as np
 import pytest
 from ablation import final_value, make_runs, table
+from conftest import log_lines, wait_for
 
 from errors import UserError
 
@@ -73,20 +73,15 @@ def test_table_has_means_and_ranges():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_stopped_and_continued(tmp_path):
+def test_stopped_and_continued(tmp_path, start_process):
     """Ctrl-C saves a checkpoint; the same command, here with fewer steps, resumes there and trains the others."""
     pytest.importorskip("cv2")
     command = [sys.executable, ablation.__file__, "--vary", "attention", "full", "none", "--seeds", "0", "--out", "out",
                *SMALL, "--metric_num=12", "--metric_step=1000"]  # fmt: skip
-    with subprocess.Popen(
-        [*command, "--total_step=100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as process:
-        log = tmp_path / "out/logs/attention=full,seed=0/metrics.jsonl"
-        while not log.exists() or log.stat().st_size == 0:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+    process = start_process([*command, "--total_step=100000"], tmp_path)
+    wait_for(lambda: log_lines(tmp_path / "out/logs/attention=full,seed=0"), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on from here" in output
     (saved,) = (tmp_path / "out/models/attention=full,seed=0").glob("*_state.pth")
     total = int(saved.name.partition("_")[0]) + 2

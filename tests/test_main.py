@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import log_lines, wait_for
 from PIL import Image
 
 import main
@@ -21,26 +22,32 @@ from errors import stop_signals
 from sagan_models import Discriminator, Generator
 
 ROOT = Path(__file__).parent.parent
+LOGS = "logs/sagan_celeb"
 SIGNALS = stop_signals()
 SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu")
 TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
 
 
-def start(folder, *words):
-    command = [sys.executable, str(ROOT / "main.py"), *words]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def start(tmp_path, start_process):
+    """A function that starts the program in `tmp_path`."""
+    return lambda *words: start_process([sys.executable, str(ROOT / "main.py"), *words], tmp_path)
 
 
-def run(folder, *words):
-    process = start(folder, *words)
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+@pytest.fixture
+def run(start):
+    """A function that runs the program in `tmp_path` to its end."""
+
+    def run(*words):
+        process = start(*words)
+        out, err = process.communicate(timeout=200)
+        return process.returncode, out, err
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run_from_images_to_samples_and_resumed(tmp_path):
+def test_a_run_from_images_to_samples_and_resumed(tmp_path, run):
     """A folder of images, the real networks, two worker processes, then one more step and an evaluation."""
     for number in range(300):
         path = tmp_path / "data" / f"{number % 3}" / f"{number}.png"
@@ -49,7 +56,7 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     (tmp_path / "data" / "bad.jpg").write_text("no image")
     words = ["--dataset", "folder", "--batch_size", "4", "--total_step", "2", "--sample_step", "1", "--log_step", "1",
              "--use_tensorboard", "true", "--device", "cpu"]  # fmt: skip
-    code, out, err = run(tmp_path, *words)
+    code, out, err = run(*words)
     assert code == 0, err
     assert "imsize=64" in out
     assert "skipped_images.txt" in err
@@ -61,30 +68,22 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     Generator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_G.pth", weights_only=True), strict=True)
     Discriminator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_D.pth", weights_only=True), strict=True)
 
-    code, out, err = run(tmp_path, *words, "--total_step", "3", "--pretrained_model", "latest")
+    code, out, err = run(*words, "--total_step", "3", "--pretrained_model", "latest")
     assert code == 0, err
     assert "decoding" not in err  # the cache was opened
     lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
-    code, out, err = run(tmp_path, "--train", "false", "--device", "cpu")
+    code, out, err = run("--train", "false", "--device", "cpu")
     assert code == 0, err
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 
 
-def wait_for_steps(folder):
-    """Wait until a run in a folder has logged a step."""
-    metrics = folder / "logs/sagan_celeb/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, number):
-    process = start(tmp_path, *TOY, "--log_step", "1")
-    wait_for_steps(tmp_path)
+def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, start, number):
+    process = start(*TOY, "--log_step", "1")
+    wait_for(lambda: log_lines(tmp_path / LOGS), process)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
@@ -99,22 +98,20 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, num
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_run_under_nohup_survives_the_end_of_its_terminal(tmp_path):
+def test_a_run_under_nohup_survives_the_end_of_its_terminal(tmp_path, start_process):
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *TOY, "--log_step", "1"])
-    process = subprocess.Popen(
-        ["sh", "-c", f'trap "" HUP; exec {command}'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    wait_for_steps(tmp_path)
+    process = start_process(["sh", "-c", f'trap "" HUP; exec {command}'], tmp_path)
+    wait_for(lambda: log_lines(tmp_path / LOGS), process)
     os.kill(process.pid, signal.SIGHUP)
-    time.sleep(1)
-    assert process.poll() is None
+    steps = len(log_lines(tmp_path / LOGS))
+    wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= steps + 3, process)
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_lines_appear_at_once_in_a_pipe_and_without_carriage_returns(tmp_path):
-    process = start(tmp_path, *TOY, "--log_step", "1")
+def test_lines_appear_at_once_in_a_pipe_and_without_carriage_returns(start):
+    process = start(*TOY, "--log_step", "1")
     assert process.stdout.readline().startswith("Network")
     progress = next(line for line in process.stderr if line.startswith("step "))
     assert process.poll() is None  # it had not ended, which would have flushed them
@@ -292,13 +289,11 @@ def test_a_name_that_is_too_long(fail):
 
 @pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True)])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, name, is_group):
+def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, start, name, is_group):
     """A terminal and a scheduler signal the whole process group, the workers too."""
     number = signal.Signals[name]
-    process = start(tmp_path, *SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cache/*.building-*/images.bin")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(*SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
+    wait_for(lambda: [*tmp_path.glob("cache/*.building-*/images.bin")], process)
     time.sleep(1)
     os.killpg(process.pid, number) if is_group else os.kill(process.pid, number)
     _, err = process.communicate(timeout=30)

@@ -20,6 +20,7 @@ from PIL import Image
 import main
 from errors import stop_signals
 from sagan_models import Discriminator, Generator
+from trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 LOGS = "logs/sagan_celeb"
@@ -79,44 +80,50 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path, run):
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 
 
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+
+
+@needs_signals
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, start, number):
-    process = start(*TOY, "--log_step", "1")
-    wait_for(lambda: log_lines(tmp_path / LOGS), process)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
-    step = json.loads(lines[-1])["step"]
-    assert f"--pretrained_model {step}" in out
+def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, monkeypatch, capfd, number):
+    """In this process, which sends the signal to itself; the next test signals one from outside."""
+
+    def train_step(trainer):
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return take_step(trainer)
+
+    take_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--log_step", "1", "--total_step", "9"])
+    assert main.main() == 128 + number
+    step = json.loads(log_lines(tmp_path / LOGS)[-1])["step"]
+    assert step == 3  # the step is finished first
+    assert f"--pretrained_model {step}" in capfd.readouterr().out
     for path in ("models/sagan_celeb/{}_state.pth", "models/sagan_celeb/{}_G.pth", "attn/sagan_celeb/{}_explorer.html",
                  "attn/sagan_celeb/{}_G_attn1.png", "attn/sagan_celeb/{}_D_attn2.png"):  # fmt: skip
         assert (tmp_path / path.format(step)).exists(), path
-    report = (tmp_path / "logs/sagan_celeb/report.html").read_text()
+    report = (tmp_path / LOGS / "report.html").read_text()
     assert "stopped" in report and f"step {step:,} of" in report and "<li>ETA" not in report
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_run_under_nohup_survives_the_end_of_its_terminal(tmp_path, start_process):
+@needs_signals
+def test_a_run_under_nohup_survives_the_end_of_its_terminal_and_its_lines_appear_at_once(tmp_path, start_process):
+    """In a pipe, without carriage returns; SIGTERM ends it with a checkpoint."""
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *TOY, "--log_step", "1"])
     process = start_process(["sh", "-c", f'trap "" HUP; exec {command}'], tmp_path)
-    wait_for(lambda: log_lines(tmp_path / LOGS), process)
+    assert process.stdout.readline().startswith("Network")
+    progress = next(line for line in process.stderr if line.startswith("step "))
+    assert process.poll() is None  # it had not ended, which would have flushed them
     os.kill(process.pid, signal.SIGHUP)
     steps = len(log_lines(tmp_path / LOGS))
     wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= steps + 3, process)
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-
-
-def test_lines_appear_at_once_in_a_pipe_and_without_carriage_returns(start):
-    process = start(*TOY, "--log_step", "1")
-    assert process.stdout.readline().startswith("Network")
-    progress = next(line for line in process.stderr if line.startswith("step "))
-    assert process.poll() is None  # it had not ended, which would have flushed them
-    process.terminate()
-    _, err = process.communicate(timeout=60)
+    step = len(log_lines(tmp_path / LOGS))
+    assert f"--pretrained_model {step}" in out and (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
     assert "img/s" in progress and "\r" not in progress + err
 
 
@@ -288,7 +295,7 @@ def test_a_name_that_is_too_long(fail):
 
 
 @pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True)])
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@needs_signals
 def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, start, name, is_group):
     """A terminal and a scheduler signal the whole process group, the workers too."""
     number = signal.Signals[name]

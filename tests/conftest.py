@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import main
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS
@@ -31,6 +32,7 @@ from spectral import fold_spectral_norm
 from trainer import Trainer
 from training import recorder
 from training.models import MODELS, network_options
+from utils import resolve_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
@@ -84,20 +86,7 @@ def make_trainer(make_config, no_report):
 
 def build_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.seed)
-    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
-    loader = Loader(
-        source,
-        config.imsize,
-        config.batch_size,
-        cache_path=config.cache_path,
-        num_workers=0,
-        seed=config.seed,
-        hflip=config.hflip,
-        conditional=config.conditional,
-        holdout=config.holdout,
-        device=config.device,
-    ).open()
-    return Trainer(loader, config)
+    return Trainer(main.make_loader(config, resolve_device(config.device)).open(), config)
 
 
 @pytest.fixture

@@ -174,6 +174,28 @@ def fail(tmp_path, monkeypatch, capfd):
     return fail
 
 
+def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
+    """The middle of each image is red on the left and blue on the right, its frame is black; every other one smiles."""
+    folder = tmp_path / "data" / "CelebA"
+    folder.mkdir(parents=True)
+    image = Image.new("RGB", (178, 218))
+    image.paste("red", (49, 69, 89, 149))
+    image.paste("blue", (89, 69, 129, 149))
+    for number in range(10):
+        image.save(folder / f"{number}.png")
+    rows = [f"{number}.jpg 1 {1 if number % 2 else -1}" for number in range(10)]
+    (folder / "list_attr_celeba.txt").write_text("\n".join(["10", "Young Smiling", *rows]))
+    config = make_config(dataset="celeb", image_path=str(tmp_path / "data"), crop_size=80, model="paper", imsize=64,
+                         conditional=True, attribute="Smiling", hflip=True, holdout=0.2, seed=3)  # fmt: skip
+    loader = main.make_loader(config, torch.device("cpu")).open()
+    assert loader.classes == ("not_Smiling", "Smiling") and loader.labels.tolist() == [0, 1] * 5
+    assert (loader.images[:, :, 0] == torch.tensor([255, 0, 0])).all()
+    assert (loader.images[:, :, -1] == torch.tensor([0, 0, 255])).all()
+    batch = torch.cat([loader.batch(position) for position in range(4)])
+    assert {*batch[:, 0, 0, 0].tolist()} == {-1, 1}  # flipped ones are blue there
+    assert (loader.seed, loader.holdout, len(loader)) == (3, 0.2, 2)
+
+
 def test_no_data(fail, tmp_path):
     error = fail(*SMALL)
     for token in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):

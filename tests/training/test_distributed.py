@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from conftest import SMALL, free_port, log
 from torch import nn
 
-from data_loader import Loader
-from datasets.sources import find_source
+import main
 from errors import PeerFailed, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
@@ -50,10 +49,7 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
-    source = find_source("toy", toy_num=config.toy_num)
-    loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                    hflip=config.hflip, conditional=config.conditional).open()  # fmt: skip
-    trainer = Trainer(loader, config, ranks)
+    trainer = Trainer(main.make_loader(config, torch.device("cpu")).open(), config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if hasattr(layer, "gamma") and trainer.step == 0:
             nn.init.constant_(layer.gamma, 0.5)

@@ -142,6 +142,10 @@ def compute(ranks, folder):
         make(folder / "two", ranks, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
     except (UserError, PeerFailed) as error:
         found["diverged"] = type(error).__name__
+    try:  # on two machines, each with its own cache
+        make(folder / f"machine {ranks.rank}", ranks, toy_num=20 + 4 * ranks.rank).train()
+    except (UserError, PeerFailed) as error:
+        found["other images"] = type(error).__name__, str(error)
     torch.save(found, folder / f"{ranks.rank}.pt")
 
 
@@ -320,6 +324,11 @@ def test_batch_norm_equals_that_of_one_process(pair, name, dtype, tolerance):
 
 def test_divergence_ends_both(pair):
     assert [each["diverged"] for each in pair[1]] == ["UserError", "PeerFailed"]
+
+
+def test_machines_with_different_images_are_an_error_of_one_line(pair):
+    (kind, message), (other, _) = (each["other images"] for each in pair[1])
+    assert (kind, other) == ("UserError", "PeerFailed") and "--cache_path" in message
 
 
 def test_exchanged_values_and_errors(pair):

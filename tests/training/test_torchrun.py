@@ -42,15 +42,6 @@ def pid_of(launcher, rank):
                 Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))  # fmt: skip
 
 
-def test_a_user_error_is_printed_once(tmp_path, torchrun):
-    launcher = torchrun(tmp_path, "--pretrained_model", "7")
-    _, err = launcher.communicate(timeout=100)
-    assert launcher.returncode != 0
-    assert err.count("error: --pretrained_model 7") == 1
-    assert 'main.py", line' not in err
-    assert "exitcode  : 2 " in err
-
-
 @needs_proc
 def test_sigterm_saves_one_checkpoint_and_ends_all_ranks(tmp_path, torchrun):
     launcher = torchrun(tmp_path, "--total_step", "100000", "--save_minutes", "0", "--model_save_step", "1000000")
@@ -67,16 +58,16 @@ def test_sigterm_saves_one_checkpoint_and_ends_all_ranks(tmp_path, torchrun):
 
 
 @needs_proc
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_all(tmp_path, torchrun, rank):
+def test_a_killed_rank_0_ends_all(tmp_path, torchrun):
+    """The next test kills rank 1."""
     launcher = torchrun(tmp_path, "--total_step", "100000")
     wait_for(lambda: log_lines(tmp_path / LOGS), launcher)
     began = time.monotonic()
-    os.kill(pid_of(launcher, rank), signal.SIGKILL)
+    os.kill(pid_of(launcher, 0), signal.SIGKILL)
     _, err = launcher.communicate(timeout=100)
     assert time.monotonic() - began < 30
     assert launcher.returncode != 0
-    assert err.count(f"error: rank {1 - rank}") == 1
+    assert err.count("error: rank 1") == 1
     assert 'main.py", line' not in err
 
 
@@ -89,22 +80,21 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path, torchrun)
     os.kill(pid_of(launcher, 1), signal.SIGKILL)
     out, err = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, err
+    assert err.count("error: rank 0") == 1
+    assert 'main.py", line' not in err
     assert out.count("resuming from step") == 1
     assert (tmp_path / "models/sagan_celeb/60_state.pth").exists()
     assert [line["step"] for line in log(tmp_path / LOGS)] == list(range(1, 61))
 
 
-def on_two_machines(torchrun, folder, *words, seconds=100, **others):
-    """Run two launchers, each with one process and its own folder. Returns their output and exit codes.
-
-    `others` are additional options of one of them, by its folder's name.
-    """
+def on_two_machines(torchrun, folder, *words):
+    """Run two launchers, each with one process and its own folder. Returns their output and exit codes."""
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
     launchers = {}
     for name in ("a", "b"):
         (folder / name).mkdir(exist_ok=True)
-        launchers[name] = torchrun(folder / name, *words, *others.get(name, []), launcher=nodes)
-    printed = {name: launcher.communicate(timeout=seconds) for name, launcher in launchers.items()}
+        launchers[name] = torchrun(folder / name, *words, launcher=nodes)
+    printed = {name: launcher.communicate(timeout=100) for name, launcher in launchers.items()}
     return printed, [launcher.returncode for launcher in launchers.values()]
 
 
@@ -121,13 +111,6 @@ def test_two_machines_train_and_evaluate_and_one_writes(tmp_path, torchrun):
     printed, codes = on_two_machines(torchrun, tmp_path, "--train", "false", "--num_samples", "4")
     assert codes == [0, 0], printed
     assert len([*tmp_path.glob("*/samples/sagan_celeb/test_2/grid.png")]) == 1
-
-
-def test_machines_with_different_images_are_an_error(tmp_path, torchrun):
-    printed, codes = on_two_machines(torchrun, tmp_path, b=["--toy_num", "44"])
-    assert 0 not in codes
-    errors = [line for _, err in printed.values() for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "--cache_path" in errors[0]
 
 
 def parallel(start_process, folder, *words):

@@ -316,10 +316,10 @@ def test_a_name_that_is_too_long(fail):
     assert "vvv" in fail(*TOY, "--log_path", "v" * 300)
 
 
-@pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True)])
+@pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False)])
 @needs_signals
 def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, start, name, is_group):
-    """A terminal and a scheduler signal the whole process group, the workers too."""
+    """A terminal signals the whole process group, the workers too; test_decoding.py has the other signals."""
     number = signal.Signals[name]
     process = start(*SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
     wait_for(lambda: [*tmp_path.glob("cache/*.building-*/images.bin")], process)

@@ -18,7 +18,7 @@ from conftest import SMALL, free_port, log
 from torch import nn
 
 import main
-from errors import PeerFailed, UserError, exit_code
+from errors import PeerFailed, RankLost, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
 from trainer import Trainer
@@ -170,17 +170,11 @@ def be_late(ranks, folder):
     ranks.mean({"a": torch.zeros(())})
 
 
-def bug(ranks, folder):
-    raise RuntimeError("a bug")
-
-
 JOBS = {
     "compute": compute,
     "mean": die_while(lambda ranks: ranks.mean({"a": torch.zeros(())})),
-    "max": die_while(lambda ranks: ranks.max(1)),
-    "on_rank_zero": die_while(lambda ranks: ranks.rank_zero_first(int)),
+    "max": die_while(lambda ranks: ranks.max(1)),  # the collective of all other methods
     "late": be_late,
-    "bug": bug,
 }
 
 
@@ -190,7 +184,10 @@ def process(rank, port, name, folder):
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     if name == "late":
-        distributed.STEP_TIMEOUT = timedelta(seconds=3)
+        distributed.STEP_TIMEOUT = timedelta(seconds=3)  # of the rendezvous too, so both ranks should be there
+        (folder / f"{rank} started").touch()
+        while not (folder / f"{1 - rank} started").exists():
+            time.sleep(0.01)
     code = 0
     try:
         with process_group("cpu") as ranks:
@@ -209,6 +206,7 @@ def run_two(name, folder):
         each.start()
     for each in processes:
         each.join(250)
+        each.kill()  # where it has not ended
     return [each.exitcode for each in processes]
 
 
@@ -354,21 +352,36 @@ def test_a_single_process_changes_nothing(monkeypatch):
         assert ranks == Ranks()
 
 
-@pytest.mark.parametrize("device, has_nccl, expected", [("cuda", True, "nccl"), ("cuda", False, "gloo"),
-                                                        ("cpu", True, "gloo")])  # fmt: skip
-def test_gpus_without_nccl_use_gloo(monkeypatch, device, has_nccl, expected):
-    """There is no NCCL on Windows."""
+@pytest.fixture
+def fake_group(monkeypatch):
+    """Connect to a group of two ranks that is none. Returns the backends that were asked for."""
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    used = []
-    dist = torch.distributed
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    used, dist = [], torch.distributed
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: used.append(backend))
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    return used
+
+
+@pytest.mark.parametrize("device, has_nccl, expected", [("cuda", True, "nccl"), ("cuda", False, "gloo"),
+                                                        ("cpu", True, "gloo")])  # fmt: skip
+def test_gpus_without_nccl_use_gloo(fake_group, monkeypatch, device, has_nccl, expected):
+    """There is no NCCL on Windows."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
     with process_group(device) as ranks:
-        assert (ranks, used) == (Ranks(0, 2, 0), [expected])
+        assert (ranks, fake_group) == (Ranks(0, 2, 0), [expected])
+
+
+def test_a_bug_keeps_its_traceback_and_an_error_of_gloo_is_a_lost_rank(fake_group):
+    """`exit_code` raises the first and prints a line of the second."""
+    with pytest.raises(RuntimeError, match="a bug") as bug, process_group("cpu"):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError):
+        exit_code(bug.value)
+    with pytest.raises(RankLost, match=r"rank 0.*closed"), process_group("cpu"):
+        raise RuntimeError("[../third_party/gloo/pair.cc:534] Connection closed by peer\nand more")
 
 
 def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
@@ -423,7 +436,7 @@ def test_a_single_process_syncs_after_each_step():
 
 @needs_sigkill
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean", "max", "on_rank_zero"])
+@pytest.mark.parametrize("name", ["mean", "max"])
 def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
     began = time.monotonic()
     assert run_two(name, tmp_path) == [1, -signal.SIGKILL]
@@ -436,12 +449,5 @@ def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
 @pytest.mark.slow
 def test_a_step_times_out_where_waiting_for_rank_zero_does_not(tmp_path, capfd):
     assert run_two("late", tmp_path) == [1, 1]
-    assert {path.name for path in tmp_path.iterdir()} == {"0 waited", "1 waited"}
+    assert {path.name for path in tmp_path.iterdir()} == {"0 started", "1 started", "0 waited", "1 waited"}
     assert "error: rank 0" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_bug_keeps_its_traceback(tmp_path, capfd):
-    assert run_two("bug", tmp_path) == [1, 1]
-    err = capfd.readouterr().err
-    assert err.count("RuntimeError: a bug") == 2 and "error: rank" not in err

@@ -20,14 +20,16 @@ from training.distributed import Ranks
 from training.resuming import load_resume_checkpoint, load_test_checkpoint
 from training.run_folders import TEST_RESULTS, remove_test_results
 from utils import SEED_INTERPOLATION
+from visuals import playground
 
 OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
 CLASSES = ("short", "medium", "long")
 
 
 @pytest.fixture(autouse=True)
-def fewer_images_for_statistics(monkeypatch):
+def fewer_images(monkeypatch):
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
+    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 @pytest.fixture

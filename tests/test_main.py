@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import main
 from errors import stop_signals
 from sagan_models import Discriminator, Generator
 from trainer import Trainer
+from training import recorder
 
 ROOT = Path(__file__).parent.parent
 LOGS = "logs/sagan_celeb"
@@ -127,7 +129,7 @@ def test_a_run_under_nohup_survives_the_end_of_its_terminal_and_its_lines_appear
     assert "img/s" in progress and "\r" not in progress + err
 
 
-def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch):
+def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch, no_report):
     """They have neither `reconfigure` nor a terminal; `%run main.py` calls `main` like this."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
@@ -229,7 +231,7 @@ def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp
     assert "samples/cats" in fail(*words, "--version", "cats")
 
 
-def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd):
+def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
     monkeypatch.chdir(tmp_path)
     for number in range(16):
@@ -265,13 +267,22 @@ def test_a_path_that_is_a_file(fail, tmp_path, option):
     assert token in fail(*TOY, f"--{option}", "file")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(recorder, "report_page", lambda *_: "")
+        patch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
+        assert main.main() == 0
+    return folder
+
+
 @pytest.fixture
-def trained(tmp_path, monkeypatch, capfd):
-    """A folder with the checkpoint of a finished run of two steps."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
-    assert main.main() == 0
-    capfd.readouterr()
+def trained(finished, tmp_path):
+    """The folder of the checkpoint of a finished run of two steps, all of whose files are copies."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path / "models" / "sagan_celeb"
 
 
@@ -335,7 +346,7 @@ def test_a_new_run_overwrites_results_only_on_request(trained, fail):
     assert "--overwrite true" in fail(*TOY)
 
 
-def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd):
+def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd, no_report):
     monkeypatch.chdir(tmp_path)
     for steps in ("1", "2"):
         monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", steps, "--pretrained_model", "auto"])
@@ -354,6 +365,8 @@ def test_a_run_that_diverges_saves_nothing(fail, tmp_path, monkeypatch):
 def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
     """Most results need no training images; the face rate needs neither a download nor weights."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
+    monkeypatch.setattr("visuals.playground.MAX_SIDE", 4)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false", "--dataset", "folder"])
     assert main.main() == 0
     out, err = capfd.readouterr()

@@ -1,8 +1,10 @@
 import json
+import re
 import statistics
 import sys
 from types import SimpleNamespace
 
+import data
 import loop
 import pytest
 import scaling
@@ -278,6 +280,16 @@ def test_loop_measures_whole_runs(make_config, no_report):
     assert list(times) == ["steps only", "with data", "whole run"]
     assert all(ms > 0 for ms in times.values())
     assert (config.model_folder / "15_state.pth").exists()  # a warm-up run and one per round, resumed in turn
+
+
+def test_data_measures_decoding_opening_and_batches(monkeypatch, capsys):
+    monkeypatch.setattr(data, "BATCHES", 5)
+    words = "data.py --images 300 --imsize 32 --batch_size 4 --num_workers 1"
+    monkeypatch.setattr(sys, "argv", words.split())
+    data.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    numbers = [float(re.search(r"  ([\d.]+) (images/s|ms)", line)[1]) for line in lines]
+    assert len(numbers) == 4 and all(number > 0 for number in numbers)
 
 
 @pytest.mark.slow

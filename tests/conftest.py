@@ -1,12 +1,17 @@
 """Shared by the tests: small networks, toy runs in a temporary folder, a browser, the oracles' computation."""
 
 import base64
+import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import main
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS
@@ -26,6 +32,7 @@ from spectral import fold_spectral_norm
 from trainer import Trainer
 from training import recorder
 from training.models import MODELS, network_options
+from utils import resolve_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
@@ -79,20 +86,7 @@ def make_trainer(make_config, no_report):
 
 def build_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.seed)
-    source = find_source(config.dataset, toy_num=config.toy_num, seed=config.seed)
-    loader = Loader(
-        source,
-        config.imsize,
-        config.batch_size,
-        cache_path=config.cache_path,
-        num_workers=0,
-        seed=config.seed,
-        hflip=config.hflip,
-        conditional=config.conditional,
-        holdout=config.holdout,
-        device=config.device,
-    ).open()
-    return Trainer(loader, config)
+    return Trainer(main.make_loader(config, resolve_device(config.device)).open(), config)
 
 
 @pytest.fixture
@@ -182,6 +176,37 @@ def browser(tmp_path_factory):
         chrome.get("about:blank")
         chrome.get_log("browser")  # of the browser's own first page, which wants the network
         yield chrome
+
+
+@pytest.fixture
+def start_process():
+    """A function that starts a program in a session of its own. What still runs of it after the test is ended."""
+    started = []
+
+    def start(command, folder, **options):
+        started.append(subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            **options,
+        ))  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # launchers pass it on to their processes, which are in sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=40)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill() if sys.platform == "win32" else os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(happened, process, seconds=150):
+    """Wait until something happened in a process that goes on."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def log_lines(folder):

@@ -2,16 +2,16 @@
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ablation
 import numpy as np
 import pytest
 from ablation import final_value, make_runs, table, write_figure
+from conftest import log_lines, wait_for
 
+import main
 from errors import UserError
 
 SMALL = ["--dataset=toy", "--toy_num=24", "--imsize=32", "--z_dim=16", "--g_conv_dim=8", "--d_conv_dim=8",
@@ -81,31 +81,38 @@ def test_a_curve_that_a_variant_lacks_is_left_out(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_stopped_and_continued(tmp_path):
-    """Ctrl-C saves a checkpoint; the same command, here with fewer steps, resumes there and trains the others."""
+def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_report):
+    """Ctrl-C saves a checkpoint; the same command, here with fewer steps, resumes there and trains the others.
+
+    The second command runs in this process.
+    """
+
+    def train(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["main.py", *run.arguments])
+            return main.main()
+
     pytest.importorskip("cv2")
-    command = [sys.executable, ablation.__file__, "--vary", "attention", "full", "none", "--seeds", "0", "--out", "out",
-               *SMALL, "--metric_num=12", "--metric_step=1000"]  # fmt: skip
-    with subprocess.Popen(
-        [*command, "--total_step=100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as process:
-        log = tmp_path / "out/logs/attention=full,seed=0/metrics.jsonl"
-        while not log.exists() or log.stat().st_size == 0:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+    words = ["--vary", "attention", "full", "none", "--seeds", "0", "--out", "out", *SMALL, "--metric_num=12",
+             "--metric_step=1000"]  # fmt: skip
+    process = start_process([sys.executable, ablation.__file__, *words, "--total_step=100000"], tmp_path)
+    wait_for(lambda: log_lines(tmp_path / "out/logs/attention=full,seed=0"), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on from here" in output
     (saved,) = (tmp_path / "out/models/attention=full,seed=0").glob("*_state.pth")
     total = int(saved.name.partition("_")[0]) + 2
-    result = subprocess.run([*command, f"--total_step={total}"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"resuming from step {total - 2}" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *words, f"--total_step={total}"])
+    assert ablation.main() == 0
+    printed = capfd.readouterr().out
+    assert f"resuming from step {total - 2}" in printed
     for variant in ("attention=full", "attention=none"):
         lines = (tmp_path / f"out/logs/{variant},seed=0/metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, total + 1))
     written = (tmp_path / "out/ablation.md").read_text()
-    assert f"2 runs of {total:,} steps" in written and written.strip() in result.stdout
+    assert f"2 runs of {total:,} steps" in written and written.strip() in printed
     assert "| attention=none | 0 |" in written and "Real images: face rate" in written
     assert (tmp_path / "out/ablation.png").stat().st_size > 10_000
 

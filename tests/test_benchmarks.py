@@ -1,8 +1,10 @@
 import json
+import re
 import statistics
 import sys
 from types import SimpleNamespace
 
+import data
 import loop
 import pytest
 import scaling
@@ -171,15 +173,16 @@ def test_work_is_that_of_a_part_of_the_batch_where_the_whole_does_not_fit(monkey
 
 
 @pytest.mark.slow
-def test_contenders_are_measured_in_processes_and_tabulated(monkeypatch):
+def test_a_contender_is_measured_in_a_process_and_tabulated(monkeypatch):
+    """Several in turn are those of the tests above."""
     counted = []
     monkeypatch.setattr(
         step.statistics, "quantiles", lambda times, n: counted.append(times) or [1.0, statistics.median(times), 3.0]
     )
-    records = measure(SMALL, contenders(SMALL), rounds=2, warm_up=1, block=BLOCK)
-    assert [len(times) for times in counted] == [2 * (BLOCK - 1)] * 2
+    records = measure(SMALL, contenders(SMALL, "bf16"), rounds=2, warm_up=1, block=BLOCK)
+    assert [len(times) for times in counted] == [2 * (BLOCK - 1)]
     assert [record["ms_per_step"] for record in records] == [statistics.median(times) for times in counted]
-    assert [record["precision"] for record in records] == ["fp32", "bf16"]
+    assert [record["precision"] for record in records] == ["bf16"]
     assert all(record["iqr_ms"] == 2 and record["peak_mib"] > 0 and record["device"] == "cpu" for record in records)
     assert all(record["images_per_s"] == pytest.approx(2000 / record["ms_per_step"]) for record in records)
     add_ratios(records, {"fp32": 1.0, "bf16": 1.0})
@@ -271,12 +274,22 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():
 
 
 @pytest.mark.slow
-def test_loop_measures_whole_runs(make_config):
+def test_loop_measures_whole_runs(make_config, no_report):
     config = make_config(g_conv_dim=8, d_conv_dim=8)
     times = loop.measure(config, steps=2, run_steps=5, rounds=2)
     assert list(times) == ["steps only", "with data", "whole run"]
     assert all(ms > 0 for ms in times.values())
     assert (config.model_folder / "15_state.pth").exists()  # a warm-up run and one per round, resumed in turn
+
+
+def test_data_measures_decoding_opening_and_batches(monkeypatch, capsys):
+    monkeypatch.setattr(data, "BATCHES", 5)
+    words = "data.py --images 300 --imsize 32 --batch_size 4 --num_workers 1"
+    monkeypatch.setattr(sys, "argv", words.split())
+    data.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    numbers = [float(re.search(r"  ([\d.]+) (images/s|ms)", line)[1]) for line in lines]
+    assert len(numbers) == 4 and all(number > 0 for number in numbers)
 
 
 @pytest.mark.slow

@@ -20,18 +20,20 @@ from training.distributed import Ranks
 from training.resuming import load_resume_checkpoint, load_test_checkpoint
 from training.run_folders import TEST_RESULTS, remove_test_results
 from utils import SEED_INTERPOLATION
+from visuals import playground
 
 OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
 CLASSES = ("short", "medium", "long")
 
 
 @pytest.fixture(autouse=True)
-def fewer_images_for_statistics(monkeypatch):
+def fewer_images(monkeypatch):
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
+    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 @pytest.fixture
-def make(make_config):
+def make(make_config, no_report):
     return lambda **changes: build_trainer(make_config(**(OPTIONS | changes)))
 
 
@@ -250,6 +252,23 @@ def test_samples_are_written_for_each_class(trained):
     remove_test_results(tested.folder)
     assert [path.name for path in tested.folder.rglob("*.*")] == ["mine.png"]
     assert not (tested.folder / "samples" / "long").exists()
+
+
+def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
+    names = [f"class {number}" for number in range(10)]
+    for number, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for image in range(2):
+            Image.new("RGB", (64, 64), (number * 25, image * 99, 0)).save(tmp_path / "data" / name / f"{image}.png")
+    trainer = make(dataset="folder", image_path=str(tmp_path / "data"), total_step=1)
+    trainer.train()
+    tested = make_tester(trainer, num_samples=1)
+    assert tested.test() == 0
+    for path in (trainer.config.sample_folder / "1_ema.png", tested.folder / "grid.png"):
+        assert Image.open(path).height == 2 + 8 * 66
+    data = page_data(tested.folder / "playground.html")
+    assert [shown["name"] for shown in data["classes"]] == names[:8]
+    assert sorted(path.parent.name for path in tested.folder.glob("samples/*/00000.png")) == names
 
 
 def test_class_name_chooses_the_classes(trained):

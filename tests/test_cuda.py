@@ -43,6 +43,12 @@ def assert_same_weights(first, second):
             assert torch.equal(value, other.state_dict()[key]), key
 
 
+def penalty_gradients(D, *inputs):
+    """Through explicit attention maps, as in `Trainer.d_step`."""
+    gradient_penalty(lambda images: D(images, return_attention=True)[0], *inputs).backward()
+    return {name: parameter.grad for name, parameter in D.named_parameters()}
+
+
 def run_in_a_process(function, *arguments):
     """Return a function's result from a process of its own: some errors end all use of CUDA in theirs."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -228,9 +234,7 @@ def test_gradients_of_the_penalty_agree_with_the_cpu(make_trainer, options):
         for name, parameter in trainer.D.named_parameters():
             if "gamma" in name:
                 torch.nn.init.constant_(parameter, 0.5)
-        critic = trainer._critic_with_double_backward
-        gradient_penalty(critic, *(tensor.to(trainer.device) for tensor in inputs)).backward()
-        gradients.append({name: parameter.grad for name, parameter in trainer.D.named_parameters()})
+        gradients.append(penalty_gradients(trainer.D, *(tensor.to(trainer.device) for tensor in inputs)))
     cpu, cuda = gradients
     for name, expected in cpu.items():
         if not name.endswith("bias"):  # the penalty depends on biases through the attention maps and ReLUs only

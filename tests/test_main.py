@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,33 +15,42 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import log_lines, wait_for
 from PIL import Image
 
 import main
 from errors import stop_signals
 from sagan_models import Discriminator, Generator
+from trainer import Trainer
+from training import recorder
 
 ROOT = Path(__file__).parent.parent
+LOGS = "logs/sagan_celeb"
 SIGNALS = stop_signals()
 SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu")
 TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
 
 
-def start(folder, *words):
-    command = [sys.executable, str(ROOT / "main.py"), *words]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def start(tmp_path, start_process):
+    """A function that starts the program in `tmp_path`."""
+    return lambda *words: start_process([sys.executable, str(ROOT / "main.py"), *words], tmp_path)
 
 
-def run(folder, *words):
-    process = start(folder, *words)
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+@pytest.fixture
+def run(start):
+    """A function that runs the program in `tmp_path` to its end."""
+
+    def run(*words):
+        process = start(*words)
+        out, err = process.communicate(timeout=200)
+        return process.returncode, out, err
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run_from_images_to_samples_and_resumed(tmp_path):
+def test_a_run_from_images_to_samples_and_resumed(tmp_path, run):
     """A folder of images, the real networks, two worker processes, then one more step and an evaluation."""
     for number in range(300):
         path = tmp_path / "data" / f"{number % 3}" / f"{number}.png"
@@ -49,7 +59,7 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     (tmp_path / "data" / "bad.jpg").write_text("no image")
     words = ["--dataset", "folder", "--batch_size", "4", "--total_step", "2", "--sample_step", "1", "--log_step", "1",
              "--use_tensorboard", "true", "--device", "cpu"]  # fmt: skip
-    code, out, err = run(tmp_path, *words)
+    code, out, err = run(*words)
     assert code == 0, err
     assert "imsize=64" in out
     assert "skipped_images.txt" in err
@@ -61,69 +71,65 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     Generator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_G.pth", weights_only=True), strict=True)
     Discriminator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_D.pth", weights_only=True), strict=True)
 
-    code, out, err = run(tmp_path, *words, "--total_step", "3", "--pretrained_model", "latest")
+    code, out, err = run(*words, "--total_step", "3", "--pretrained_model", "latest")
     assert code == 0, err
     assert "decoding" not in err  # the cache was opened
     lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
-    code, out, err = run(tmp_path, "--train", "false", "--device", "cpu")
+    code, out, err = run("--train", "false", "--device", "cpu")
     assert code == 0, err
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 
 
-def wait_for_steps(folder):
-    """Wait until a run in a folder has logged a step."""
-    metrics = folder / "logs/sagan_celeb/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
 
+@needs_signals
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, number):
-    process = start(tmp_path, *TOY, "--log_step", "1")
-    wait_for_steps(tmp_path)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
-    step = json.loads(lines[-1])["step"]
-    assert f"--pretrained_model {step}" in out
+def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, monkeypatch, capfd, number):
+    """In this process, which sends the signal to itself; the next test signals one from outside."""
+
+    def train_step(trainer):
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return take_step(trainer)
+
+    take_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--log_step", "1", "--total_step", "9"])
+    assert main.main() == 128 + number
+    step = json.loads(log_lines(tmp_path / LOGS)[-1])["step"]
+    assert step == 3  # the step is finished first
+    assert f"--pretrained_model {step}" in capfd.readouterr().out
     for path in ("models/sagan_celeb/{}_state.pth", "models/sagan_celeb/{}_G.pth", "attn/sagan_celeb/{}_explorer.html",
                  "attn/sagan_celeb/{}_G_attn1.png", "attn/sagan_celeb/{}_D_attn2.png"):  # fmt: skip
         assert (tmp_path / path.format(step)).exists(), path
-    report = (tmp_path / "logs/sagan_celeb/report.html").read_text()
+    report = (tmp_path / LOGS / "report.html").read_text()
     assert "stopped" in report and f"step {step:,} of" in report and "<li>ETA" not in report
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_run_under_nohup_survives_the_end_of_its_terminal(tmp_path):
+@needs_signals
+def test_a_run_under_nohup_survives_the_end_of_its_terminal_and_its_lines_appear_at_once(tmp_path, start_process):
+    """In a pipe, without carriage returns; SIGTERM ends it with a checkpoint."""
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *TOY, "--log_step", "1"])
-    process = subprocess.Popen(
-        ["sh", "-c", f'trap "" HUP; exec {command}'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    wait_for_steps(tmp_path)
-    os.kill(process.pid, signal.SIGHUP)
-    time.sleep(1)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-
-
-def test_lines_appear_at_once_in_a_pipe_and_without_carriage_returns(tmp_path):
-    process = start(tmp_path, *TOY, "--log_step", "1")
+    process = start_process(["sh", "-c", f'trap "" HUP; exec {command}'], tmp_path)
     assert process.stdout.readline().startswith("Network")
     progress = next(line for line in process.stderr if line.startswith("step "))
     assert process.poll() is None  # it had not ended, which would have flushed them
-    process.terminate()
-    _, err = process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGHUP)
+    steps = len(log_lines(tmp_path / LOGS))
+    wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= steps + 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = len(log_lines(tmp_path / LOGS))
+    assert f"--pretrained_model {step}" in out and (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
     assert "img/s" in progress and "\r" not in progress + err
 
 
-def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch):
+def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch, no_report):
     """They have neither `reconfigure` nor a terminal; `%run main.py` calls `main` like this."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
@@ -170,6 +176,28 @@ def fail(tmp_path, monkeypatch, capfd):
     return fail
 
 
+def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
+    """The middle of each image is red on the left and blue on the right, its frame is black; every other one smiles."""
+    folder = tmp_path / "data" / "CelebA"
+    folder.mkdir(parents=True)
+    image = Image.new("RGB", (178, 218))
+    image.paste("red", (49, 69, 89, 149))
+    image.paste("blue", (89, 69, 129, 149))
+    for number in range(10):
+        image.save(folder / f"{number}.png")
+    rows = [f"{number}.jpg 1 {1 if number % 2 else -1}" for number in range(10)]
+    (folder / "list_attr_celeba.txt").write_text("\n".join(["10", "Young Smiling", *rows]))
+    config = make_config(dataset="celeb", image_path=str(tmp_path / "data"), crop_size=80, model="paper", imsize=64,
+                         conditional=True, attribute="Smiling", hflip=True, holdout=0.2, seed=3)  # fmt: skip
+    loader = main.make_loader(config, torch.device("cpu")).open()
+    assert loader.classes == ("not_Smiling", "Smiling") and loader.labels.tolist() == [0, 1] * 5
+    assert (loader.images[:, :, 0] == torch.tensor([255, 0, 0])).all()
+    assert (loader.images[:, :, -1] == torch.tensor([0, 0, 255])).all()
+    batch = torch.cat([loader.batch(position) for position in range(4)])
+    assert {*batch[:, 0, 0, 0].tolist()} == {-1, 1}  # flipped ones are blue there
+    assert (loader.seed, loader.holdout, len(loader)) == (3, 0.2, 2)
+
+
 def test_no_data(fail, tmp_path):
     error = fail(*SMALL)
     for token in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):
@@ -203,7 +231,7 @@ def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp
     assert "samples/cats" in fail(*words, "--version", "cats")
 
 
-def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd):
+def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
     monkeypatch.chdir(tmp_path)
     for number in range(16):
@@ -239,13 +267,22 @@ def test_a_path_that_is_a_file(fail, tmp_path, option):
     assert token in fail(*TOY, f"--{option}", "file")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(recorder, "report_page", lambda *_: "")
+        patch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
+        assert main.main() == 0
+    return folder
+
+
 @pytest.fixture
-def trained(tmp_path, monkeypatch, capfd):
-    """A folder with the checkpoint of a finished run of two steps."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
-    assert main.main() == 0
-    capfd.readouterr()
+def trained(finished, tmp_path):
+    """The folder of the checkpoint of a finished run of two steps, all of whose files are copies."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path / "models" / "sagan_celeb"
 
 
@@ -290,15 +327,13 @@ def test_a_name_that_is_too_long(fail):
     assert "vvv" in fail(*TOY, "--log_path", "v" * 300)
 
 
-@pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True)])
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, name, is_group):
-    """A terminal and a scheduler signal the whole process group, the workers too."""
+@pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False)])
+@needs_signals
+def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, start, name, is_group):
+    """A terminal signals the whole process group, the workers too; test_decoding.py has the other signals."""
     number = signal.Signals[name]
-    process = start(tmp_path, *SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cache/*.building-*/images.bin")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(*SMALL, "--dataset", "toy", "--toy_num", "500000", "--num_workers", "4")
+    wait_for(lambda: [*tmp_path.glob("cache/*.building-*/images.bin")], process)
     time.sleep(1)
     os.killpg(process.pid, number) if is_group else os.kill(process.pid, number)
     _, err = process.communicate(timeout=30)
@@ -311,7 +346,7 @@ def test_a_new_run_overwrites_results_only_on_request(trained, fail):
     assert "--overwrite true" in fail(*TOY)
 
 
-def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd):
+def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd, no_report):
     monkeypatch.chdir(tmp_path)
     for steps in ("1", "2"):
         monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", steps, "--pretrained_model", "auto"])
@@ -330,6 +365,8 @@ def test_a_run_that_diverges_saves_nothing(fail, tmp_path, monkeypatch):
 def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
     """Most results need no training images; the face rate needs neither a download nor weights."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
+    monkeypatch.setattr("visuals.playground.MAX_SIDE", 4)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false", "--dataset", "folder"])
     assert main.main() == 0
     out, err = capfd.readouterr()

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import ablation
 import pytest
 import torch
 
@@ -82,22 +83,46 @@ def test_links_to_files_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_commands_of_the_readme_parse():
-    commands = re.findall(
-        r"^    (?:python|torchrun \S+) main\.py (.*?)(?:  #.*)?$", (ROOT / "README.md").read_text(), re.M
-    )
-    assert len(commands) >= 5
-    for command in commands:
-        assert isinstance(get_parameters(shlex.split(command)), Config)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_in(page: Path, program: str) -> list[list[str]]:
+    """The words after a program's name of each command line in a page, without comments and "..."."""
+    lines = re.findall(rf"^    (?:python|.*torchrun .*) ?{program} (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return [[word for word in shlex.split(line, comments=True) if word != "..."] for line in lines]
+
+
+def test_the_commands_of_the_readme_and_the_docs_parse():
+    commands = [words for page in PAGES for words in commands_in(page, r"main\.py") if words != ["--help"]]
+    assert len(commands) >= 15
+    for words in commands:
+        assert isinstance(get_parameters(words), Config), words
+
+
+def test_the_commands_of_the_ablation_parse(tmp_path, monkeypatch):
+    """To the first run, before which those of all others are parsed."""
+    commands = [words for page in PAGES for words in commands_in(page, r"benchmarks/ablation\.py")]
+    assert len(commands) >= 3
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "train", lambda run: 7)
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
+        assert ablation.main() == 7, words
+
+
+def test_the_command_of_make_demo_parses():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    (line,) = re.findall(r"^\t.*python main\.py (.*)$", makefile, re.M)
+    assert get_parameters(shlex.split(line)).version == "demo"
 
 
 def test_the_export_commands_parse():
     """Of the README and of docs/export.md."""
     for page in (ROOT / "README.md", ROOT / "docs" / "export.md"):
-        commands = re.findall(r"^    python export\.py (.*?)(?:  #.*)?$", page.read_text(encoding="utf-8"), re.M)
+        commands = commands_in(page, r"export\.py")
         assert commands
-        for command in commands:
-            _, arguments = export.parse(shlex.split(command))
+        for words in commands:
+            _, arguments = export.parse(words)
             assert isinstance(get_parameters(arguments), Config)
 
 

@@ -1,30 +1,51 @@
+import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import page_data, page_pixels
+from conftest import SMALL, build_trainer, page_data, page_pixels
 from PIL import Image
 
 import tester
 from data_loader import to_model_range
 from errors import UserError
+from parameter import Config
+from training import recorder
 from training.resuming import load_test_checkpoint
 from training.run_folders import TEST_RESULTS
+from visuals import playground
 from visuals.attention_stats import attention_stats
 
+PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json", "gamma.svg",
          "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png", "playground.html"}  # fmt: skip
 
 
-@pytest.fixture
-def trained(make_trainer):
-    """A finished run of three steps with a log entry and samples per step."""
-    trainer = make_trainer(log_step=1, sample_step=1)
-    trainer.train()
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The trainer of a run of three steps with a log entry and samples per step."""
+    root = tmp_path_factory.mktemp("run")
+    config = Config(**SMALL, **{name: str(root / name) for name in PATHS}, device="cpu", total_step=3, log_step=1,
+                    sample_step=1)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "report_page", lambda *_: "")
+        trainer = build_trainer(config)
+        trainer.train()
     return trainer
+
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    """That trainer, whose results are copies that a test may change."""
+    paths = {name: str(tmp_path / name) for name in PATHS}
+    for name, path in paths.items():
+        shutil.copytree(getattr(finished.config, name), path)
+    config = dataclasses.replace(finished.config, **paths)
+    return SimpleNamespace(config=config, loader=finished.loader, G=finished.G, ema=finished.ema)
 
 
 def make_tester(config, loader):
@@ -34,8 +55,9 @@ def make_tester(config, loader):
 
 
 @pytest.fixture(autouse=True)
-def fewer_images_for_statistics(monkeypatch):
+def fewer_images(monkeypatch):
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 64)
+    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 def contents(folder):
@@ -172,14 +194,6 @@ def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkey
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(deterministic)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_images_may_be_on_another_device(trained, make_config):
-    tested = make_tester(make_config(device="cuda"), trained.loader)
-    tested.test()
-    assert (tested.folder / "nearest.png").exists()
 
 
 def test_networks_and_real_images_have_the_memory_format_of_the_device(trained, make_config, monkeypatch):

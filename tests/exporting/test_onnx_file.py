@@ -13,10 +13,10 @@ from exporting.onnx_file import onnx_bytes
 from spectral import fold_spectral_norm
 
 
-def export(G, *network, with_maps=True):
+def export(G, *network):
     num_classes = network[2] if len(network) > 2 else 0
     metadata = describe(*network).metadata()
-    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, with_maps, metadata)
+    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, True, metadata)
 
 
 @pytest.mark.slow
@@ -50,16 +50,6 @@ def assert_harmless(model):
     assert all(node.domain == "" for node in model.graph.node)
     assert not any(tensor.external_data for tensor in model.graph.initializer)
     assert not any(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute)
-
-
-@pytest.mark.slow
-def test_images_are_the_only_output_without_maps():
-    G = random_generator("sagan", 32)
-    session = onnxruntime.InferenceSession(export(G, "sagan", 32, with_maps=False))
-    assert [output.name for output in session.get_outputs()] == ["images"]
-    with torch.no_grad():
-        z = torch.randn(3, 16)
-        np.testing.assert_allclose(session.run(None, {"z": z.numpy()})[0], G(z).numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +19,25 @@ def test_all_jobs_run_in_order():
 
 
 def test_submit_blocks_only_when_too_many_jobs_are_pending():
-    gate = threading.Event()
+    gate, happened, submitted = threading.Event(), [], threading.Event()
+
+    def job():
+        happened.append(gate.wait(30))
+
+    def submit():
+        background.submit(job)
+        submitted.set()
+
     with Background(CPU, capacity=2) as background:
-        start = time.monotonic()
-        background.submit(gate.wait)
-        background.submit(gate.wait)
-        assert time.monotonic() - start < 1
-        threading.Timer(0.2, gate.set).start()
-        background.submit(gate.wait)
-        assert time.monotonic() - start >= 0.2
+        background.submit(job)
+        background.submit(job)
+        assert not happened  # nobody waited for a job
+        third = threading.Thread(target=submit)
+        third.start()
+        assert not submitted.wait(0.2)
+        gate.set()
+        third.join()
+    assert happened == [True] * 3
 
 
 def fail():

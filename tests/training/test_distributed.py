@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from conftest import SMALL, free_port, log
 from torch import nn
 
-from data_loader import Loader
-from datasets.sources import find_source
-from errors import PeerFailed, UserError, exit_code
+import main
+from errors import PeerFailed, RankLost, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
 from trainer import Trainer
@@ -50,10 +49,7 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     config = Config(**(SMALL | {"device": "cpu"} | {name: str(folder / name) for name in PATHS} | changes))
     torch.manual_seed(config.seed)
-    source = find_source("toy", toy_num=config.toy_num)
-    loader = Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, num_workers=0,
-                    hflip=config.hflip, conditional=config.conditional).open()  # fmt: skip
-    trainer = Trainer(loader, config, ranks)
+    trainer = Trainer(main.make_loader(config, torch.device("cpu")).open(), config, ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if hasattr(layer, "gamma") and trainer.step == 0:
             nn.init.constant_(layer.gamma, 0.5)
@@ -146,6 +142,10 @@ def compute(ranks, folder):
         make(folder / "two", ranks, version="diverges", d_lr=1e38, total_step=5, log_step=1).train()
     except (UserError, PeerFailed) as error:
         found["diverged"] = type(error).__name__
+    try:  # on two machines, each with its own cache
+        make(folder / f"machine {ranks.rank}", ranks, toy_num=20 + 4 * ranks.rank).train()
+    except (UserError, PeerFailed) as error:
+        found["other images"] = type(error).__name__, str(error)
     torch.save(found, folder / f"{ranks.rank}.pt")
 
 
@@ -170,17 +170,11 @@ def be_late(ranks, folder):
     ranks.mean({"a": torch.zeros(())})
 
 
-def bug(ranks, folder):
-    raise RuntimeError("a bug")
-
-
 JOBS = {
     "compute": compute,
     "mean": die_while(lambda ranks: ranks.mean({"a": torch.zeros(())})),
-    "max": die_while(lambda ranks: ranks.max(1)),
-    "on_rank_zero": die_while(lambda ranks: ranks.rank_zero_first(int)),
+    "max": die_while(lambda ranks: ranks.max(1)),  # the collective of all other methods
     "late": be_late,
-    "bug": bug,
 }
 
 
@@ -190,7 +184,10 @@ def process(rank, port, name, folder):
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     if name == "late":
-        distributed.STEP_TIMEOUT = timedelta(seconds=3)
+        distributed.STEP_TIMEOUT = timedelta(seconds=3)  # of the rendezvous too, so both ranks should be there
+        (folder / f"{rank} started").touch()
+        while not (folder / f"{1 - rank} started").exists():
+            time.sleep(0.01)
     code = 0
     try:
         with process_group("cpu") as ranks:
@@ -209,6 +206,7 @@ def run_two(name, folder):
         each.start()
     for each in processes:
         each.join(250)
+        each.kill()  # where it has not ended
     return [each.exitcode for each in processes]
 
 
@@ -326,6 +324,11 @@ def test_divergence_ends_both(pair):
     assert [each["diverged"] for each in pair[1]] == ["UserError", "PeerFailed"]
 
 
+def test_machines_with_different_images_are_an_error_of_one_line(pair):
+    (kind, message), (other, _) = (each["other images"] for each in pair[1])
+    assert (kind, other) == ("UserError", "PeerFailed") and "--cache_path" in message
+
+
 def test_exchanged_values_and_errors(pair):
     found = [each["exchanged"] for each in pair[1]]
     for each in found:
@@ -349,21 +352,36 @@ def test_a_single_process_changes_nothing(monkeypatch):
         assert ranks == Ranks()
 
 
-@pytest.mark.parametrize("device, has_nccl, expected", [("cuda", True, "nccl"), ("cuda", False, "gloo"),
-                                                        ("cpu", True, "gloo")])  # fmt: skip
-def test_gpus_without_nccl_use_gloo(monkeypatch, device, has_nccl, expected):
-    """There is no NCCL on Windows."""
+@pytest.fixture
+def fake_group(monkeypatch):
+    """Connect to a group of two ranks that is none. Returns the backends that were asked for."""
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    used = []
-    dist = torch.distributed
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    used, dist = [], torch.distributed
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: used.append(backend))
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    return used
+
+
+@pytest.mark.parametrize("device, has_nccl, expected", [("cuda", True, "nccl"), ("cuda", False, "gloo"),
+                                                        ("cpu", True, "gloo")])  # fmt: skip
+def test_gpus_without_nccl_use_gloo(fake_group, monkeypatch, device, has_nccl, expected):
+    """There is no NCCL on Windows."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
     with process_group(device) as ranks:
-        assert (ranks, used) == (Ranks(0, 2, 0), [expected])
+        assert (ranks, fake_group) == (Ranks(0, 2, 0), [expected])
+
+
+def test_a_bug_keeps_its_traceback_and_an_error_of_gloo_is_a_lost_rank(fake_group):
+    """`exit_code` raises the first and prints a line of the second."""
+    with pytest.raises(RuntimeError, match="a bug") as bug, process_group("cpu"):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError):
+        exit_code(bug.value)
+    with pytest.raises(RankLost, match=r"rank 0.*closed"), process_group("cpu"):
+        raise RuntimeError("[../third_party/gloo/pair.cc:534] Connection closed by peer\nand more")
 
 
 def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
@@ -420,7 +438,7 @@ def test_a_single_process_syncs_after_each_step():
 
 @needs_sigkill
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean", "max", "on_rank_zero"])
+@pytest.mark.parametrize("name", ["mean", "max"])
 def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
     began = time.monotonic()
     assert run_two(name, tmp_path) == [1, -signal.SIGKILL]
@@ -433,12 +451,5 @@ def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
 @pytest.mark.slow
 def test_a_step_times_out_where_waiting_for_rank_zero_does_not(tmp_path, capfd):
     assert run_two("late", tmp_path) == [1, 1]
-    assert {path.name for path in tmp_path.iterdir()} == {"0 waited", "1 waited"}
+    assert {path.name for path in tmp_path.iterdir()} == {"0 started", "1 started", "0 waited", "1 waited"}
     assert "error: rank 0" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_bug_keeps_its_traceback(tmp_path, capfd):
-    assert run_two("bug", tmp_path) == [1, 1]
-    err = capfd.readouterr().err
-    assert err.count("RuntimeError: a bug") == 2 and "error: rank" not in err

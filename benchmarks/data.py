@@ -85,7 +85,7 @@ def main() -> None:
         batch.sum().item()  # wait for the device
         gather = (time.perf_counter() - start) / BATCHES
 
-    workers = arguments.num_workers
+    workers = max(1, arguments.num_workers)  # 0: this process decodes
     print(f"one core decodes       {single:8.0f} images/s")
     print(f"{workers} workers decode       {rate:8.0f} images/s, {rate / (workers * single):.0%} of {workers} cores")
     print(f"opening the cache      {opened * 1e3:8.1f} ms")

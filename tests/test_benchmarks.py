@@ -284,7 +284,7 @@ def test_loop_measures_whole_runs(make_config, no_report):
 
 def test_data_measures_decoding_opening_and_batches(monkeypatch, capsys):
     monkeypatch.setattr(data, "BATCHES", 5)
-    words = "data.py --images 300 --imsize 32 --batch_size 4 --num_workers 1"
+    words = "data.py --images 300 --imsize 32 --batch_size 4 --num_workers 0"
     monkeypatch.setattr(sys, "argv", words.split())
     data.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]

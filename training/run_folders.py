@@ -141,7 +141,7 @@ def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int)
 
 
 def _newest_later_step(config: Config, step: int) -> int | None:
-    """Return the step of the newest checkpoint after `step`."""
+    """Return the step of the newest checkpoint after `step`; None if there is none."""
     return max((found for found in checkpoint.list_steps(config.model_folder) if found > step), default=None)
 
 

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import build_trainer
+from conftest import assert_same_weights, build_trainer
 from PIL import Image
 
 import data_loader
@@ -35,12 +35,6 @@ BUSY = 2**30  # clock cycles, about half a second
 
 def losses_of(trainer, steps):
     return [{name: value.item() for name, value in trainer.train_step().items()} for _ in range(steps)]
-
-
-def assert_same_weights(first, second):
-    for one, other in ((first.G, second.G), (first.D, second.D), (first.ema.network, second.ema.network)):
-        for key, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[key]), key
 
 
 def penalty_gradients(D, *inputs):

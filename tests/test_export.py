@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import describe, train_in
 from PIL import Image
 
 import export
@@ -19,7 +20,6 @@ import main
 from exporting.safetensors_file import read_generator
 from parameter import get_parameters
 from sagan_models import Generator
-from training import recorder
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -36,12 +36,8 @@ FILES = {*export.FILES}
 def trained(tmp_path_factory):
     """A folder with a run of two steps of each of `RUNS`."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(recorder, "report_page", lambda *_: "")
-        for version, options in RUNS.items():
-            patch.setattr(sys, "argv", ["main.py", *SMALL, *options, "--total_step", "2", "--version", version])
-            assert main.main() == 0
+    for version, options in RUNS.items():
+        train_in(folder, *SMALL, *options, "--total_step", "2", "--version", version)
     return folder
 
 
@@ -133,8 +129,6 @@ def test_a_conditional_generator(run, tmp_path, monkeypatch, trained):
 
 
 def test_numpy_pillow_and_onnxruntime_are_all_that_the_first_way_needs():
-    from conftest import describe
-
     from exporting.model_card import model_card
 
     (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), ["onnx"], (), None), re.S)

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_lines, wait_for
+from conftest import log_lines, train_in, wait_for
 from PIL import Image
 
 import main
 from errors import stop_signals
 from sagan_models import Discriminator, Generator
 from trainer import Trainer
-from training import recorder
 
 ROOT = Path(__file__).parent.parent
 LOGS = "logs/sagan_celeb"
@@ -271,11 +270,7 @@ def test_a_path_that_is_a_file(fail, tmp_path, option):
 def finished(tmp_path_factory):
     """The folder of a run of two steps."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(recorder, "report_page", lambda *_: "")
-        patch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
-        assert main.main() == 0
+    train_in(folder, *TOY, "--total_step", "2")
     return folder
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import assert_as_recorded, fill_as_oracle, oracle_inputs, replay, shapes_of
+from conftest import shapes_of
+from recorded import assert_as_recorded, fill_as_oracle, oracle_inputs, replay
 from torch import nn
 
 from networks.losses import gradient_penalty

@@ -1,0 +1,395 @@
+"""Whole runs: their files, resuming, checkpoints, and what the options of a run do."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import D_STATS, assert_same_weights, build_trainer, log, metrics_of, weights_of
+from PIL import Image
+
+import tester
+from errors import UserError
+from training import checkpoint
+from training.resuming import load_test_checkpoint
+from utils import files_by_step
+
+
+def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer):
+    """Fused Adam on a CPU does not look at strides, and that on CUDA refuses different ones."""
+    make_trainer(total_step=2, version="whole").train()
+    saved = make_trainer(total_step=2, version="other")
+    saved.train()
+    path = saved.config.model_folder / "2_state.pth"
+    state = torch.load(path, weights_only=True)
+    changed = 0
+    for name in ("g_optimizer", "d_optimizer"):
+        for moments in state[name]["state"].values():
+            changed += not moments["exp_avg"].is_contiguous()
+            moments |= {key: moment.contiguous() for key, moment in moments.items()}
+    assert changed > 5
+    torch.save(state, path)
+    resumed = [make_trainer(total_step=4, version=name, pretrained_model="2") for name in ("whole", "other")]
+    for trainer in resumed:
+        trainer.train()
+    assert_same_weights(*resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(adv_loss="hinge"), dict(adv_loss="wgan-gp", conditional=True, n_critic=2)])
+def test_the_papers_networks_resume_exactly(make_trainer, options):
+    options |= dict(model="paper", imsize=64, batch_size=2, g_num=2)
+    whole = make_trainer(**options, version="whole", total_step=4)
+    whole.train()
+    make_trainer(**options, version="parts", total_step=2).train()
+    resumed = make_trainer(**options, version="parts", total_step=4, pretrained_model="latest")
+    resumed.train()
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("options", [{}, dict(model="paper", imsize=64, adv_loss="wgan-gp")])
+def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config, capsys, options):
+    options |= dict(attention="none", log_step=1)
+    whole = make_trainer(version="whole", total_step=2, **options)
+    whole.train()
+    config = whole.config
+    assert [path.name for path in config.attn_folder.iterdir() if path.name != ".lock"] == []
+    out = capsys.readouterr()
+    assert "explorer" not in out.out and "gamma" not in out.err
+    assert not any(name.startswith("gamma") for line in metrics_of(whole) for name in line)
+    make_trainer(version="parts", total_step=1, **options).train()
+    resumed = make_trainer(version="parts", total_step=2, pretrained_model="latest", **options)
+    resumed.train()
+    assert_same_weights(whole, resumed)
+    with pytest.raises(UserError, match=r"--attention none \(not full\)"):
+        make_trainer(version="parts", pretrained_model="latest", **(options | dict(attention="full")))
+    saved, tested = load_test_checkpoint(make_config(version="whole"), {"version"})
+    assert tested.attention == "none"
+    tester.Tester(tested, whole.loader, saved).test()
+    results = {path.name for path in (config.sample_folder / "test_2").iterdir()}
+    assert {"grid.png", "playground.html"} <= results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
+
+
+@pytest.mark.parametrize("options", [{}, dict(model="paper", conditional=True, imsize=64)])
+def test_d_is_compared_on_held_out_and_training_images(make_trainer, options):
+    """A D that has learned the training images alone has other logits on the held-out ones."""
+    trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
+    assert len(trainer.loader) == 3  # of 14 training images
+    before = weights_of(trainer)
+    means = trainer.monitor.holdout_logits(trainer.step)
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(trainer).items())  # spectral norm's too
+    trainer.D.eval()
+    held_out = trainer.loader.held_out(0, 4)
+    assert means["d_holdout"].item() == pytest.approx(trainer.D(*held_out).mean().item(), rel=1e-5, abs=1e-6)
+    assert means["d_train"].item() != means["d_holdout"].item()
+    trainer.D.train()
+    trainer.train()
+    (entry,) = metrics_of(trainer)
+    assert {"d_train", "d_holdout"} <= entry.keys()
+
+
+@pytest.mark.parametrize("loss, checked", [("hinge", [2, 4, 5]), ("wgan-gp", [])])
+def test_r_is_watched_where_logits_have_a_zero(make_trainer, monkeypatch, loss, checked):
+    seen = []
+    monkeypatch.setattr(
+        "trainer.OverfittingCheck",
+        lambda epoch: SimpleNamespace(add=lambda step, r: seen.append((epoch, step, r))),
+    )
+    trainer = make_trainer(adv_loss=loss, total_step=5, log_step=2, n_critic=2)  # 5 batches an epoch
+    trainer.train()
+    logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
+    assert seen == [(2, step, pytest.approx(logged[step])) for step in checked]
+
+
+def test_augmented_images_are_shown_at_the_start(make_trainer):
+    trainer = make_trainer(augment="cutout", total_step=1)
+    trainer.train()
+    real, augmented = (Image.open(trainer.config.sample_folder / f"{name}.png") for name in ("real", "augmented"))
+    assert real.size == augmented.size and real.tobytes() != augmented.tobytes()
+    make_trainer(total_step=1, overwrite=True).train()
+    assert not (trainer.config.sample_folder / "augmented.png").exists()
+
+
+@pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp", n_critic=2), dict(hflip=True, lr_schedule="linear"),
+                                     dict(imsize=64, g_conv_dim=16),
+                                     dict(augment="color,translation,cutout")])  # fmt: skip
+def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):
+    """Bit for bit: weights, EMA, optimizers, samples and the log."""
+    whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=6, **options)
+    whole.train()
+    schedule = {"total_step": 6} if "lr_schedule" in options else {"total_step": 3}
+    first = make_trainer(version="parts", log_step=1, sample_step=6, model_save_step=0.2, keep_checkpoints=0,
+                         **schedule, **options)  # fmt: skip
+    first.train()
+    resumed = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3", **options)
+    assert resumed.step == 3
+    resumed.train()
+
+    assert_same_weights(whole, resumed)
+    assert torch.equal(whole.fixed_z, resumed.fixed_z)
+    for name in ("g_optimizer", "d_optimizer"):
+        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, resumed)]
+        for index, state in states[0].items():
+            assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
+    for kind in ("fake", "ema"):
+        samples = [trainer.config.sample_folder / f"6_{kind}.png" for trainer in (whole, resumed)]
+        assert samples[0].read_bytes() == samples[1].read_bytes()
+    assert metrics_of(whole) == metrics_of(resumed)
+
+
+def test_a_run_writes_all_its_files(make_trainer):
+    trainer = make_trainer(total_step=5, log_step=2, sample_step=2, attn_step=4, model_save_step=0.4,
+                           use_tensorboard=True)  # fmt: skip
+    assert trainer.train() == 0  # five batches an epoch: a checkpoint every second step
+    config = trainer.config
+    figures = {f"{step}_{layer}.png" for step in (4, 5) for layer in ("G_attn1", "G_attn2", "D_attn1", "D_attn2")}
+    assert {path.name for path in config.attn_folder.glob("*.png")} == figures
+    samples = {f"{step}_{kind}.png" for step in (2, 4, 5) for kind in ("fake", "ema")} | {"real.png"}
+    assert {path.name for path in config.sample_folder.glob("*.png")} == samples
+    saved = {f"{step}_{part}.pth" for step in (2, 4, 5) for part in ("G", "D", "state")}
+    assert {path.name for path in config.model_folder.glob("*.pth")} == saved
+
+    lines = metrics_of(trainer)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
+    gammas = {f"gamma/{network}_attn{layer}" for network in "GD" for layer in (1, 2)}
+    assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d"}
+    (events,) = config.log_folder.glob("events.out.tfevents.*")
+    for tag in ("d_loss", "gamma/G_attn1", "sigma/D_l1", "samples/ema", "attention/D_attn2", "memory_mib"):
+        assert tag.encode() in events.read_bytes()
+    assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
+
+
+def test_an_attention_figure_has_a_row_for_each_of_g_num_images(make_trainer):
+    heights = []
+    for count in (1, 2, 4):
+        trainer = make_trainer(version=f"of_{count}", total_step=1, g_num=count)
+        trainer.train()
+        heights.append(Image.open(trainer.config.attn_folder / "1_G_attn1.png").height)
+    assert 0 < 2 * (heights[1] - heights[0]) == heights[2] - heights[1]
+
+
+def test_sampling_and_logging_leave_training_unchanged(make_trainer):
+    quiet = make_trainer(version="quiet", total_step=4, log_step=100, sample_step=100, attn_step=100)
+    busy = make_trainer(version="busy", total_step=4, log_step=1, sample_step=1, attn_step=1, model_save_step=0.2)
+    quiet.train()
+    busy.train()
+    assert_same_weights(quiet, busy)
+
+
+def test_the_learning_rate_does_not_jump_when_the_data_or_the_batch_changes(make_trainer, capsys):
+    """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
+    options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
+    make_trainer(**options, total_step=7).train()
+    changed = dict(toy_num=40, batch_size=2, g_num=2)
+    for total_step, pretrained_model in ((10, "7"), (40, "10")):  # continued twice
+        capsys.readouterr()
+        resumed = make_trainer(**options, **changed, total_step=total_step, pretrained_model=pretrained_model)
+        resumed.train()
+        assert ("40 training images; the checkpoint was trained with 20" in capsys.readouterr().err) == (
+            total_step == 10
+        )
+    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
+    assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
+
+
+def test_weights_without_a_state_file_resume_with_a_warning(make_trainer, capsys):
+    first = make_trainer()
+    first.train()
+    (first.config.model_folder / "3_state.pth").unlink()
+    capsys.readouterr()
+    resumed = make_trainer(pretrained_model="latest", total_step=4)
+    assert "optimizers" in capsys.readouterr().err
+    assert torch.equal(resumed.G.last[0].weight, first.G.last[0].weight)
+    assert torch.equal(resumed.ema.network.last[0].weight, first.G.last[0].weight)
+    (first.config.sample_folder / "real.png").unlink()  # as if the weights came from elsewhere
+    assert resumed.train() == 0
+    assert (first.config.sample_folder / "real.png").exists()
+
+
+def test_resuming_with_other_options_names_and_uses_them(make_trainer, capsys):
+    make_trainer().train()
+    capsys.readouterr()
+    trainer = make_trainer(pretrained_model="3", total_step=4, g_lr=0.5)
+    assert "--g_lr 0.5 (was 0.0001)" in capsys.readouterr().out
+    trainer.train_step()
+    assert trainer.g_optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_resuming_a_finished_run_takes_no_step(make_trainer):
+    make_trainer().train()
+    resumed = make_trainer(pretrained_model="latest")
+    before = weights_of(resumed)
+    assert resumed.train() == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(resumed).items())
+
+
+def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer):
+    first = make_trainer()
+    first.train()
+    resumed = make_trainer(pretrained_model="latest", batch_size=8, total_step=4, sample_step=4)
+    assert torch.equal(resumed.fixed_z, first.fixed_z)
+    resumed.train()
+    samples = [Image.open(first.config.sample_folder / f"{step}_ema.png").size for step in (3, 4)]
+    assert samples[0] == samples[1]
+
+
+def test_save_minutes_saves_by_the_clock(make_trainer):
+    """Checkpoints for resuming only, which do not stay; the last one has exports."""
+    trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2)
+    trainer.train()
+    left = {path.name for path in trainer.config.model_folder.glob("*.pth")}
+    assert left == {"4_state.pth", "5_state.pth", "5_G.pth", "5_D.pth"}
+
+
+def test_checkpoints_of_a_small_dataset_are_at_least_min_save_step_apart(make_trainer):
+    trainer = make_trainer(total_step=7, model_save_step=0.2, min_save_step=3, keep_checkpoints=0)
+    trainer.train()
+    assert checkpoint.list_steps(trainer.config.model_folder) == [7, 6, 3]
+
+
+def test_old_results_are_thinned_as_the_options_say(make_trainer):
+    trainer = make_trainer(total_step=9, sample_step=1, attn_step=2, keep_samples=3, model_save_step=0.2,
+                           keep_checkpoints=2, keep_weights=4)  # fmt: skip
+    trainer.train()
+    assert list(files_by_step(trainer.config.model_folder, "state.pth")) == [8, 9]
+    assert list(files_by_step(trainer.config.model_folder, "G.pth")) == [4, 5, 6, 7, 8, 9]
+    assert list(files_by_step(trainer.config.sample_folder, "ema.png")) == [4, 8, 9]
+    assert list(files_by_step(trainer.config.attn_folder, "G_attn1.png")) == [4, 8, 9]
+
+
+def test_model_save_step_counts_epochs_of_the_data(make_trainer):
+    """20 images and batch size 4 make an epoch of 5 batches, of which a step uses n_critic."""
+    trainer = make_trainer(n_critic=2, model_save_step=2.0, total_step=7)
+    trainer.train()
+    assert {path.name for path in trainer.config.model_folder.glob("*_state.pth")} == {"5_state.pth", "7_state.pth"}
+
+
+def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
+    first = make_trainer(model_save_step=0.2)
+    first.train()
+    trainer = make_trainer(model_save_step=0.2, pretrained_model="latest", total_step=9)
+    train_step = trainer.train_step
+
+    def spoil():
+        stats = train_step()
+        if trainer.step == 5:
+            trainer.ema.network.last[0].bias.data[0] = float("nan")
+        return stats
+
+    monkeypatch.setattr(trainer, "train_step", spoil)
+    with pytest.raises(UserError, match="--pretrained_model 4"):
+        trainer.train()
+    assert checkpoint.list_steps(first.config.model_folder)[0] == 4
+
+
+def test_resuming_a_checkpoint_of_another_version_lists_the_changed_options(make_trainer, capsys):
+    first = make_trainer()
+    first.train()
+    path = first.config.model_folder / "3_state.pth"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["save_minutes"], state["config"]["augment"]
+    state["config"]["color"] = "blue"
+    torch.save(state, path)
+    make_trainer(pretrained_model="latest", total_step=4, save_minutes=5)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "resuming from step 3; changed options: --total_step 4 (was 3), --save_minutes 5 (was 10.0), "
+        "color blue (no longer an option)"
+    )
+
+
+def test_bf16_resumes_bit_for_bit_and_stays_near_fp32(make_trainer):
+    exact = make_trainer(version="fp32")
+    whole = make_trainer(version="whole", total_step=4, precision="bf16")
+    losses = [exact.train_step()["d_loss"].item(), whole.train_step()["d_loss"].item()]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+    whole.train()
+    make_trainer(version="parts", total_step=2, precision="bf16").train()
+    resumed = make_trainer(version="parts", total_step=4, precision="bf16", pretrained_model="latest")
+    resumed.train()
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat(make_trainer, monkeypatch):
+    trainer = make_trainer(total_step=1000, sample_step=25, attn_step=100, model_save_step=10, log_step=5)
+    seen = []
+    train_step = trainer.train_step
+
+    def watched():
+        if trainer.step % 250 == 1:
+            memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            seen.append((memory, len(os.listdir("/proc/self/fd"))))
+        return train_step()
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    trainer.train()
+    seen = seen[1:]  # the first is of step 1
+    memory, files = zip(*seen, strict=True)
+    assert max(memory) - memory[0] < 10, memory  # MiB
+    assert max(files) - files[0] <= 2, files  # an image that is being written
+
+
+def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
+    """The second of four evaluations has the lowest FID; the last one fails."""
+    scores = iter([9.0, 3.0, 5.0, UserError("the disk is full")])
+
+    def compute_metrics(config, G, z, loader):
+        assert not G.training and z.shape == (config.metric_num, config.z_dim)
+        G(z[:4])
+        score = next(scores)
+        if isinstance(score, UserError):
+            raise score
+        return {"fid": score}
+
+    monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
+    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
+    measured = make_trainer(metrics="fid", metric_step=1, metric_num=12, total_step=4, version="measured")
+    plain = make_trainer(total_step=4, version="plain")
+    for trainer in (measured, plain):
+        trainer.train()
+    assert_same_weights(measured, plain)
+    lines = (measured.config.log_folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("fid") for line in lines] == [9.0, 3.0, 5.0, None]
+    assert "the disk is full" in capsys.readouterr().err
+    best = checkpoint.load(measured.config.model_folder, "best")
+    assert best.step == 2
+    assert checkpoint.list_steps(measured.config.model_folder) == [4]  # `latest` does not find the best one
+
+    scores = iter([4.0])  # lower than the last, not than the lowest before the stop
+    resumed = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
+                             pretrained_model="latest")  # fmt: skip
+    resumed.train()
+    assert checkpoint.load(measured.config.model_folder, "best").step == 2
+    make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(make_trainer, monkeypatch, use_ema):
+    measured = []
+    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, z, loader: measured.append((G, len(z))) or {})
+    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
+    trainer = make_trainer(metrics="fid", metric_num=11, use_ema=use_ema)
+    trainer.train()
+    assert measured == [(trainer.ema.network if use_ema else trainer.G, 11)]
+
+
+def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):
+    trainer = build_trainer(make_config(version="named"))
+    config = trainer.config
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    paths = [
+        config.log_folder / "report.html",
+        config.attn_folder / "3_explorer.html",
+        config.sample_folder / "3_ema.png",
+    ]
+    assert [line.strip() for line in lines[-3:]] == [str(path) for path in paths]
+    assert all(path.exists() for path in paths)
+    report = (config.log_folder / "report.html").read_text(encoding="utf-8")
+    assert "step 3 of 3" in report and "finished" in report
+    assert f"../../attn_path/{config.version}/3_explorer.html" in report
+    assert not list(config.log_folder.glob("*.tmp"))

@@ -64,7 +64,11 @@ AUGMENTATIONS = Constraint(
 WIDTH = Constraint(lambda value: 0 < value <= 1024 and value % 8 == 0, "a multiple of 8 from 8 to 1024")
 DATASET = one_of("celeb", "lsun", "cifar10", "folder", "toy")
 DEVICE = matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mps")
-CHECKPOINT = matches(r"[0-9]+|latest|auto|best", "a step, latest, auto or best")
+FILE_ENDINGS = (".pth", ".safetensors")
+CHECKPOINT = Constraint(
+    lambda value: re.fullmatch(r"[0-9]+|latest|auto|best", value) or value.endswith(FILE_ENDINGS),
+    "a step, latest, auto, best, or the path of a .pth or .safetensors file",
+)
 PATH = matches(r"[^\0]+", "a path")
 WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
 CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
@@ -120,7 +124,9 @@ class Config:
     ema_decay: float = option(0.999, "decay of the EMA generator, ramped up over the first steps", FRACTION)
     seed: int = option(0, "seed of weights, z, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(
-        None, "checkpoint to resume from or evaluate; best: lowest FID; auto: latest, else a new run", CHECKPOINT
+        None,
+        "checkpoint to resume from or evaluate; best: see --metrics; auto: latest, else a new run; a file: of any run",
+        CHECKPOINT,
     )
 
     dataset: str = option("celeb", "training images; toy: drawn faces, no files needed", DATASET, group="Data")
@@ -170,7 +176,8 @@ class Config:
     )
     metrics: str | None = option(
         None,
-        "FID, KID, Inception score, precision and recall, face rate, distance of HOG features; also during training",
+        "FID, KID, Inception score, precision and recall, face rate, distance of HOG features; also during training, "
+        "which keeps the checkpoint with the lowest of the first that is a distance (fid, kid, hog) as the best",
         METRICS,
     )
     metric_step: int = option(10_000, "steps between evaluations of --metrics during training", at_least(1))
@@ -220,6 +227,12 @@ class Config:
         samples = max(self.num_samples, 4)  # as many z are drawn
         if any(int(number) >= samples for number in self.corners.split(",")):
             raise UserError(f"--corners {self.corners}: samples are numbered 0 to {samples - 1}; see --num_samples")
+
+    @property
+    def pretrained_file(self) -> Path | None:
+        """The path that `--pretrained_model` is; None if it names a checkpoint of this run."""
+        is_file = self.pretrained_model is not None and self.pretrained_model.endswith(FILE_ENDINGS)
+        return Path(os.path.expanduser(self.pretrained_model)) if is_file else None
 
     @property
     def sample_folder(self) -> Path:

@@ -7,7 +7,6 @@ position): a run that was stopped and resumed takes the same steps as one that w
 """
 
 import dataclasses
-import math
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from data_loader import Loader
 from datasets.labels import Labels, list_classes
 from errors import UserError, warn
 from metrics.evaluation import check_metrics, compute_metrics
+from metrics.scores import DISTANCES
 from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.latents import as_arguments, sample_z
 from networks.losses import LOSSES, gradient_penalty
@@ -35,7 +35,7 @@ from training.divergence import NonFiniteError, NonFiniteGuard
 from training.models import MODELS, network_options
 from training.monitor import Monitor
 from training.overfitting import OverfittingCheck
-from training.recorder import NullRecorder, Recorder
+from training.recorder import Recorder
 from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
 from training.run_folders import check_folders
 from training.schedule import Schedule
@@ -80,7 +80,6 @@ class Trainer:
             use_graph = can_capture(self.device, config.cuda_graph, ranks.size)
         self.memory_format = conv_memory_format(self.device, self.precision)
         self.step = 0
-        self.best_fid = math.inf
         self.saved_schedule: dict[str, Any] | None = None
         self.saved_data: dict[str, int] | None = None
 
@@ -256,10 +255,7 @@ class Trainer:
             with ExitStack() as stack:
                 stop = stack.enter_context(StopSignals())
                 with ranks.raise_together():
-                    recorder = stack.enter_context(self._open_recorder())
-                    recorder.real_images(self.monitor.real_images(), "real")
-                    if self.augmentations:
-                        recorder.real_images(self.monitor.augmented_images(self.augmentations), "augmented")
+                    recorder = self._open_recorder(stack) if ranks.is_rank_zero else None
                 print(config.summary())
                 print(f"data: {self.loader.source.description}")
                 if self.classes:
@@ -293,10 +289,13 @@ class Trainer:
         epochs = self.config.model_save_step * len(self.loader) / self.config.n_critic
         return max(self.config.min_save_step, round(epochs))
 
-    def _loop(self, recorder: Recorder | NullRecorder, stop: StopSignals) -> int:
-        """Take steps until `total_step` or a signal to any rank. Returns the signal's number, or 0."""
+    def _loop(self, recorder: Recorder | None, stop: StopSignals) -> int:
+        """Take steps until `total_step` or a signal to any rank; rank 0 records. Returns the signal's number, or 0."""
         config, ranks, signal_number = self.config, self.ranks, 0
         sync = SyncSchedule(ranks, self.step)
+        with ranks.raise_together():  # a run that ended while it computed metrics had saved its checkpoint before
+            if recorder and self.step and "metrics" in self._due() and not recorder.has_scores(self.step):
+                self._evaluate(recorder, stop)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
             due = self._due()
@@ -304,62 +303,71 @@ class Trainer:
                 stats = ranks.mean(stats)
             if due or sync.is_due(self.step):
                 with ranks.raise_together():  # the other ranks wait here for what rank 0 writes
-                    self._record(recorder, due, stats)
+                    if recorder:
+                        self._record(recorder, due, stats, stop)
                 signal_number = ranks.max(stop.received)
                 sync.done(self.step)
         with ranks.raise_together():
-            attention = self.monitor.attention()
-            if signal_number and ranks.is_rank_zero and recorder.saved_step != self.step:
-                recorder.checkpoint(self.step, self._state())
-                recorder.attention(self.step, attention)
-            if config.attention == "full":
-                recorder.explorer(self.step, attention)
+            if recorder:
+                if signal_number and recorder.saved_step != self.step:
+                    recorder.checkpoint(self.step, self._state())
+                if config.attention == "full":
+                    attention = self.monitor.attention()
+                    recorder.attention(self.step, attention)
+                    recorder.explorer(self.step, attention)
         return signal_number
 
     def _due(self) -> set[str]:
-        """Return the names of what is due after this step; after the last step, all of them."""
+        """Return the names of what is due after this step; after the last step all of them, attention by `_loop`."""
         config = self.config
-        every = {"log": config.log_step, "samples": config.sample_step, "attention": config.attn_step}
-        every |= {"checkpoint": self.save_step} | ({"metrics": config.metric_step} if config.metrics else {})
+        every = {"log": config.log_step, "samples": config.sample_step, "checkpoint": self.save_step}
+        every |= {"metrics": config.metric_step} if config.metrics else {}
         due = {name for name, steps in every.items() if self.step % steps == 0 or self.step == config.total_step}
-        return due | {"log"} if "metrics" in due else due
+        return due | {"attention"} if self.step % config.attn_step == 0 else due
 
-    def _record(self, recorder: Recorder | NullRecorder, due: set[str], stats: dict[str, Tensor]) -> None:
-        """Record what is due. A checkpoint is also due by the clock, which rank 0 alone looks at."""
+    def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopSignals) -> None:
+        """Record what is due: the checkpoint before all that takes time. It is also due by the clock."""
         config = self.config
         recorder.advance(self.step)
         if due:
             self.guard.check_losses()
-        scores = self._evaluate(recorder) if "metrics" in due and self.ranks.is_rank_zero else {}
-        if "log" in due and self.ranks.is_rank_zero:
+        if "log" in due:
             tensors = stats | gammas_and_sigmas("G", self.G) | gammas_and_sigmas("D", self.D)
             tensors |= self.monitor.holdout_logits(self.step) if config.holdout else {}
-            recorder.log(self.step, tensors, self._learning_rates() | scores)
+            recorder.log(self.step, tensors, self._learning_rates())
             if config.adv_loss == "hinge":  # the critic of wgan-gp has no zero
                 self.overfitting.add(self.step, stats["d_sign"].item())
-        if "samples" in due:
-            recorder.samples(self.step, self.monitor.samples())
-        if "attention" in due:
-            recorder.attention(self.step, self.monitor.attention())
         if "checkpoint" in due:
             recorder.checkpoint(self.step, self._state())
         elif recorder.is_save_overdue():
             recorder.checkpoint(self.step, self._state(), export=False)
+        if "samples" in due:
+            recorder.samples(self.step, self.monitor.samples())
+        if "attention" in due:
+            recorder.attention(self.step, self.monitor.attention())
+        if "metrics" in due:
+            self._evaluate(recorder, stop)
 
-    def _evaluate(self, recorder: Recorder | NullRecorder) -> dict[str, float]:
-        """Compute metrics of the EMA generator (of G without --use_ema); save the checkpoint with the lowest FID."""
+    def _evaluate(self, recorder: Recorder, stop: StopSignals) -> None:
+        """Log the metrics of the EMA generator (of G without --use_ema), and save the best checkpoint; until a signal.
+
+        The best one has the lowest of the first of `--metrics` that is a distance.
+        """
         config, network = self.config, self.ema.network if self.config.use_ema else self.G
         z = sample_z(derive_seed(config.seed, SEED_METRICS), config.metric_num, config.z_dim, self.device)
         try:
             with eval_mode(network):
-                scores = compute_metrics(config, network, z, self.loader)
+                scores = compute_metrics(config, network, z, self.loader, lambda: stop.received > 0)
         except UserError as error:  # such as a full disk: no reason to stop training
             warn(f"metrics skipped at step {self.step}: {error}")
-            return {}
-        if scores.get("fid", math.inf) < self.best_fid:
-            self.best_fid = scores["fid"]
-            recorder.checkpoint("best", self._state())
-        return scores
+            return
+        recorder.scores(self.step, scores)
+        if distance := next((name for name in config.metrics.split(",") if name in DISTANCES), None):
+            best = {"step": self.step, "score": scores[distance], "metric": distance, "images": config.metric_num,
+                    "ema": config.use_ema, "data": self.loader.identity["checksum"],
+                    "extractor": config.feature_extractor}  # fmt: skip
+            if recorder.is_best(best):
+                recorder.checkpoint("best", self._state() | {"best": best})
 
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
@@ -370,11 +378,14 @@ class Trainer:
                     "the machines have different images or labels: copy the images, or --cache_path, to all of them"
                 )
 
-    def _open_recorder(self) -> Recorder | NullRecorder:
-        if not self.ranks.is_rank_zero:
-            return NullRecorder()
+    def _open_recorder(self, stack: ExitStack) -> Recorder:
         skipped, total = self.loader.skipped, len(self.loader.source.items)
-        return Recorder(self.config, self.step, self.device, self.precision, skipped, total, self.classes)
+        recorder = Recorder(self.config, self.step, self.device, self.precision, skipped, total, self.classes)
+        stack.enter_context(recorder)
+        recorder.real_images(self.monitor.real_images(), "real")
+        if self.augmentations:
+            recorder.real_images(self.monitor.augmented_images(self.augmentations), "augmented")
+        return recorder
 
     def _print_outcome(self, signal_number: int) -> None:
         """Print how to resume after a signal, otherwise which files to open first."""
@@ -425,7 +436,6 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_z,
-            "best_fid": self.best_fid,
             "schedule": dataclasses.asdict(self.schedule),
             "data": self.loader.identity,
             "classes": list(self.classes),
@@ -446,7 +456,6 @@ class Trainer:
         with reraise_load_errors(saved.step):
             self.fixed_z = saved.state["fixed_z"].to(self.device)
             # Checkpoints of older versions do not have these.
-            self.best_fid = saved.state.get("best_fid", math.inf)
             self.saved_schedule, self.saved_data = saved.state.get("schedule"), saved.state.get("data")
             for name, optimizer in (("g_optimizer", self.g_optimizer), ("d_optimizer", self.d_optimizer)):
                 # Learning rates and betas are this run's options, not the saved ones.

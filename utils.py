@@ -182,14 +182,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @contextmanager
 def eval_mode(*networks: nn.Module) -> Iterator[None]:
-    """Put networks in evaluation mode without gradients; back to training mode at the end."""
-    for network in networks:
+    """Put networks in evaluation mode without gradients; those that were in training mode are again at the end."""
+    training = [network for network in networks if network.training]
+    for network in training:
         network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for network in networks:
+        for network in training:
             network.train()
 
 
@@ -206,14 +207,14 @@ def no_param_grads(network: nn.Module) -> Iterator[None]:
 class EMA:
     """Exponential moving average of a generator, `network`: it makes better images than the newest weights.
 
-    Weights and BatchNorm statistics are averaged. Counters are copied, and so are the singular vectors of spectral
-    norm, because the mean of unit vectors is not a unit vector. The decay is ``(1 + step) / (10 + step)`` up to
-    `decay`, so that the average does not lag behind in the first steps.
+    It is always in evaluation mode. Weights and BatchNorm statistics are averaged. Counters are copied, and so are the
+    singular vectors of spectral norm, because the mean of unit vectors is not a unit vector. The decay is
+    ``(1 + step) / (10 + step)`` up to `decay`, so that the average does not lag behind in the first steps.
     """
 
     def __init__(self, source: nn.Module, decay: float):
         self.decay = decay
-        self.network = copy.deepcopy(source).requires_grad_(False)
+        self.network = copy.deepcopy(source).requires_grad_(False).eval()
         ours, theirs = self.network.state_dict(), source.state_dict()  # share memory with the networks
         vectors = [key for key in ours if key.endswith(("_u", "_v"))]
         counters = [key for key in ours if key.endswith("num_batches_tracked")]
@@ -260,7 +261,7 @@ class StopSignals:
 
 def files_by_step(folder: Path, ending: str) -> dict[int, Path]:
     """Return the files `{step}_{ending}` of a folder by step, in ascending order; {} if there is no such folder."""
-    pattern = re.compile(rf"([0-9]+)_{re.escape(ending)}")
+    pattern = re.compile(rf"(0|[1-9][0-9]*)_{re.escape(ending)}")
     matches = (pattern.fullmatch(path.name) for path in folder.glob("*"))
     return {step: folder / name for step, name in sorted((int(match[1]), match[0]) for match in matches if match)}
 

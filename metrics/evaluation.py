@@ -1,6 +1,7 @@
 """The metrics that `--metrics` lists, in training and in `--train false`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ def check_metrics(config: Config, device: torch.device) -> None:
         check_requirements(config.metrics.split(","), config.imsize, device, _feature_extractor(config))
 
 
-def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> dict[str, float]:
+def compute_metrics(
+    config: Config, G: nn.Module, z: Tensor, loader: Loader, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Compute the metrics of G's images of z (N, z_dim) against the loader's images; see `metrics/scores.py`.
 
     The classes of a conditional G's images are drawn by their frequency in the loader's, from the seed.
@@ -32,6 +35,7 @@ def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> 
         G: in evaluation mode.
         z: an image is generated for each; also the maximum number of real images.
         loader: opened.
+        should_stop: asked before each batch of images.
 
     Raises:
         UserError: see `compute_scores`.
@@ -50,6 +54,7 @@ def compute_metrics(config: Config, G: nn.Module, z: Tensor, loader: Loader) -> 
         cache_path=Path(os.path.expanduser(config.cache_path)),
         real_name=f"{loader.source.name}_{loader.source.fingerprint}",
         feature_extractor=_feature_extractor(config),
+        should_stop=should_stop,
     )
 
 

@@ -51,6 +51,7 @@ from errors import UserError, warn_once
 from utils import progress
 
 OPENCV_METRICS = ("faces", "hog")
+DISTANCES = ("fid", "kid", "hog")  # the lower the better
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
 OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.opencv": "opencv-python-headless<5"}
@@ -78,6 +79,7 @@ def compute_scores(
     cache_path: Path,
     real_name: str,
     feature_extractor: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Compare generated images with real ones. Saves and restores RNG state and backend flags.
 
@@ -93,6 +95,7 @@ def compute_scores(
             can be written.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
         feature_extractor: a TorchScript file to use instead of Inception and VGG16.
+        should_stop: asked before each batch of images.
 
     Returns:
         Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real, hog, hog_real that
@@ -100,14 +103,25 @@ def compute_scores(
 
     Raises:
         UserError: a library, weights or the extractor is missing or unusable, there are too few images, the disk is
-            full, or generated images are not finite.
+            full, generated images are not finite, or it was told to stop.
     """
+
+    def stoppable(read: ImageFn) -> ImageFn:
+        def checked(start: int, count: int) -> Tensor:
+            if should_stop():
+                raise UserError("stopped by a signal")
+            return read(start, count)
+
+        return checked
+
     fewest = min(num_images, len(real))
     if fewest < MIN_IMAGES:
         raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
-    fakes = Images(lambda start, count: _to_uint8(generate(start, count)), num_images)
-    reals = Images(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous(), fewest)
+    fakes = Images(stoppable(lambda start, count: _to_uint8(generate(start, count))), num_images)
+    reals = Images(
+        stoppable(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous()), fewest
+    )
     key = f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
     scores: dict[str, float] = {}
     with preserve_global_state(device), _open_cache(cache_path / "metrics") as cache:

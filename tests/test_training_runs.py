@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 import tester
 from errors import UserError
+from metrics.evaluation import compute_metrics
 from training import checkpoint
 from training.resuming import load_test_checkpoint
 from utils import files_by_step
@@ -333,44 +336,114 @@ def test_memory_and_open_files_stay_flat(make_trainer, monkeypatch):
     assert max(files) - files[0] <= 2, files  # an image that is being written
 
 
-def test_the_checkpoint_with_the_lowest_fid_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
-    """The second of four evaluations has the lowest FID; the last one fails."""
-    scores = iter([9.0, 3.0, 5.0, UserError("the disk is full")])
+def evaluations(monkeypatch, *scores):
+    """Let the metrics of a run be these dicts, or raise these errors, one after the other."""
+    scores = iter(scores)
 
-    def compute_metrics(config, G, z, loader):
+    def compute_metrics(config, G, z, *_):
         assert not G.training and z.shape == (config.metric_num, config.z_dim)
         G(z[:4])
         score = next(scores)
         if isinstance(score, UserError):
             raise score
-        return {"fid": score}
+        return score
 
     monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
     monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
-    measured = make_trainer(metrics="fid", metric_step=1, metric_num=12, total_step=4, version="measured")
+
+
+def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
+    """The second of four evaluations has the lowest distance; the last one fails."""
+    options = dict(metrics="isc,kid,fid", metric_step=1, metric_num=12, version="measured")
+    evaluations(monkeypatch, *({"fid": -kid, "kid": kid} for kid in (9.0, 3.0, 5.0)), UserError("the disk is full"))
+    measured = make_trainer(total_step=4, **options)
     plain = make_trainer(total_step=4, version="plain")
     for trainer in (measured, plain):
         trainer.train()
     assert_same_weights(measured, plain)
     lines = (measured.config.log_folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("fid") for line in lines] == [9.0, 3.0, 5.0, None]
+    scores = [(entry["step"], entry["kid"]) for entry in map(json.loads, lines) if "kid" in entry]
+    assert scores == [(1, 9.0), (2, 3.0), (3, 5.0)]
     assert "the disk is full" in capsys.readouterr().err
     best = checkpoint.load(measured.config.model_folder, "best")
     assert best.step == 2
     assert checkpoint.list_steps(measured.config.model_folder) == [4]  # `latest` does not find the best one
 
-    scores = iter([4.0])  # lower than the last, not than the lowest before the stop
-    resumed = make_trainer(metrics="fid", metric_step=5, metric_num=12, total_step=5, version="measured",
-                             pretrained_model="latest")  # fmt: skip
-    resumed.train()
-    assert checkpoint.load(measured.config.model_folder, "best").step == 2
-    make_trainer(metrics="fid", total_step=6, version="measured", pretrained_model="best", overwrite=True)
+    def best_after(score, **changes):
+        """The step of the best checkpoint after one more evaluation."""
+        evaluations(monkeypatch, {"fid": score, "kid": score})
+        step = max(checkpoint.list_steps(measured.config.model_folder)) + 1
+        options.update(changes, metric_step=step, pretrained_model="latest")
+        make_trainer(total_step=step, **options).train()
+        return checkpoint.load(measured.config.model_folder, "best").step
+
+    assert best_after(4.0) == 2  # lower than the last, not than the lowest before the stop
+    assert best_after(4.0, metric_num=11) == 6  # of fewer images: not comparable
+    assert best_after(5.0) == 6
+    assert best_after(6.0, use_ema=False) == 8
+    assert best_after(7.0, metrics="fid") == 9
+    assert best_after(8.0, toy_num=99) == 10
+    evaluations(monkeypatch)
+    make_trainer(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True}).train()
+
+
+def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch):
+    """The signal comes while metrics are computed, and attention maps run out of memory."""
+    seen = []
+
+    def stopped(config, *arguments):
+        wait_for(config.model_folder / f"{trainer.step}_state.pth")
+        seen.append(trainer.step)
+        signal.raise_signal(signal.SIGTERM)
+        return compute_metrics(config, *arguments)
+
+    def out_of_memory():
+        wait_for(trainer.config.model_folder / f"{trainer.step}_state.pth")
+        raise RuntimeError("out of memory")
+
+    options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4)
+    trainer = make_trainer(model_save_step=0.4, **options)  # a checkpoint every second step
+    monkeypatch.setattr("trainer.compute_metrics", stopped)
+    assert trainer.train() == 128 + signal.SIGTERM and seen == [2]
+    trainer = make_trainer(pretrained_model="latest", **options)  # none is due at step 3, the first after the signal
+    monkeypatch.setattr(trainer.monitor, "attention", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert seen == [2, 2] and checkpoint.list_steps(trainer.config.model_folder) == [3, 2]
+    log = trainer.config.log_folder / "metrics.jsonl"
+    assert "hog" not in log.read_text()
+
+    monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
+    make_trainer(pretrained_model="latest", **options).train()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines() if "hog" in line] == [2, 4]
+
+
+def wait_for(path):
+    """Wait until a background thread has written a file."""
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} was not saved first"
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
+    whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=1, model_save_step=0.1)
+    whole.train()
+    state = whole.config.model_folder / "3_state.pth"
+    branch = make_trainer(version="branch", total_step=6, log_step=1, sample_step=1, pretrained_model=str(state))
+    branch.train()
+    assert_same_weights(whole, branch)
+    log = (branch.config.log_folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [4, 5, 6]
+    assert checkpoint.list_steps(whole.config.model_folder)[0] == 6
+    with pytest.raises(UserError, match="--overwrite true"):
+        make_trainer(version="branch", total_step=9, pretrained_model=str(state)).train()
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(make_trainer, monkeypatch, use_ema):
     measured = []
-    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, z, loader: measured.append((G, len(z))) or {})
+    monkeypatch.setattr("trainer.compute_metrics", lambda _, G, z, *__: measured.append((G, len(z))) or {"fid": 1.0})
     monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
     trainer = make_trainer(metrics="fid", metric_num=11, use_ema=use_ema)
     trainer.train()

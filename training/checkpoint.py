@@ -39,8 +39,8 @@ Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 class Checkpoint:
     """State dicts of G and D on the CPU, and the state that was saved with them.
 
-    `state` is None for weights without a state file: those saved by the reference, and those of old checkpoints. `D` is
-    None for a generator that came without its discriminator.
+    `state` is None for weights without a state file, such as the reference's. `D` is None for a generator that came
+    without its discriminator.
     """
 
     step: int
@@ -94,21 +94,24 @@ def save(
             path.unlink(missing_ok=True)
 
 
-def load(folder: Path, wanted: str, *, needs_D: bool = True) -> Checkpoint:
+def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoint:
     """Read a checkpoint to the CPU, with `weights_only=True`: code inside the files does not run.
 
     Args:
         folder: where the checkpoints are.
-        wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged.
+        wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged; or the path of a
+            `*_state.pth`, or of a `*_G.pth`, beside which its `*_D.pth` is.
         needs_D: do not return a generator alone.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    if isinstance(wanted, Path):
+        return _load_file(wanted, needs_D)
     names = _candidates(folder, wanted, needs_D)
     for name in names:
         try:
-            return _load(folder, name, needs_D)
+            return _load_file(path_of(folder, name), needs_D)
         except UserError as error:
             if name == names[-1]:
                 raise
@@ -184,7 +187,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def reraise_load_errors(name: Name) -> Iterator[None]:
+def reraise_load_errors(name: Name | str) -> Iterator[None]:
     """Raise `UserError` for parts that are missing or have the wrong shape, while a checkpoint's content is used."""
     try:
         yield
@@ -192,11 +195,30 @@ def reraise_load_errors(name: Name) -> Iterator[None]:
         raise UserError(f"checkpoint {name} is incomplete or incompatible: {one_line(error)}") from error
 
 
+def path_of(folder: Path, name: Name | str) -> Path:
+    """Return the file that holds a checkpoint: its state, or the weights of G where there is none."""
+    state = _path(folder, name, "state")
+    return state if state.exists() else _path(folder, name, "G")
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Return the content of a state file without reading its tensors; {} if it is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `_read`
+        return {}
+
+
+def peek_best(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's best checkpoint; see `peek`."""
+    return peek(_path(folder, "best", "state"))
+
+
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     """Return the checkpoints that `wanted` may mean, in the order in which to try them; `UserError` if none."""
     if wanted == "best":
         if not _path(folder, "best", "state").exists():
-            raise UserError(f"--pretrained_model best: none in {folder}; a run with --metrics fid saves one")
+            raise UserError(f"--pretrained_model best: none in {folder}; --metrics fid, kid or hog saves one")
         return ["best"]
     steps = list_steps(folder, needs_D=needs_D)
     found = steps if wanted == "latest" else [step for step in steps if step == int(wanted)]
@@ -211,20 +233,27 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     raise UserError(f"--pretrained_model {wanted}: not in {folder}; newest there: {', '.join(map(str, newest))}")
 
 
-def _load(folder: Path, name: Name, needs_D: bool) -> Checkpoint:
-    state_path = _path(folder, name, "state")
-    state = _read(state_path) if state_path.exists() else None
-    networks = state or {}
-    if "G" not in networks:  # weights only, or a state file of an older version, which left G and D to their own files
-        parts = ("G", "D") if needs_D or _path(folder, name, "D").exists() else ("G",)
-        networks = {part: _read(_path(folder, name, part)) for part in parts}
+def _load_file(path: Path, needs_D: bool) -> Checkpoint:
+    """Read a state file, or weights, whose step is the number in their name, 0 if there is none."""
+    name, _, ending = path.name.rpartition("_")
+    if not path.exists():
+        raise UserError(f"--pretrained_model: there is no {path}")
+    if ending == "state.pth":
+        state = _read(path)
+        with reraise_load_errors(name):
+            return Checkpoint(state["step"], state["G"], state["D"], state)
+    if ending != "G.pth":
+        raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth or _G.pth")
+    D_path = path.with_name(f"{name}_D.pth")
+    if needs_D and not D_path.exists():
+        raise UserError(f"--pretrained_model {path}: {D_path} is missing; only --train false can do without")
+    D = _read(D_path) if D_path.exists() else None
     with reraise_load_errors(name):
-        G = strip_dataparallel_prefix(networks["G"])
-        D = strip_dataparallel_prefix(networks["D"]) if "D" in networks else None
-        return Checkpoint(state["step"] if name == "best" else name, G, D, state)
+        G = strip_dataparallel_prefix(_read(path))
+        return Checkpoint(int(name) if name.isdecimal() else 0, G, strip_dataparallel_prefix(D) if D else None, None)
 
 
-def _path(folder: Path, name: Name, part: str) -> Path:
+def _path(folder: Path, name: Name | str, part: str) -> Path:
     return folder / f"{name}_{part}.pth"
 
 
@@ -267,17 +296,9 @@ def _prune(folder: Path, newest: int, keep_checkpoints: int, keep_weights: int) 
     full, weights = ([step for step in steps if step <= newest] for steps in _full_and_weights(folder))
     kept = full[: keep_checkpoints or None]
     for step in set(full) - set(kept):
-        if step in weights or not _was_exported(_path(folder, step, "state")):
+        if step in weights or not peek(_path(folder, step, "state")).get("exported", True):
             _path(folder, step, "state").unlink()
     if keep_weights:
         for step in [step for step in weights if step not in kept][keep_weights:]:
             for part in ("G", "D"):
                 _path(folder, step, part).unlink()
-
-
-def _was_exported(path: Path) -> bool:
-    """Return whether a state file was saved with exports; True if that cannot be known."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("exported", True)
-    except Exception:  # as in `_read`
-        return True

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib
 from visuals.attention_stats import AttentionSample
+from visuals.curves import read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import CLASS_ROWS, attention_figures, sample_grid, shorten
 from visuals.report import Run, report_page
@@ -52,6 +54,7 @@ class Recorder:
 
     Attributes:
         saved_step: step of the newest checkpoint; at first that of the start.
+        best: what `is_best` was given for the best checkpoint in the folder; {} if there is none.
 
     Raises:
         UserError: a folder is in use or cannot be written.
@@ -68,7 +71,6 @@ class Recorder:
         classes: Sequence[str] = (),
     ):
         self.config, self.device, self.saved_step = config, device, step
-        self._is_new = step == 0
         self._row_names = [shorten(name) for name in classes[:CLASS_ROWS]]
         self._run = _report_run(config, f"{device} in {precision}", classes)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
@@ -81,6 +83,7 @@ class Recorder:
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
             init_folders(config, step, skipped, total)
+            self.best = checkpoint.peek_best(config.model_folder).get("best", {})
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
             self._background = stack.enter_context(Background(device))
@@ -119,12 +122,29 @@ class Recorder:
             self._bar.refresh()
             self._line_due = now + LINE_SECONDS
 
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write the metrics of a step to the log."""
+        self._log.scalars(step, scores)
+        self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
+
+    def has_scores(self, step: int) -> bool:
+        """Return whether the log has the metrics of a step."""
+        name = self.config.metrics.split(",")[0].replace("prc", "precision")
+        return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
+
+    def is_best(self, record: Mapping[str, Any]) -> bool:
+        """Return whether an evaluation is better than that of the best checkpoint, or compares otherwise.
+
+        Args:
+            record: its "step" and its "score", of which the lowest is the best, and how it was computed.
+        """
+        how = {name: value for name, value in record.items() if name not in ("step", "score")}
+        return not how.items() <= self.best.items() or record["score"] < self.best["score"]
+
     def real_images(self, images: Tensor, name: str) -> None:
-        """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`, for a new run or where there is none."""
-        path = self.config.sample_folder / f"{name}.png"
-        if self._is_new or not path.exists():
-            with self._tolerate["sample grids"]:
-                sample_grid(images, row_names=self._row_names).save(path)
+        """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
+        with self._tolerate["sample grids"]:
+            sample_grid(images, row_names=self._row_names).save(self.config.sample_folder / f"{name}.png")
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row."""
@@ -140,7 +160,9 @@ class Recorder:
 
     def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
         """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
-        if name != "best":
+        if name == "best":
+            self.best = state["best"]
+        else:
             self.saved_step, self._saved_at = name, time.monotonic()
         self._background.submit(self._write_checkpoint, name, copy.deepcopy(state), export)
 
@@ -192,7 +214,7 @@ class Recorder:
         command = self.config.command_line(pretrained_model=str(self._written_step))
         path = self.config.log_folder / "report.html"
         with self._tolerate["the report"]:
-            page = report_page(self._run, self._written_step, command, datetime.now(), state)
+            page = report_page(self._run, self._written_step, command, datetime.now(), state, self.best)
             path.with_suffix(".tmp").write_text(page, encoding="utf-8")
             os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
         end = time.monotonic()
@@ -202,26 +224,6 @@ class Recorder:
         interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
         if self._written_step and not interrupted:
             self._write_report("stopped")
-
-
-class NullRecorder:
-    """The recorder of the ranks other than 0: the same methods, which write nothing."""
-
-    saved_step = 0
-
-    def __enter__(self) -> "NullRecorder":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def advance(self, *_: Any) -> None:
-        """Do nothing."""
-
-    log = real_images = samples = attention = explorer = checkpoint = advance
-
-    def is_save_overdue(self) -> bool:
-        return False
 
 
 def _report_run(config: Config, machine: str, classes: Sequence[str]) -> Run:

@@ -21,7 +21,7 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks or classes.
     """
-    wanted = config.pretrained_model
+    wanted = config.pretrained_file or config.pretrained_model
     if wanted == "auto":
         wanted = "latest" if checkpoint.list_steps(config.model_folder) else None
     if wanted is None:
@@ -35,7 +35,8 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
     """Return the checkpoint that `--train false` evaluates, and the options with those of its networks and data.
 
-    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it.
+    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it. The
+    results of a file go to the `--version` that its folder is named after, unless the command line has another.
 
     Args:
         given: names of the options on the command line.
@@ -44,7 +45,7 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
         UserError: there is none, it cannot be read, or it is of other networks than the command line says.
     """
     wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
-    saved = checkpoint.load(config.model_folder, wanted, needs_D=False)
+    saved = checkpoint.load(config.model_folder, config.pretrained_file or wanted, needs_D=False)
     checkpoint.check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
     with checkpoint.reraise_load_errors(saved.step):
         options = saved.state["config"] if saved.state else {}
@@ -52,12 +53,15 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
         options = {name: options[name] for name in names if name in options} | checkpoint.saved_architecture(saved)
         if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
             options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
+        if config.pretrained_file:
+            folders = (folder.name for folder in config.pretrained_file.absolute().parents)
+            options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
         adopted = {name: options[name] for name in options if name not in given}
         adopted = {name: value for name, value in adopted.items() if value != getattr(config, name)}
         tested = dataclasses.replace(config, **adopted)
     if adopted:
         print("from the checkpoint: " + " ".join(f"--{name} {option_text(value)}" for name, value in adopted.items()))
-    different = {name: value for name, value in options.items() if value != getattr(tested, name)}
+    different = {name: value for name, value in options.items() if name != "version" and value != getattr(tested, name)}
     if different:
         trained_with = (f"--{name} {option_text(value)}" for name, value in different.items())
         warn("the checkpoint was trained with " + " ".join(trained_with))
@@ -85,7 +89,7 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
     for name in current | saved:
-        if name in ("pretrained_model", "overwrite"):  # these are expected to differ
+        if name in ("pretrained_model", "overwrite", "version"):  # these are expected to differ
             continue
         if name not in current:
             changes.append(f"{name} {option_text(saved[name])} (no longer an option)")

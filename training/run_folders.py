@@ -4,9 +4,8 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from parameter import Config
 from training import checkpoint
 from utils import check_writable, files_by_step
 
+KINDS = ("checkpoints", "tests", "pictures")  # of results with a step in their name
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png|gamma\.svg"
     r"|(attention|metrics)\.json|nearest\.png|playground\.html"
@@ -26,23 +26,27 @@ TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
 def check_folders(config: Config, step: int) -> None:
     """Check, before any work, that a run that starts after `step` steps may write to its folders.
 
+    The results in a folder are of one course of training: none can start where another has later checkpoints.
+
     Raises:
         UserError: a folder cannot be written, or has results of an earlier run that this one would overwrite.
     """
     for folder in config.folders.values():
         check_writable(folder)
-    if config.overwrite or config.pretrained_model == "auto":
+    if config.overwrite or config.pretrained_model in ("latest", "auto"):
         return
-    if not step:
-        if _is_nonempty(config.log_folder / "metrics.jsonl") or any(_later_results(config, 0)):
+    file = config.pretrained_file
+    if config.pretrained_model is None or (file and file.resolve().parent != config.model_folder.resolve()):
+        if _is_nonempty(config.log_folder / "metrics.jsonl") or any(_later_results(config, 0, KINDS)):
             raise UserError(
                 f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
                 "another --version, or delete them with --overwrite true"
             )
-    elif newest := _newest_later_step(config, step):
-        warn(
-            f"{config.model_folder} has checkpoints after step {step}, up to {newest}: --pretrained_model latest "
-            "resumes from those until this run has passed them; --overwrite true deletes them"
+    elif later := [path.name for path in _later_results(config, step, ("checkpoints", "tests"))]:
+        saved = file or checkpoint.path_of(config.model_folder, config.pretrained_model)
+        raise UserError(
+            f"--version {config.version} has results after step {step}, such as {later[0]}: remove them with "
+            f"--overwrite true, or keep them and go on in another --version with --pretrained_model {saved}"
         )
 
 
@@ -88,18 +92,17 @@ def _can_lock(folder: Path) -> bool:
 def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) -> None:
     """Prepare the locked folders for a run that starts after `step` steps, and write `config.json`.
 
-    Removes unfinished checkpoints, and under `--overwrite` the results of later steps; otherwise, where there are later
-    checkpoints, it copies the log, of which the run drops the later entries. `skipped` names the images that could not
+    Removes unfinished checkpoints and, as `RunLog` does with log entries, the sample grids and figures of later steps,
+    which the run takes again; under `--overwrite` all results of later steps. `skipped` names the images that could not
     be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
-    if config.overwrite:
-        _remove_later_results(config, step)
-    elif newest := _newest_later_step(config, step):
-        log, kept = (config.log_folder / name for name in ("metrics.jsonl", f"metrics_until_{newest}.jsonl"))
-        if log.exists() and not kept.exists():  # the log is complete only before the first of such runs
-            shutil.copy(log, kept)
-            print(f"the log up to step {newest} is kept as {kept}")
+    for path in list(_later_results(config, step, KINDS if config.overwrite else ["pictures"])):
+        if path.is_dir():
+            remove_test_results(path)
+        else:
+            path.unlink()
+    (config.sample_folder / "augmented.png").unlink(missing_ok=True)  # written again under --augment
     resolved = json.dumps(dataclasses.asdict(config), indent=2)
     (config.log_folder / "config.json").write_text(resolved, encoding="utf-8")
     path = config.log_folder / "skipped_images.txt"
@@ -140,37 +143,23 @@ def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int)
         files[number].unlink(missing_ok=True)
 
 
-def _newest_later_step(config: Config, step: int) -> int | None:
-    """Return the step of the newest checkpoint after `step`; None if there is none."""
-    return max((found for found in checkpoint.list_steps(config.model_folder) if found > step), default=None)
-
-
-def _remove_later_results(config: Config, step: int) -> None:
-    """Remove results of steps after `step`, and for a new run those without a step too."""
-    for path, remove in list(_later_results(config, step)):
-        remove(path)
-    if step == 0:  # unlike real.png, not every run writes it
-        (config.sample_folder / "augmented.png").unlink(missing_ok=True)
-
-
-def _later_results(config: Config, step: int) -> Iterator[tuple[Path, Callable[[Path], None]]]:
-    """Yield what a run has written after `step`, for a new run also what has no step, with what removes it.
+def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterator[Path]:
+    """Yield the results of these `KINDS` after `step`; the best checkpoint is of the step at which it was saved.
 
     Only files and folders with names that this program writes: others in the folders are the user's.
     """
-    for folder, names, remove in (
-        (config.model_folder, r"([0-9]+)_(?:G|D|state)\.pth", Path.unlink),
-        (config.sample_folder, r"([0-9]+)_(?:fake|ema)\.png", Path.unlink),
-        (config.sample_folder, r"test_([0-9]+)", remove_test_results),
-        (config.attn_folder, r"([0-9]+)_(?:[GD]_attn[0-9]+\.png|explorer\.html)", Path.unlink),
-        *([(config.model_folder, r"best_(?:G|D|state)\.pth", Path.unlink)] if step == 0 else []),
-        *([(config.log_folder, r"events\.out\.tfevents\..*", Path.unlink)] if step == 0 else []),
-        (config.log_folder, r"metrics_until_([0-9]+)\.jsonl", Path.unlink),
+    best_step = checkpoint.peek_best(config.model_folder).get("step", 0)
+    for kind, folder, names in (
+        ("checkpoints", config.model_folder, r"(best|[0-9]+)_(state|G|D)\.pth"),
+        ("tests", config.sample_folder, r"test_([0-9]+)"),
+        ("pictures", config.sample_folder, r"([0-9]+)_(fake|ema)\.png"),
+        ("pictures", config.attn_folder, r"([0-9]+)_([GD]_attn[0-9]+\.png|explorer\.html)"),
+        *([("pictures", config.log_folder, r"(events)\.out\.tfevents\..*")] if step == 0 else []),
     ):
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in sorted(folder.iterdir()) if kind in kinds and folder.is_dir() else ():
             match = re.fullmatch(names, path.name)
-            if match and (not match.groups() or int(match[1]) > step):
-                yield path, remove
+            if match and (step == 0 or (best_step if match[1] == "best" else int(match[1])) > step):
+                yield path
 
 
 def _is_nonempty(path: Path) -> bool:

@@ -67,7 +67,7 @@ def read_curves(folder: Path, step: int) -> dict[str, np.ndarray]:
     return {name: points[points[:, 0].argsort(kind="stable")] for name, points in curves.items() if len(points)}
 
 
-def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "") -> str:
+def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "", mark: int | None = None) -> str:
     """Draw lines over the steps as an SVG element, which is a valid file of its own too.
 
     Long series are downsampled such that spikes survive; noisy ones are drawn faint, with a running mean on top. Of
@@ -78,6 +78,7 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
         title: the first line.
         series: finite points (n, 2) of each line, n > 0, by step.
         y_label: what y is, at the top right.
+        mark: a step that gets a dotted vertical line.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -95,6 +96,8 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + 2 * MARGIN) / WIDTH, PLOT_HEIGHT / height))
         gray = [axes.plot(*_downsample(series[name]).T, color=GRAY, linewidth=0.7)[0] for name in others]
         lines = [_plot(axes, points, index) for index, points in enumerate(named.values())] + gray[:1]
+        if mark is not None:
+            axes.axvline(mark, color=GRAY, linestyle=":")
         axes.margins(x=0.02)
         axes.locator_params(nbins=6)
         axes.xaxis.set_major_formatter("{x:,.7g}")

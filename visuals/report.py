@@ -96,13 +96,16 @@ class Run:
     classes: Sequence[str] = ()
 
 
-def report_page(run: Run, step: int, command: str, updated: datetime, state: str = "running") -> str:
+def report_page(
+    run: Run, step: int, command: str, updated: datetime, state: str = "running", best: Mapping[str, Any] | None = None
+) -> str:
     """Return the page after `step` finished steps, as HTML of less than 8 MB; files of later steps are ignored.
 
     Args:
         command: the command line that resumes the run.
         updated: the time to show.
         state: "running", or why the run ended before its last step.
+        best: "step", "metric" and "score" of the best checkpoint, if there is one.
     """
     log = read_curves(run.log_folder, step)
     frames = _frames(run.sample_folder, step)
@@ -113,13 +116,15 @@ def report_page(run: Run, step: int, command: str, updated: datetime, state: str
     }
     finished = step >= run.total_step
     facts = _facts(run, step, log, is_running=state == "running" and not finished)
+    if best and best["step"] <= step:
+        facts.append(f"best checkpoint: step {best['step']:,}, {best['metric']} {best['score']:.4g}")
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=_escape(run.title),
         state="finished" if finished else _escape(state),
         facts="".join(f"<li>{_escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
         step=step,
         total=run.total_step,
-        charts="".join(_charts(log)),
+        charts="".join(_charts(log, best or {})),
         attention=_attention(run, step),
         options="".join(_option_group(title, values, run.defaults) for title, values in run.options.items()),
         command=_escape(command),
@@ -142,8 +147,11 @@ def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], is_running: bool)
     return facts
 
 
-def _charts(log: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Yield a figure for each chart with names in the log, and one per prefix for names that no chart knows."""
+def _charts(log: Mapping[str, np.ndarray], best: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a figure for each chart with names in the log, and one per prefix for names that no chart knows.
+
+    That of the metric which decides on the best checkpoint marks its step.
+    """
     known = "|".join([pattern for _, pattern, *_ in CHARTS] + [*NOT_SHOWN])
     prefixes = dict.fromkeys(name.partition("/")[0] for name in log if not re.fullmatch(known, name))
     others = [(prefix, re.escape(prefix) + "(/.*)?", "", "") for prefix in prefixes]
@@ -151,7 +159,9 @@ def _charts(log: Mapping[str, np.ndarray]) -> Iterator[str]:
         series = {name.rpartition("/")[2]: log[name] for name in log if re.fullmatch(pattern, name)}
         if series:
             caption = f"<figcaption>{_escape(note)}</figcaption>" if note else ""
-            yield f'<figure class="card chart">{line_chart(title, series, y_label=y_label)}{caption}</figure>'
+            mark = best["step"] if best.get("metric") in series else None
+            chart = line_chart(title, series, y_label=y_label, mark=mark)
+            yield f'<figure class="card chart">{chart}{caption}</figure>'
 
 
 def _frames(folder: Path, step: int) -> list[dict[str, Any]]:

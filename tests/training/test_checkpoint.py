@@ -1,7 +1,6 @@
 import contextlib
 import errno
 import functools
-import hashlib
 import itertools
 import os
 import pickle
@@ -41,14 +40,6 @@ def save_weights(folder, name, state):
     """Weights without a state file, as the reference saves them."""
     for part in ("G", "D"):
         torch.save(state[part], folder / f"{name}_{part}.pth")
-
-
-def save_old_format(folder, name, state):
-    """A checkpoint whose state file lacks the networks and has checksums of their files instead."""
-    save_weights(folder, name, state)
-    digests = {part: hashlib.sha256((folder / f"{name}_{part}.pth").read_bytes()).hexdigest() for part in "GD"}
-    others = {key: value for key, value in state.items() if key not in ("G", "D")}
-    torch.save({**others, "sha256": digests}, folder / f"{name}_state.pth")
 
 
 def assert_is(loaded, step, first=None, full=True):
@@ -98,23 +89,6 @@ def test_a_full_checkpoint_needs_no_exports(tmp_path, change):
         change(tmp_path / f"7_{part}.pth")
     for wanted in ("7", "latest"):
         assert_is(checkpoint.load(tmp_path, wanted), 7)
-
-
-def test_checkpoints_in_the_old_format_load(tmp_path):
-    save_old_format(tmp_path, 7, make_state(7))
-    save_old_format(tmp_path, "best", make_state(5))
-    assert_is(checkpoint.load(tmp_path, "7"), 7)
-    assert_is(checkpoint.load(tmp_path, "latest"), 7)
-    assert_is(checkpoint.load(tmp_path, "best"), 5)
-
-
-@pytest.mark.parametrize("part", ["G", "D", "state"])
-@pytest.mark.parametrize("damage", [Path.unlink, flip_a_bit])
-def test_latest_falls_back_from_a_damaged_checkpoint_in_the_old_format(tmp_path, part, damage):
-    for step in (5, 7):
-        save_old_format(tmp_path, step, make_state(step))
-    damage(tmp_path / f"7_{part}.pth")
-    assert checkpoint.load(tmp_path, "latest").step == 5
 
 
 def test_latest_is_the_newest_full_checkpoint(tmp_path):

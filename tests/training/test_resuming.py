@@ -1,9 +1,7 @@
 import dataclasses
-import hashlib
 import re
 
 import pytest
-import torch
 
 from errors import UserError
 from parameter import Config
@@ -111,30 +109,3 @@ def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
     assert err.count("\n") == bool(line)
     warn_of_other_images(None, current)
     assert not capsys.readouterr().err
-
-
-NEW = ("G", "D", "best_fid", "schedule", "data", "exported")  # what state files of older versions do not have
-
-
-def to_old_format(folder, step):
-    """Rewrite a checkpoint as older versions of the program wrote it: G and D in their own files only."""
-    state = torch.load(folder / f"{step}_state.pth", weights_only=True)
-    old = {name: value for name, value in state.items() if name not in NEW}
-    old["sha256"] = {part: hashlib.sha256((folder / f"{step}_{part}.pth").read_bytes()).hexdigest() for part in "GD"}
-    torch.save(old, folder / f"{step}_state.pth")
-
-
-def test_a_run_resumes_exactly_from_a_checkpoint_in_the_old_format(make_trainer):
-    """As if it had not been stopped. test_bad_inputs.py resumes from state files alone."""
-    whole = make_trainer(version="whole", total_step=6)
-    whole.train()
-    make_trainer(version="stopped", total_step=3).train()
-    folder = make_trainer(version="stopped").config.model_folder
-    to_old_format(folder, 3)
-    make_trainer(version="stopped", total_step=6, pretrained_model="3").train()
-
-    expected, resumed = (
-        torch.load(path / "6_state.pth", weights_only=True) for path in (whole.config.model_folder, folder)
-    )
-    for name in ("G", "D", "ema", "g_optimizer", "d_optimizer", "fixed_z"):
-        torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0)

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from errors import UserError
+from training import checkpoint
 from training.run_folders import check_folders, init_folders, lock_folders, thin_results
 from utils import files_by_step
 
@@ -36,25 +37,60 @@ def test_results_are_not_overwritten_without_the_option(make_trainer):
     config = make_trainer().config
     with pytest.raises(UserError, match="--overwrite true"):
         check_folders(config, 0)
-    before = files(config)
-    init_folders(config, 0, [], 1000)
-    assert files(config) == before | {config.log_folder / "metrics_until_3.jsonl"}
 
 
-def test_resuming_from_an_earlier_checkpoint_keeps_the_log(make_trainer, capsys):
-    make_trainer(model_save_step=0.2, log_step=1).train()
-    config = make_trainer().config
-    log, kept = (config.log_folder / name for name in ("metrics.jsonl", "metrics_until_3.jsonl"))
-    init_folders(config, 3, [], 1000)
-    assert not kept.exists()
-    whole = log.read_bytes()
-    init_folders(config, 2, [], 1000)
-    assert kept.read_bytes() == whole and str(kept) in capsys.readouterr().out
-    log.write_text("")
-    init_folders(config, 1, [], 1000)
-    assert kept.read_bytes() == whole
-    init_folders(make_trainer(overwrite=True).config, 2, [], 1000)
-    assert not kept.exists()
+def test_going_back_is_refused_with_both_ways_on(make_trainer, make_config, tmp_path):
+    make_trainer(model_save_step=0.2).train()  # checkpoints 1, 2 and 3
+    folder = make_config().model_folder
+    state = folder / "2_state.pth"
+    for wanted in ("2", str(state), str(tmp_path / "model_save_path/../model_save_path/sagan_celeb/2_state.pth")):
+        with pytest.raises(UserError, match=r"--overwrite true.*--version.*2_state\.pth"):
+            check_folders(make_config(pretrained_model=wanted), 2)
+        check_folders(make_config(pretrained_model=wanted, overwrite=True), 2)
+        check_folders(make_config(pretrained_model=wanted, version="other"), 2)
+    for wanted, step in (("3", 3), ("latest", 2), ("auto", 2)):  # the newest, or one before those that are damaged
+        check_folders(make_config(pretrained_model=wanted), step)
+    for path in folder.glob("3_*"):
+        path.unlink()
+    check_folders(make_config(pretrained_model="2"), 2)
+    (folder / "3_G.pth").touch()
+    with pytest.raises(UserError, match="3_G"):
+        check_folders(make_config(pretrained_model="2"), 2)
+    (folder / "3_G.pth").unlink()
+    checkpoint.save(folder, "best", {"step": 3, "G": {}, "D": {}})
+    with pytest.raises(UserError, match="best_"):
+        check_folders(make_config(pretrained_model="2"), 2)
+    (folder / "best_state.pth").unlink()  # which alone tells the step
+    (make_config().sample_folder / "test_3").mkdir()
+    with pytest.raises(UserError, match="test_3"):
+        check_folders(make_config(pretrained_model="2"), 2)
+
+
+def test_a_checkpoint_from_elsewhere_starts_in_a_folder_without_results(make_config):
+    config = make_config(pretrained_model="backup/2_state.pth")
+    with lock_folders(config):
+        check_folders(config, 2)
+        (config.sample_folder / "1_ema.png").touch()  # earlier than the checkpoint: of another course all the same
+    with pytest.raises(UserError, match="another --version"):
+        check_folders(config, 2)
+
+
+def test_pictures_after_the_newest_checkpoint_go_when_a_run_resumes(make_config):
+    """It takes these steps again, as for its log; checkpoints, tests and what comes before stay."""
+    config = make_config(pretrained_model="latest")
+    with lock_folders(config):
+        (config.sample_folder / "test_4").mkdir()
+        stay = [config.sample_folder / "3_ema.png", config.model_folder / "4_state.pth", config.attn_folder / "4.png"]
+        stay += [config.log_folder / "events.out.tfevents.1.host", config.attn_folder / "3_explorer.html"]
+        go = [config.sample_folder / "4_ema.png", config.sample_folder / "4_fake.png"]
+        go += [config.attn_folder / "5_G_attn1.png", config.attn_folder / "5_explorer.html"]
+        for path in (*stay, *go):
+            path.touch()
+        init_folders(config, 3, [], 1000)
+        assert all(path.exists() for path in stay) and not any(path.exists() for path in go)
+        assert (config.sample_folder / "test_4").exists()
+        init_folders(config, 0, [], 1000)  # --pretrained_model auto where the first checkpoint was not reached
+        assert not stay[0].exists() and not stay[3].exists() and stay[1].exists()
 
 
 def test_one_folder_for_all_results(make_config, tmp_path):
@@ -69,14 +105,15 @@ def test_overwrite_removes_the_results_of_later_steps(make_trainer):
     config = trainer.config
     for name in ("test_3", "test_2", "test_x"):
         (config.sample_folder / name).mkdir()
-    for part in ("G", "D", "state"):
-        (config.model_folder / f"best_{part}.pth").touch()
+    checkpoint.save(config.model_folder, "best", {"step": 2, "G": {}, "D": {}})
     (config.log_folder / "events.out.tfevents.1").touch()
     before = files(config)
     check_folders(config, 0)
 
     init_folders(config, 2, [], 1000)
     assert files(config) == {path for path in before if not re.match("3_|test_3", path.name)}
+    init_folders(config, 1, [], 1000)
+    assert not list(config.model_folder.glob("best_*"))
     init_folders(config, 0, [], 1000)
     left = {".lock", "real.png", "test_x", "config.json", "metrics.jsonl", "report.html"}
     assert files(config) == {path for path in before if path.name in left}
@@ -153,14 +190,6 @@ def test_overwrite_keeps_the_users_files(make_config, step):
         before = files(config)
         init_folders(config, step, [], 1000)
         assert files(config) - {config.log_folder / "config.json"} == before
-
-
-def test_later_checkpoints_are_pointed_out(make_trainer, capsys):
-    make_trainer(model_save_step=0.2).train()
-    check_folders(make_trainer(pretrained_model="2").config, 2)
-    assert "--pretrained_model latest" in capsys.readouterr().err
-    check_folders(make_trainer(pretrained_model="3").config, 3)
-    assert "--pretrained_model latest" not in capsys.readouterr().err
 
 
 def test_auto_and_overwrite_ask_nothing(make_config):

@@ -291,11 +291,12 @@ class Trainer:
 
     def _loop(self, recorder: Recorder | None, stop: StopSignals) -> int:
         """Take steps until `total_step` or a signal to any rank; rank 0 records. Returns the signal's number, or 0."""
-        config, ranks, signal_number = self.config, self.ranks, 0
+        config, ranks = self.config, self.ranks
         sync = SyncSchedule(ranks, self.step)
         with ranks.raise_together():  # a run that ended while it computed metrics had saved its checkpoint before
             if recorder and self.step and "metrics" in self._due() and not recorder.has_scores(self.step):
                 self._evaluate(recorder, stop)
+        signal_number = ranks.max(stop.received)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
             due = self._due()

@@ -388,32 +388,29 @@ def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, mon
 
 
 def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch):
-    """The signal comes while metrics are computed, and attention maps run out of memory."""
-    seen = []
+    """A signal comes while metrics are computed; another one after a step without a checkpoint, before maps fail."""
+    options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4, model_save_step=0.4)
 
     def stopped(config, *arguments):
-        wait_for(config.model_folder / f"{trainer.step}_state.pth")
-        seen.append(trainer.step)
+        wait_for(config.model_folder / "2_state.pth")
         signal.raise_signal(signal.SIGTERM)
         return compute_metrics(config, *arguments)
 
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.compute_metrics", stopped)
+        assert make_trainer(**options).train() == 128 + signal.SIGTERM
+    trainer = make_trainer(pretrained_model="latest", **options)
+    log, train_step = trainer.config.log_folder / "metrics.jsonl", trainer.train_step
+    assert "hog" not in log.read_text()
+
     def out_of_memory():
-        wait_for(trainer.config.model_folder / f"{trainer.step}_state.pth")
+        wait_for(trainer.config.model_folder / "3_state.pth")
         raise RuntimeError("out of memory")
 
-    options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4)
-    trainer = make_trainer(model_save_step=0.4, **options)  # a checkpoint every second step
-    monkeypatch.setattr("trainer.compute_metrics", stopped)
-    assert trainer.train() == 128 + signal.SIGTERM and seen == [2]
-    trainer = make_trainer(pretrained_model="latest", **options)  # none is due at step 3, the first after the signal
+    monkeypatch.setattr(trainer, "train_step", lambda: train_step() | {"signal": signal.raise_signal(signal.SIGTERM)})
     monkeypatch.setattr(trainer.monitor, "attention", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
-    assert seen == [2, 2] and checkpoint.list_steps(trainer.config.model_folder) == [3, 2]
-    log = trainer.config.log_folder / "metrics.jsonl"
-    assert "hog" not in log.read_text()
-
-    monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
     make_trainer(pretrained_model="latest", **options).train()
     assert [json.loads(line)["step"] for line in log.read_text().splitlines() if "hog" in line] == [2, 4]
 
@@ -427,10 +424,11 @@ def wait_for(path):
 
 
 def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
-    whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=1, model_save_step=0.1)
+    options = dict(total_step=6, log_step=1, model_save_step=0.1, keep_checkpoints=0)
+    whole = make_trainer(version="whole", **options)
     whole.train()
     state = whole.config.model_folder / "3_state.pth"
-    branch = make_trainer(version="branch", total_step=6, log_step=1, sample_step=1, pretrained_model=str(state))
+    branch = make_trainer(version="branch", pretrained_model=str(state), **options)
     branch.train()
     assert_same_weights(whole, branch)
     log = (branch.config.log_folder / "metrics.jsonl").read_text().splitlines()

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import shutil
 
 import pytest
 
@@ -109,3 +110,27 @@ def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
     assert err.count("\n") == bool(line)
     warn_of_other_images(None, current)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, version", [("cats/5_state.pth", "cats"), ("cats/12/5_G.pth", "cats")])
+def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name, version):
+    """So that results of other weights are not among those of the default version."""
+    save(make_config(seed=3), 5)
+    path = tmp_path / name
+    shutil.copytree(make_config().model_folder, path.parent)
+    config = make_config(train=False, pretrained_model=str(path))
+    saved, tested = load_test_checkpoint(config, {"train", "pretrained_model"})
+    assert (saved.step, tested.version, saved.state is None) == (5, version, path.name == "5_G.pth")
+    assert load_test_checkpoint(config, {"train", "pretrained_model", "version"})[1].version == config.version
+    assert load_resume_checkpoint(make_config(pretrained_model=str(path))).step == 5
+
+
+@pytest.mark.parametrize("name, line", [
+    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth or _G\.pth"), ("alone_G.pth", r"alone_D\.pth is missing"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_resumed_is_one_line(make_config, name, line):
+    save(make_config(), 5)
+    folder = make_config().model_folder
+    shutil.copy(folder / "5_G.pth", folder / "alone_G.pth")
+    with pytest.raises(UserError, match=line):
+        load_resume_checkpoint(make_config(pretrained_model=str(folder / name)))

@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,19 +136,22 @@ def check_run(run: Run, compare_images: bool) -> None:
     Raises:
         UserError: it is not, or is of later steps, or another process writes to it, or its log is incomplete.
     """
-    config, steps = run.config, checkpoint.list_steps(run.config.model_folder)
+    config, folder = run.config, run.config.model_folder
+    if not checkpoint.list_steps(folder):
+        return
     try:
-        with lock_folders(config) if steps else nullcontext():
-            state = (checkpoint.load(config.model_folder, "latest").state if steps else None) or {}
+        with lock_folders(config):
+            state = checkpoint.load(folder, str(config.total_step) if run.is_finished else "latest").state
     except UserError as error:
         raise UserError(str(error).replace("--version", "--out")) from error
-    saved = state.get("config", vars(config))
-    is_exact = config.lr_schedule == "constant" and saved["total_step"] != config.total_step
+    if state is None:  # weights of step 0
+        return
+    is_exact = config.lr_schedule == "constant" and state["config"]["total_step"] != config.total_step
     same = {name: getattr(config, name) for name in NOT_COMPARED | (LENGTH if is_exact else set())}
-    if changes := changed_options({**saved, **same}, config):
+    if changes := changed_options(state["config"] | same, config):
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
-    if (step := state.get("step", 0)) > config.total_step:
-        raise UserError(f"{config.version} in --out is at step {step}: use --total_step {step}, or another --out")
+    if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
+        raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
     if compare_images and "data" in state and make_loader(config, CPU).open().identity != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
@@ -293,10 +295,11 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
         if all(getattr(run.config, name) == value for run in runs)
     ]
     devices = {resolve_device(run.config.device) for run in runs}
-    machines = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
+    names = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
+    machine = f"torch {torch.__version__} on {' and '.join(sorted(names))}"
     lines = [
         "# Ablation",
-        f"{len(runs)} runs, all with {', '.join(shared)}; torch {torch.__version__} on {' and '.join(machines)}:",
+        f"{len(runs)} runs, all with {', '.join(shared)}; written by {machine}:",
         f"    {command}",
         table(results),
         NOTE,

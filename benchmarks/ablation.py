@@ -49,9 +49,9 @@ DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "hol
 EVALUATIONS = 10  # sample grids and evaluations of the metrics in a run, by default
 FOLDERS = {"sample_path": "samples", "attn_path": "attn", "model_save_path": "models", "log_path": "logs"}
 OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "overwrite", *FOLDERS}
-# With the runs in --out: where files are, and how the images get into the cache, not which.
+# A run in --out may differ in these from what is asked for: where files are, how images get into the cache (not which).
 NOT_COMPARED = {*FOLDERS, "cache_path", "download", "num_workers"}
-LENGTH = {"total_step", "metric_step", "sample_step"}  # nor these, of runs with a constant learning rate
+LENGTH = {"total_step", "metric_step", "sample_step"}  # with a constant learning rate, these too
 HEADER = ("model", "imsize", "dataset", "batch_size")  # of the report, even if they are main.py's defaults
 NAMES = {  # of the curves that are compared, in the table and in the figure
     "faces": "face rate",
@@ -130,8 +130,8 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     return runs
 
 
-def check_run(run: Run, compare_images: bool) -> None:
-    """Check, before any training, that what --out has of a run is of these options and, on request, of these images.
+def check_run(run: Run) -> None:
+    """Check, before any training, that what --out has of a run is of these options and images.
 
     Raises:
         UserError: it is not, or is of later steps, or another process writes to it, or its log is incomplete.
@@ -152,7 +152,7 @@ def check_run(run: Run, compare_images: bool) -> None:
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
     if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
         raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
-    if compare_images and "data" in state and make_loader(config, CPU).open().identity != state["data"]:
+    if "data" in state and make_loader(config, CPU).open().identity != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
         read_run(run)
@@ -321,7 +321,7 @@ def main() -> int:
     own, arguments = parser.parse_known_args()
     runs = make_runs(own.vary, own.seeds, own.out, arguments)
     for run in runs:
-        check_run(run, compare_images=not all(run.is_finished for run in runs))
+        check_run(run)
     path = Path(os.path.expanduser(own.out)) / f"ablation_{'_'.join(name for name, *_ in own.vary)}"
     command = shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]])
     for number, run in enumerate(runs, start=1):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import ablation
 import numpy as np
@@ -42,22 +41,17 @@ def test_every_combination_is_a_run_of_each_seed():
 
 
 @pytest.mark.parametrize("vary, words, message", [
-    (["attention", "full"], [], "two or more"),
-    (["attention", "full", "full"], [], "two or more"),
-    (["g_lr", "0.1", "0.10"], [], "two or more"),
-    (["seed", "0", "1"], [], "--vary seed"),
-    (ATTENTION, ["--attention", "none"], "--vary attention"),
-    (["image_path", "a" * 100, "c"], [], "--vary image_path"),
-    (ATTENTION, ["--seed", "1"], "--seeds"),
+    (["attention", "full"], [], "two or more"), (["g_lr", "0.1", "0.10"], [], "two or more"),
+    (["seed", "0", "1"], [], "--vary seed"), (["image_path", "a" * 100, "c"], [], "--vary image_path"),
+    (ATTENTION, ["--attention", "none"], "--vary attention"), (ATTENTION, ["--seed", "1"], "--seeds"),
     (["attention", "full", "some"], [], "--attention must be .*some .see python benchmarks/ablation.py --help.$"),
     (["atention", "a", "b"], [], "--atention=a .see python benchmarks/ablation.py --help.$"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused_in_one_line(vary, words, message, run_main, capsys):
     with pytest.raises((UserError, SystemExit)) as caught:
         run_main([vary], *words)
-    error = capsys.readouterr().err.strip() or str(caught.value)
-    caught.value.args = (error,)
-    assert caught.match(message) and "\n" not in error
+    caught.value.args = (capsys.readouterr().err.strip() or str(caught.value),)
+    assert caught.match(message) and "\n" not in str(caught.value)
 
 
 def test_table_has_means_and_ranges():
@@ -103,9 +97,7 @@ def finish(vary, *words, **state):
 
 
 @pytest.mark.parametrize("words, outcome", [
-    (["--total_step=4"], 0),
-    (["--total_step=9"], 7),
-    (["--total_step=3"], "is at step 4"),
+    (["--total_step=4"], 0), (["--total_step=9"], 7), (["--total_step=3"], "is at step 4"),
     (["--total_step=9", "--lr_schedule=linear"], "--total_step 9 .was 4.*--lr_schedule linear"),
     (["--total_step=4", "--g_lr=0.01"], "attention=full,seed=0 in --out .*: --g_lr 0.01 .was 0.0001.$"),
     (["--total_step=4", "--metrics=hog"], "--metrics hog .was faces,hog."),
@@ -120,9 +112,10 @@ def test_finished_runs_are_kept_made_longer_or_refused_by_name(words, outcome, r
 
 
 def test_runs_of_other_images_in_use_or_without_their_log_are_refused(run_main):
-    runs = finish(ATTENTION, *TINY, "--total_step=4", data={"images": 24, "checksum": 1})
-    with pytest.raises(UserError, match="other images"):
-        run_main([ATTENTION], *TINY, "--total_step=9")
+    finish(BATCH_SIZE, *SMALL, "--total_step=4", data={"images": 24, "checksum": 1})
+    with pytest.raises(UserError, match="batch_size=4,seed=0 in --out was trained on other images"):
+        run_main([BATCH_SIZE], *SMALL, "--total_step=4")
+    runs = finish(ATTENTION, *TINY, "--total_step=4")
     with lock_folders(runs[0].config), pytest.raises(UserError, match=r"another run is writing.*another --out$"):
         run_main([ATTENTION], *TINY, "--total_step=4")
     path = runs[1].config.log_folder / "metrics.jsonl"
@@ -148,7 +141,7 @@ def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
     """Where shapes allow it; those of the first are those of main.py. Variants can be added in any order."""
     assert run_main([["g_conv_dim", "16", "8"], ATTENTION], *SMALL, "--batch_size=4") == 7
     assert run_main([["g_conv_dim", "24", "8"], ["attention", "none", "full"]], *SMALL, "--batch_size=4") == 7
-    trainer = build_trainer(make_config(g_conv_dim=16, toy_num=24))
+    trainer = build_trainer(make_config(g_conv_dim=16))
     for part, network in (("G", trainer.G), ("D", trainer.D)):
         weights = {path.parent.name: torch.load(path) for path in Path("out/models").glob(f"*/0_{part}.pth")}
         first = weights["g_conv_dim=16,attention=full,seed=0"]
@@ -169,7 +162,7 @@ def test_a_killed_ablation_ends_its_run(start_process, tmp_path):
     process = start_process([sys.executable, "-c", code], tmp_path, env=os.environ | {"PYTHONPATH": path})
     wait_for((tmp_path / "started").exists, process)
     process.kill()
-    wait_for((tmp_path / "ended").exists, SimpleNamespace(poll=lambda: None), seconds=30)
+    wait_for((tmp_path / "ended").exists, start_process(["sleep", "60"], tmp_path), seconds=30)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

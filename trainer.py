@@ -452,7 +452,8 @@ class Trainer:
             self.D.load_state_dict(saved.D)
             self.ema.network.load_state_dict(saved.state["ema"] if saved.state else saved.G)
         if saved.state is None:
-            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
+            if saved.step:  # weights of step 0 are initial ones
+                warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
             return
         with reraise_load_errors(saved.step):
             self.fixed_z = saved.state["fixed_z"].to(self.device)

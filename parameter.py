@@ -310,16 +310,17 @@ def option_groups() -> dict[str, list[dataclasses.Field]]:
     return groups
 
 
-def get_parameters(argv: list[str] | None = None) -> Config:
+def get_parameters(argv: list[str] | None = None, program: str = "main.py") -> Config:
     """Parse and check the command line.
 
     Args:
         argv: the arguments after the program's name; None takes those of this process.
+        program: whose --help the error lines name.
 
     Raises:
         SystemExit: with code 2 and one line on stderr for an invalid option; with code 0 after --help.
     """
-    parser = _make_parser()
+    parser = _make_parser(program)
     given = vars(parser.parse_args(argv))
     try:
         config = Config(**given)
@@ -335,9 +336,9 @@ def given_options(argv: list[str] | None = None) -> set[str]:
     return set(vars(_make_parser().parse_args(argv)))
 
 
-def _make_parser() -> "Parser":
+def _make_parser(program: str = "main.py") -> "Parser":
     parser = Parser(
-        usage="python main.py [--option value] ...",
+        usage=f"python {program} [--option value] ...",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a self-attention GAN (arXiv 1805.08318). Results are written to ./samples, ./attn, "

@@ -173,20 +173,13 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
     config = tester.config
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
     data = saved.state.get("data") if saved.state else None
+    num_images = data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None
     return Description(
-        model=config.model,
-        image_size=config.imsize,
-        z_dim=config.z_dim,
-        conv_dim=config.g_conv_dim,
-        has_attention=config.attention == "full",
-        classes=tester.classes,
-        step=tester.step,
-        is_ema=tester.uses_ema,
-        dataset=trained.get("dataset"),
-        num_images=data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None,
-        batch_size=trained.get("batch_size"),
+        model=config.model, image_size=config.imsize, z_dim=config.z_dim, conv_dim=config.g_conv_dim,
+        has_attention=config.attention == "full", classes=tester.classes, step=tester.step, is_ema=tester.uses_ema,
+        dataset=trained.get("dataset"), num_images=num_images, batch_size=trained.get("batch_size"),
         checksum=checksum(tester.G.state_dict()),
-    )
+    )  # fmt: skip
 
 
 def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoint") -> dict[str, Any] | None:
@@ -197,8 +190,10 @@ def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoin
     from exporting.model_card import metrics_command
 
     path, data = tester.folder / "metrics.json", (saved.state or {}).get("data") or {}
+    if not path.exists():  # not computed
+        return None
     reason = "is damaged or of an older version"
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if metrics["checksum"] != description.checksum:
             reason = "is of other weights"
@@ -206,10 +201,6 @@ def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoin
             reason = "is of other images than those that the checkpoint names"
         elif metrics["images"]:
             return metrics
-    except FileNotFoundError:  # not computed
-        return None
-    except (ValueError, KeyError, TypeError):
-        pass
     how = f": compute them by {metrics_command(tester.config.version, description)}" if data else ""
     warn(f"{path} {reason}, so the model card has no metrics{how}")
     return None

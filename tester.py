@@ -8,6 +8,7 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 """
 
 import json
+import os
 import re
 import textwrap
 from collections import Counter
@@ -322,6 +323,8 @@ def _folder_names(classes: Sequence[str]) -> list[str]:
 
     Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
     """
-    names = [re.sub(r'[<>:"/\\|?*\0]', "_", name).strip(". ") or "_" for name in classes]
+    texts = [name.encode("utf-8", "replace").decode() for name in classes]
+    names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
+    names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
     counts = Counter(name.lower() for name in names)
     return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]

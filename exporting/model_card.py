@@ -54,11 +54,7 @@ with torch.no_grad():
 
 
 def model_card(
-    title: str,
-    description: Description,
-    metrics: Mapping[str, Any] | None,
-    formats: Collection[str],
-    maps: Sequence[str] = (),
+    title: str, description: Description, metrics: dict | None, formats: Collection[str], maps: Sequence[str] = ()
 ) -> str:
     """Return the card in Markdown.
 
@@ -76,8 +72,9 @@ def model_card(
     front += [] if count else ["pipeline_tag: unconditional-image-generation"]  # hubs have none for images of a class
     classes = ", ".join(f"{number}: {name}" for number, name in enumerate(this.classes[:100])) + ", ..." * (count > 100)
     outputs = f" generator.onnx returns them: {', '.join(maps)} (B, queries, keys)." if maps else ""
-    values = {"z_dim": this.z_dim, "size": this.image_size}
-    labels = {"onnx": f', "labels": np.arange(16, dtype=np.int64) % {count}', "torch": f", torch.arange(16) % {count}"}
+    sizes = {"z_dim": this.z_dim, "size": this.image_size}
+    numpy_labels = f', "labels": np.arange(16, dtype=np.int64) % {count}' if count else ""
+    torch_labels = f", torch.arange(16) % {count}" if count else ""
     return "\n".join([
         "---", *front, "---", "", f"# {title}", "", "![samples](samples.png)", "",
         f"A {'self-attention ' * this.has_attention}GAN ([arXiv 1805.08318](https://arxiv.org/abs/1805.08318)) that "
@@ -99,8 +96,8 @@ def model_card(
             if this.has_attention else "There are no attention maps."
         ),
         "", "## How to load it",
-        ONNX.format(**values, labels=labels["onnx"] * bool(count)) * ("onnx" in formats)
-        + TORCH.format(**values, labels=labels["torch"] * bool(count)) * ("safetensors" in formats),
+        ("onnx" in formats) * ONNX.format(**sizes, labels=numpy_labels)
+        + ("safetensors" in formats) * TORCH.format(**sizes, labels=torch_labels),
     ])  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
-from types import FrameType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -49,13 +50,29 @@ def exit_code(error: BaseException) -> int:
         case RankLost():
             print(f"error: {error}", file=sys.stderr)
             return 1
-    if is_out_of_memory(error):
+    if isinstance(error, ImportError) and (other := _other_module()):
+        print(
+            f"error: this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a "
+            "notebook, the kernel) and run the program first, or as a process of its own (in a notebook, by !python)",
+            file=sys.stderr,
+        )
+    elif is_out_of_memory(error):
         print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
     elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:
         raise error
     return 2
+
+
+def _other_module() -> ModuleType | None:
+    """Return a module from elsewhere that this process has imported by a name of the program's own."""
+    root = Path(__file__).resolve().parent
+    for path in root.iterdir():
+        module = sys.modules.get(path.stem)
+        if getattr(module, "__file__", None) and root not in Path(module.__file__).resolve().parents:
+            return module
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from errors import UserError, exit_code, handle_signals, make_output_robust, silence_other_ranks, stop_signals, warn
 from parameter import Config, get_parameters, given_options
-from training.environment import read_launch
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +31,8 @@ def main() -> int:
     """Run this process's command line. Returns the exit code."""
     make_output_robust()
     try:
+        from training.environment import read_launch
+
         with ExitStack() as stack:
             stack.enter_context(silence_other_ranks(read_launch().rank))
             config = get_parameters()

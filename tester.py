@@ -8,6 +8,7 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 """
 
 import json
+import os
 import re
 import textwrap
 from collections import Counter
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_loader import Loader, to_model_range
-from datasets.labels import join_names
+from datasets.labels import as_text, join_names
 from errors import UserError
 from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
@@ -30,8 +31,9 @@ from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
 from training.models import MODELS, network_options
-from training.resuming import warn_of_other_images
+from training.resuming import DATA_OPTIONS, warn_of_other_images
 from training.run_folders import remove_test_results
+from training.weights import checksum
 from utils import (
     SEED_INTERPOLATION,
     SEED_METRICS,
@@ -271,8 +273,9 @@ class Tester:
         scores = compute_metrics(self.config, self.G, z, self.loader)
         how = ", classes as frequent as in the training images" if self.classes else ""
         print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        protocol = {name: getattr(self.config, name) for name in ("dataset", "truncation", "feature_extractor")}
+        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation", "feature_extractor")}
         protocol |= {"step": self.step, "images": len(z), "ema": self.uses_ema}
+        protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.identity}
         self._write_json("metrics.json", protocol | scores)
 
     def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
@@ -309,7 +312,7 @@ def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
         return [*range(len(classes))]
     if not classes:
         raise UserError("--class_name: the networks of this checkpoint have no classes")
-    names = [class_name] if class_name in classes else class_name.split(",")  # a name may have commas
+    names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
     if unknown := [name for name in names if name not in classes]:
         raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
     return [classes.index(name) for name in names]
@@ -320,6 +323,8 @@ def _folder_names(classes: Sequence[str]) -> list[str]:
 
     Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
     """
-    names = [re.sub(r'[<>:"/\\|?*\0]', "_", name).strip(". ") or "_" for name in classes]
+    texts = [name.encode("utf-8", "replace").decode() for name in classes]
+    names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
+    names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
     counts = Counter(name.lower() for name in names)
     return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]

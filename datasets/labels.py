@@ -47,6 +47,11 @@ def join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (f", ... ({len(names):,} in all)" if len(names) > LISTED else "")
 
 
+def as_text(name: str) -> str:
+    r"""Return a name that the system gave, the same in every locale; bytes that are no UTF-8 become \xe9 etc."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def folder_labels(root: str, names: Sequence[str]) -> Labels:
     """Return the labels of image files `names`, relative to `root`: the folders directly below it, as ImageFolder.
 
@@ -58,7 +63,7 @@ def folder_labels(root: str, names: Sequence[str]) -> Labels:
             f"--conditional true takes the folders directly below {root} as classes; images that are in none: "
             f"{len(beside):,}, the first {beside[0]}: move them into one"
         )
-    folders = [name.split(os.sep, 1)[0] for name in names]
+    folders = [as_text(name.split(os.sep, 1)[0]) for name in names]
     classes = tuple(sorted({*folders}))
     number = {folder: index for index, folder in enumerate(classes)}
     return Labels(classes, [number[folder] for folder in folders])

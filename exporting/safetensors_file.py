@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from exporting.description import FORMAT, FORMAT_VERSION
+from exporting.description import CONTENT, CONTENT_VERSION
 from spectral import fold_spectral_norm
 from training.models import MODELS, network_options
 from training.weights import one_line
@@ -27,7 +27,16 @@ def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
     """
     from safetensors.torch import save
 
-    return save({key: tensor.contiguous() for key, tensor in G.state_dict().items()}, dict(metadata))
+    # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
+    return save({key: tensor.contiguous() for key, tensor in G.state_dict().items()}, {"format": "pt", **metadata})
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Return the metadata of a safetensors file; raises what safetensors does where it cannot be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_generator(path: str | os.PathLike) -> nn.Module:
@@ -40,11 +49,11 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
     from safetensors import SafetensorError, safe_open
 
     try:
+        metadata = read_metadata(path)
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
-        if metadata.get("format") != FORMAT or metadata["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its metadata does not say {FORMAT}, version {FORMAT_VERSION}")
+        if (metadata.get("content"), metadata.get("content_version")) != (CONTENT, CONTENT_VERSION):
+            raise ValueError(f"its metadata does not say {CONTENT}, version {CONTENT_VERSION}")
         sizes = [int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim")]
         options = network_options(int(metadata["num_classes"]), metadata["attention"])
         with torch.device("meta"):  # without memory and random numbers: the weights follow

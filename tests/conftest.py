@@ -134,7 +134,8 @@ def describe(
     """The description of a `random_generator`."""
     classes = tuple(f"class {number}" for number in range(num_classes))
     values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
-                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4)  # fmt: skip
+                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4,
+                  checksum=1)  # fmt: skip
     return Description(**(values | changes))
 
 

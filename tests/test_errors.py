@@ -90,3 +90,14 @@ def test_signals_that_are_ignored_stay_ignored_but_for_ctrl_c():
         ["sh", "-c", f'trap "" HUP INT; exec {sys.executable} -c "{code}"'], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGUSR1"]
+
+
+@pytest.mark.parametrize("name", ["datasets", "training"])
+def test_another_module_of_the_same_name_in_this_process(tmp_path, name):
+    """As in a notebook that runs the program by %run."""
+    (tmp_path / f"{name}.py").touch()
+    code = f"import sys, {name}, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['main.py', '--dataset', 'toy']\n"
+    code += f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and f"another module {name}, {tmp_path}" in done.stderr

@@ -1,6 +1,8 @@
 """Read files of weights, without running code in them."""
 
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ def read_dict(path: Path) -> dict[str, Any]:
     except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
         raise ValueError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from error
     return content
+
+
+def checksum(weights: Mapping[str, Tensor]) -> int:
+    """Return a CRC32 of the numbers of a state dict, whatever device and memory format they are in."""
+    value = 0
+    for tensor in weights.values():
+        value = zlib.crc32(tensor.cpu().contiguous().numpy(), value)
+    return value
 
 
 def one_line(error: Exception) -> str:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +65,15 @@ def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them
     assert list(labels.classes) == expected.classes == ["C", "a", "b"]
     assert found == dict(expected.samples)
     assert list_classes(labels) == "C (2), a (2), b (2)"
+
+
+def test_folders_are_the_same_classes_in_every_locale():
+    """Text in any case, also of bytes that are no UTF-8."""
+    names = "[os.path.join(os.fsdecode(name), 'x') for name in (b'caf\\xe9', b'F\\xc3\\xbcchse')]"
+    code = f"import os; from datasets.labels import folder_labels; print(ascii(folder_labels('', {names}).classes))"
+    for change in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | change, capture_output=True, text=True)
+        assert done.stdout.strip() == r"('F\xfcchse', 'caf\\xe9')", done.stderr
 
 
 def test_images_beside_the_class_folders(tmp_path):

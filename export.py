@@ -131,7 +131,6 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
 
 def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
-    from data_loader import held_out_count
     from exporting.description import Description
 
     config = tester.config
@@ -147,7 +146,8 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
         step=tester.step,
         is_ema=tester.uses_ema,
         dataset=trained.get("dataset"),
-        num_images=data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None,
+        # Checkpoints of older versions do not have the number of those that were not held out.
+        num_images=data.get("training_images", None if trained.get("holdout") else data["images"]) if data else None,
         batch_size=trained.get("batch_size"),
     )
 

@@ -7,7 +7,9 @@ real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
 import os
 import warnings
 import zlib
+from collections.abc import Container
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,11 @@ import torch
 from torch import Tensor
 
 from datasets.cache import open_cache
-from datasets.labels import Labels
+from datasets.labels import Labels, join_names
 from datasets.sources import Source
 from errors import UserError
 
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
-HOLDOUT_STREAM = 2**32  # beside the seed, where the order of an epoch has the epoch's number
 
 
 class Loader:
@@ -38,7 +39,8 @@ class Loader:
         seed: determines the order of the images and which are flipped.
         hflip: flip half of the images horizontally.
         conditional: with labels.
-        holdout: fraction of the images to hold out, in [0, 1); at least one image if it is not 0.
+        holdout: probability of each image to be held out, in [0, 1). A hash of the seed and its file name, number or
+            key decides, whatever the other images are; if all are above it and it is not 0, the lowest is held out.
         device: where the batches are returned.
 
     Attributes, of which all but `classes` are empty before `open`:
@@ -78,31 +80,23 @@ class Loader:
         self._epoch: int | None = None  # whose order and flips these are
         self._order = self._flip = torch.empty(0)
         self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
+        self._limit, self._held_out_checksum = 0.0, 0
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def open(self) -> "Loader":
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch, or than two of a class, could be read, or the cache cannot be read
-                or written.
+            UserError: fewer images than one batch, or than two of a class, could be read, or fewer than one batch, or
+                than one of a class, are not held out, or the cache cannot be read or written.
         """
         if len(self.images):
             return self
         images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         self.skipped = list(skipped.values())
-        held_out = held_out_count(len(images), self.holdout)
-        _check_size(len(images) - held_out, self.batch_size)
-        numbers = np.random.default_rng([self.seed, HOLDOUT_STREAM]).permutation(len(images))
-        self._held_out, self._training = np.sort(numbers[:held_out]), np.sort(numbers[held_out:])
+        self._hold_out(len(images), skipped)
         if self._labels:
-            labels = self._labels.without(skipped)
-            try:
-                labels.check()
-            except UserError as error:  # there were enough of each class before
-                raise UserError(f"{error}. Unreadable: {len(skipped):,} images, the first {self.skipped[0]}") from error
-            self.labels = torch.tensor(labels.numbers, device=self.device)
-            self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
+            self._assign_labels(self._labels.without(skipped))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it
             self.images = torch.from_numpy(images)
@@ -117,11 +111,23 @@ class Loader:
         return self
 
     @cached_property
-    def identity(self) -> dict[str, int]:
-        """Number of images, and a CRC32 of up to 256 of them and of all labels, to compare data of runs or ranks."""
+    def identity(self) -> dict[str, int | float]:
+        """What tells apart the data of runs or ranks.
+
+        Returns:
+            images and training_images, their numbers with and without those held out; checksum, a CRC32 of up to 256
+            images and of all labels; seed, holdout (see `_hold_out`) and held_out_checksum, of the names held out.
+        """
         count = len(self.images)
         checksum = zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
-        return {"images": count, "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum)}
+        return {
+            "images": count,
+            "training_images": len(self._training),
+            "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum),
+            "seed": self.seed,
+            "holdout": self._limit,
+            "held_out_checksum": self._held_out_checksum,
+        }
 
     def __len__(self) -> int:
         return len(self._training) // self.batch_size
@@ -167,6 +173,34 @@ class Loader:
         rows = (self.labels == label).nonzero()[:count, 0]
         return to_model_range(self.images[rows.to(self.images.device)].to(self.device))
 
+    def _hold_out(self, count: int, skipped: Container[int]) -> None:
+        """Hold out the images whose hash is at most `_limit`: `holdout`, or the lowest hash if that is higher."""
+        self._training = np.arange(count)
+        if self.holdout:
+            names = [_name(item) for number, item in enumerate(self.source.items) if number not in skipped]
+            digests = (blake2b(b"%d/%b" % (self.seed, name), digest_size=8).digest() for name in names)
+            hashes = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+            self._limit = max(self.holdout, float(hashes.min()))
+            self._training, self._held_out = np.flatnonzero(hashes > self._limit), np.flatnonzero(hashes <= self._limit)
+            self._held_out_checksum = zlib.crc32(b"\n".join(names[number] for number in self._held_out))
+        _check_size(count, self.batch_size, len(self._held_out))
+
+    def _assign_labels(self, labels: Labels) -> None:
+        """Take the labels of the images that could be read."""
+        try:
+            labels.check()
+        except UserError as error:  # there were enough of each class before
+            reason = f"Unreadable: {len(self.skipped):,} images, the first {self.skipped[0]}"
+            raise UserError(f"{error}. {reason}") from error
+        self.labels = torch.tensor(labels.numbers, device=self.device)
+        self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
+        trained = {*self.training_labels.tolist()}
+        if untrained := [name for number, name in enumerate(self.classes) if number not in trained]:
+            raise UserError(
+                f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "
+                "another --seed"
+            )
+
     def _rows(self, position: int) -> slice:
         """Return the rows of a batch in the order of its epoch, which is drawn first if it is another one."""
         epoch, index = divmod(position, len(self))
@@ -205,9 +239,9 @@ def _find_labels(source: Source) -> Labels:
     return labels
 
 
-def held_out_count(images: int, holdout: float) -> int:
-    """Return how many of so many images `--holdout` keeps from training: at least one, unless it is 0."""
-    return min(images, max(1, round(holdout * images))) if holdout else 0
+def _name(item: str | int | bytes) -> bytes:
+    """Return an item of a source as bytes, the same on any system and for any locale."""
+    return item if isinstance(item, bytes) else os.fsencode(str(item).replace(os.sep, "/"))
 
 
 def to_model_range(pixels: Tensor) -> Tensor:
@@ -215,6 +249,10 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def _check_size(images: int, batch_size: int) -> None:
-    if images < batch_size:
-        raise UserError(f"the dataset has {images} images, fewer than one batch: set --batch_size to {images} or less")
+def _check_size(images: int, batch_size: int, held_out: int = 0) -> None:
+    """Raise `UserError` if the images that are not held out are fewer than one batch."""
+    left = images - held_out
+    if left < batch_size:
+        found = f"--holdout leaves {left} of the {images} images" if held_out else f"the dataset has {images} images"
+        ways = ["lower --holdout"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
+        raise UserError(f"{found}, fewer than one batch: {' or '.join(ways)}")

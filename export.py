@@ -166,14 +166,14 @@ def generator_files(own: argparse.Namespace, tester: "Tester", metadata: Mapping
 
 def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
-    from data_loader import held_out_count
     from exporting.description import Description
     from training.weights import checksum
 
     config = tester.config
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
     data = saved.state.get("data") if saved.state else None
-    num_images = data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None
+    # Checkpoints of older versions do not have the number of those that were not held out.
+    num_images = data.get("training_images", None if trained.get("holdout") else data["images"]) if data else None
     return Description(
         model=config.model, image_size=config.imsize, z_dim=config.z_dim, conv_dim=config.g_conv_dim,
         has_attention=config.attention == "full", classes=tester.classes, step=tester.step, is_ema=tester.uses_ema,

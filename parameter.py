@@ -139,7 +139,7 @@ class Config:
         None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", WORD
     )
     holdout: float = option(
-        0.0, "fraction of the images kept from training, to see whether D remembers the others", FRACTION
+        0.0, "about this fraction of the images is kept from training, to see whether D remembers the others", FRACTION
     )
     hflip: bool = option(False, "flip each image horizontally with probability 0.5")
     toy_num: int = option(10_000, "number of toy faces", at_least(1))

@@ -36,7 +36,13 @@ from training.models import MODELS, network_options
 from training.monitor import Monitor
 from training.overfitting import OverfittingCheck
 from training.recorder import Recorder
-from training.resuming import changed_options, load_resume_checkpoint, non_finite_message, warn_of_other_images
+from training.resuming import (
+    changed_options,
+    load_resume_checkpoint,
+    non_finite_message,
+    warn_of_other_images,
+    warn_of_trained_holdout,
+)
 from training.run_folders import check_folders
 from training.schedule import Schedule
 from utils import (
@@ -251,6 +257,8 @@ class Trainer:
         ranks.rank_zero_first(self.loader.open)
         self._check_same_images()
         ranks.on_rank_zero(warn_of_other_images, self.saved_data, self.loader.identity)
+        if self.step:
+            ranks.on_rank_zero(warn_of_trained_holdout, self.saved_data, self.loader.identity)
         try:
             with ExitStack() as stack:
                 stop = stack.enter_context(StopSignals())
@@ -281,7 +289,8 @@ class Trainer:
     @cached_property
     def overfitting(self) -> OverfittingCheck:
         """Notices that D remembers the training images. Needs the opened loader."""
-        return OverfittingCheck(epoch=len(self.loader) // self.config.n_critic)
+        epoch = len(self.loader) // self.config.n_critic
+        return OverfittingCheck(epoch, bool(self.config.holdout), bool(self.augmentations))
 
     @property
     def save_step(self) -> int:
@@ -372,7 +381,8 @@ class Trainer:
 
     def _check_same_images(self) -> None:
         """Raise `UserError` if another rank decoded other images."""
-        same = self.ranks.size == 1 or self.ranks.all_equal(self.loader.identity["checksum"])
+        identity = self.loader.identity
+        same = self.ranks.size == 1 or self.ranks.all_equal(identity["checksum"] ^ identity["held_out_checksum"])
         with self.ranks.raise_together():
             if not same:
                 raise UserError(

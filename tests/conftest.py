@@ -224,8 +224,9 @@ def log_lines(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def log(folder):
-    return [json.loads(line) for line in log_lines(folder)]
+def log(folder, name="step"):
+    """The entries of a run's log that have a value of this name."""
+    return [entry for entry in map(json.loads, log_lines(folder)) if name in entry]
 
 
 def metrics_of(trainer):

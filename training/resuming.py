@@ -68,18 +68,36 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
     return saved, tested
 
 
-def warn_of_other_images(saved: Mapping[str, int] | None, current: Mapping[str, int]) -> None:
+def warn_of_other_images(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
     """Print a warning if the images are not those that a checkpoint was trained with, if it says which.
 
     Args:
         saved, current: `Loader.identity` then and now.
     """
-    if saved is None or saved == current:
+    if saved is None or (saved["images"], saved["checksum"]) == (current["images"], current["checksum"]):
         return
     if saved["images"] == current["images"]:
-        warn(f"the {current['images']:,} training images are not those of the checkpoint")
+        warn(f"the {current['images']:,} images are not those of the checkpoint")
     else:
-        warn(f"there are {current['images']:,} training images; the checkpoint was trained with {saved['images']:,}")
+        warn(f"the dataset has {current['images']:,} images; it had {saved['images']:,} when the checkpoint was saved")
+
+
+def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
+    """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
+
+    Added images are no reason: which of the others are held out does not depend on them.
+
+    Args:
+        saved, current: `Loader.identity` then and now; None or without "holdout" in checkpoints of older versions.
+    """
+    saved = saved or {}
+    same = {key: saved.get(key) == value for key, value in current.items()}
+    renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
+    if current["holdout"] and (not same["seed"] or current["holdout"] > saved["holdout"] or renamed):
+        warn(
+            "D may have been trained on images that are held out now (--holdout, --seed or file names are not those of "
+            "the checkpoint, or it is of an older version): the gap of d_train and d_holdout means nothing at first"
+        )
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:

@@ -44,6 +44,7 @@ HOLDOUT_NOTE = (
     "Mean of D(x) on training images, of a batch that comes next, and on images that are held out (--holdout). The gap "
     "is overfitting of D."
 )
+HOG_NOTE = "hog_real is of two halves of the real images: about twice what images as good as real would get."
 GAMMA_NOTE = (
     "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
     "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
@@ -60,7 +61,7 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Inception score", "isc", "higher is better", ""),
     ("Precision and recall", "precision|recall", "", ""),
     ("Face rate", "faces|faces_real", "", ""),
-    ("Fréchet distance of HOG features", "hog|hog_real", "lower is better", ""),
+    ("Fréchet distance of HOG features", "hog|hog_real", "lower is better", HOG_NOTE),
     ("Spectral norms of G", "sigma/G_.*", "", SIGMA_NOTE),
     ("Spectral norms of D", "sigma/D_.*", "", ""),
     ("Speed", "images_per_s", "images/s", ""),

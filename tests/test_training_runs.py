@@ -128,7 +128,8 @@ def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):
     first = make_trainer(version="parts", log_step=1, sample_step=6, model_save_step=0.2, keep_checkpoints=0,
                          **schedule, **options)  # fmt: skip
     first.train()
-    resumed = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3", **options)
+    resumed = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3",
+                           overwrite=True, **options)  # fmt: skip
     assert resumed.step == 3
     resumed.train()
 

@@ -26,8 +26,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH and python -I leave out
+
 from errors import UserError, exit_code, make_output_robust
-from parameter import EXPORT_PATH, Config, Parser, boolean, get_parameters, given_options, subset_of
+from parameter import EXPORT_PATH, Config, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
 if TYPE_CHECKING:
     from exporting.description import Description
@@ -61,7 +63,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--format", default="safetensors,onnx", metavar="", help=f"{FORMATS.description}; default both")
+    parser.add_argument(
+        "--format", type=comma_list, default="safetensors,onnx", metavar="", help=f"{FORMATS.description}; default both"
+    )
     parser.add_argument(
         "--maps", type=boolean, default=False, metavar="", help="attention maps as outputs of ONNX; default false"
     )

@@ -28,10 +28,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, exit_code, handle_signals, stop_signals
+from errors import UserError, exit_code, handle_signals, make_output_robust, stop_signals
 from parameter import Config, get_parameters, given_options
 from utils import resolve_device
-from visuals.curves import COLORS, read_curves, running_mean
+from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "holdout": 0.05}
@@ -159,13 +159,11 @@ def write_figure(
         results: the curves by variant and seed.
         grids: the sample grids by variant and seed, of which some may be missing.
     """
-    from matplotlib.figure import Figure
-
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     shown = [name for name in NAMES if name != "ms" and any(name in c for s in results.values() for c in s.values())]
     rows = math.ceil(len(shown) / 2)
     heights = [len(seeds) * min(4, 10 / len(results)), 3 * rows]
-    figure = Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     for row, seed in zip(top.subplots(len(seeds), len(results), squeeze=False), seeds, strict=True):
         for axes, variant in zip(row, results, strict=True):
@@ -237,6 +235,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_output_robust()
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:

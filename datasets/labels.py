@@ -122,11 +122,12 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
 def _read_rows(path: Path) -> Iterator[list[str]]:
     """Yield the cells of each line: between commas, as in the .csv that Kaggle has, or between blanks."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
+    has_commas = "," in text
     if "\0" in text:  # of PowerShell and some programs for tables
         raise UserError(f"{path} is in UTF-16 or damaged: save it in UTF-8")
     try:
         for line in filter(str.strip, text.splitlines()):
-            cells = next(csv.reader([line], skipinitialspace=True)) if "," in text else line.split()
+            cells = next(csv.reader([line], skipinitialspace=True)) if has_commas else line.split()
             yield [cell.strip() for cell in cells]
     except csv.Error as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -28,8 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH and python -I leave out
+
 from errors import UserError, exit_code, make_output_robust, warn
-from parameter import EXPORT_PATH, Config, Parser, boolean, get_parameters, given_options, subset_of
+from parameter import EXPORT_PATH, Config, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
 if TYPE_CHECKING:
     from exporting.description import Description
@@ -64,7 +66,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="")
-    add("--format", default="safetensors,onnx", help=f"{FORMATS.description}; default both")
+    add("--format", type=comma_list, default="safetensors,onnx", help=f"{FORMATS.description}; default both")
     add("--maps", type=boolean, default=False, help="attention maps as outputs of ONNX; default false")
     add("--export_path", default=EXPORT_PATH, help=f"folder for exports; default {EXPORT_PATH}")
     own, arguments = parser.parse_known_args(argv)

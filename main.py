@@ -17,6 +17,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  before the imports, whose syntax 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH and python -I leave out
+
 from errors import UserError, exit_code, handle_signals, make_output_robust, silence_other_ranks, stop_signals, warn
 from parameter import Config, get_parameters, given_options
 

@@ -70,8 +70,9 @@ CHECKPOINT = Constraint(
     "a step, latest, auto, best, or the path of a .pth or .safetensors file",
 )
 PATH = matches(r"[^\0]+", "a path")
-WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
+ATTRIBUTE = matches(r"[^\0\r\n]{1,100}", "a name of up to 100 characters")
 CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
+LISTS = (METRICS, AUGMENTATIONS, CORNERS)
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
@@ -136,7 +137,7 @@ class Config:
         None, "side of the center crop (celeb, folder); None: 160 for celeb, the shorter side for folder", at_least(1)
     )
     attribute: str | None = option(
-        None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", WORD
+        None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", ATTRIBUTE
     )
     holdout: float = option(
         0.0, "about this fraction of the images is kept from training, to see whether D remembers the others", FRACTION
@@ -336,7 +337,10 @@ def get_parameters(argv: list[str] | None = None, program: str = "main.py") -> C
     parser = _make_parser(program)
     given = vars(parser.parse_args(argv))
     try:
+        os.getcwd()  # without it, torch cannot be loaded
         config = Config(**given)
+    except FileNotFoundError:
+        parser.error("the current folder was deleted: change to another one")
     except UserError as error:
         parser.error(str(error))
     if "d_iters" in given:
@@ -361,7 +365,7 @@ def _make_parser(program: str) -> "Parser":
         group = parser.add_argument_group(title)
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
-            parse = boolean if kind is bool else kind
+            parse = comma_list if field.metadata["constraint"] in LISTS else boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser
@@ -381,6 +385,11 @@ def boolean(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"must be true or false (or 1/0, yes/no), not '{text}'")
     return words[text.lower()]
+
+
+def comma_list(text: str) -> str:
+    """Parse a list of the command line: without blanks around its commas."""
+    return ",".join(map(str.strip, text.split(",")))
 
 
 def option_text(value: Any) -> str:

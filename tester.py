@@ -313,6 +313,7 @@ def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
     if not classes:
         raise UserError("--class_name: the networks of this checkpoint have no classes")
     names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
+    names = [name if name in classes else name.strip() for name in names]
     if unknown := [name for name in names if name not in classes]:
         raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
     return [classes.index(name) for name in names]

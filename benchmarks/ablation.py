@@ -40,7 +40,7 @@ from training.models import MODELS, network_options
 from training.resuming import changed_options
 from training.run_folders import lock_folders
 from utils import resolve_device
-from visuals.curves import COLORS, read_curves, running_mean
+from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
 PROGRAM = "benchmarks/ablation.py"
 CPU, LIBC = torch.device("cpu"), ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -254,13 +254,11 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
     Args:
         grids: the sample grids by variant and seed, of which some may be missing.
     """
-    from matplotlib.figure import Figure
-
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
     rows = math.ceil(len(shown) / 2)
     heights = [len(seeds) * min(4, 10 / len(results)), 3 * rows]
-    figure = Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     for row, seed in zip(top.subplots(len(seeds), len(results), squeeze=False), seeds, strict=True):
         for axes, variant in zip(row, results, strict=True):
@@ -339,6 +337,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_output_robust()
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:

@@ -22,7 +22,7 @@ import torch
 import main
 from data_loader import Loader
 from datasets.sources import find_source
-from errors import STOP_SIGNALS
+from errors import STOP_SIGNALS, Tolerate
 from exporting.description import Description
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
@@ -33,6 +33,7 @@ from training.models import MODELS, network_options
 from utils import resolve_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
+Tolerate.tolerated = OSError  # so that a bug in what draws and reports fails a test
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
     if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup; the programs that tests start would inherit it
         signal.signal(number, lambda *_: None)

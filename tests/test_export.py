@@ -175,7 +175,7 @@ def test_weights_that_somebody_shares(run, tmp_path, trained):
     folder.mkdir()
     (folder / "5_G.pth").write_bytes((trained / "models/plain/2_G.pth").read_bytes())
     card = tmp_path / "exports" / "shared" / "5" / "model_card.md"
-    words = ["--version", "shared", "--format", "safetensors"]
+    words = ["--version", "shared", "--format", " safetensors"]
     assert run(*words)[0] == 0
     assert "unknown images" in card.read_text() and "batch size" not in card.read_text()
     assert run(*words, "--dataset", "toy", "--batch_size", "4", "--overwrite", "true")[0] == 0

@@ -219,22 +219,18 @@ def pair(tmp_path_factory, extractor):
 
 
 def test_gradients_equal_those_of_one_process(pair, tmp_path):
-    """Relative to their layer's and to their network's: that of a bias before BatchNorm is 0 but for rounding."""
+    """Relative to those of their block: of a bias before BatchNorm, they are 0 but for rounding."""
     _, found = pair
-    expected = gradients(tmp_path)
-    layers, networks = defaultdict(list), defaultdict(list)
+    expected, blocks = gradients(tmp_path), defaultdict(list)
     for key, value in expected.items():
         assert torch.equal(found[0]["gradients"][key], found[1]["gradients"][key]), key
-        pairs = found[0]["gradients"][key].flatten(), value.flatten()
-        layers[key.rpartition(".")[0]].append(pairs)
-        networks[key.split()[0] + key.split()[1]].append(pairs)
-    # The sums of 8 * 64 * 64 terms, random in sign as their errors of a unit roundoff may not be; along the network,
-    # those of some 40 roundings, one after the other, add up like random numbers.
-    limit = 2**-24 * (8 * 64 * 64) ** 0.5
-    for groups, tolerance in ((networks, limit), (layers, limit * 40**0.5)):
-        for name, tensors in groups.items():
-            actual, reference = (torch.cat(each) for each in zip(*tensors, strict=True))
-            assert (actual - reference).norm() < tolerance * reference.norm(), name
+        blocks[key.partition(".")[0]].append((found[0]["gradients"][key].flatten(), value.flatten()))
+    # Sums of up to 8 * 64 * 64 terms, of random signs, which their errors, of a unit roundoff, may not have; the errors
+    # of some 40 operations, one after the other, add up like random numbers.
+    limit = 2**-24 * (8 * 64 * 64 * 40) ** 0.5
+    for name, tensors in blocks.items():
+        actual, reference = (torch.cat(each) for each in zip(*tensors, strict=True))
+        assert (actual - reference).norm() < limit * reference.norm(), name
 
 
 def test_two_ranks_see_the_shards_of_the_global_batch(pair, tmp_path):

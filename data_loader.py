@@ -194,7 +194,7 @@ class Loader:
             raise UserError(f"{error}. {reason}") from error
         self.labels = torch.tensor(labels.numbers, device=self.device)
         self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
-        trained = {*self.training_labels.tolist()}
+        trained = {labels.numbers[index] for index in self._training}
         if untrained := [name for number, name in enumerate(self.classes) if number not in trained]:
             raise UserError(
                 f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "

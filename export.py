@@ -173,6 +173,8 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
 
     config = tester.config
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
+    if saved.metadata:
+        trained = {"dataset": saved.metadata["dataset"] or None, **trained}
     data = saved.state.get("data") if saved.state else None
     # Checkpoints of older versions do not have the number of those that were not held out.
     num_images = data.get("training_images", None if trained.get("holdout") else data["images"]) if data else None
@@ -180,7 +182,7 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
         model=config.model, image_size=config.imsize, z_dim=config.z_dim, conv_dim=config.g_conv_dim,
         has_attention=config.attention == "full", classes=tester.classes, step=tester.step, is_ema=tester.uses_ema,
         dataset=trained.get("dataset"), num_images=num_images, batch_size=trained.get("batch_size"),
-        checksum=checksum(tester.G.state_dict()),
+        checksum=int(saved.metadata["checksum"]) if saved.metadata else checksum(tester.G.state_dict()),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
+from spectral import fold_spectral_norm
 from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
 from training.models import MODELS, network_options
 from training.resuming import DATA_OPTIONS, warn_of_other_images
@@ -100,15 +101,20 @@ class Tester:
             warn_of_other_images(saved.state.get("data"), loader.identity)
         self.step = saved.step
         self.uses_ema = config.use_ema and saved.state is not None
+        weights = saved.state["ema"] if self.uses_ema else saved.G
+        if saved.metadata:
+            self.uses_ema = saved.metadata["ema"] == "true"
         self.classes = saved_classes(saved)
-        if saved.state is None and loader is not None:  # weights alone have no names
+        if saved.state is None and saved.metadata is None and loader is not None:  # weights alone have no names
             self.classes = loader.classes
         self.shown = _class_numbers(config.class_name, self.classes)
         model, options = MODELS[config.model], network_options(len(self.classes), config.attention)
         self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
         self.D = model.make_D(config.imsize, config.d_conv_dim, **options) if saved.D is not None else None
         with reraise_load_errors(saved.step):
-            self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
+            if saved.metadata:
+                fold_spectral_norm(self.G)
+            self.G.load_state_dict(weights)
             if self.D is not None:
                 self.D.load_state_dict(saved.D)
         self.memory_format = conv_memory_format(self.device, "fp32")

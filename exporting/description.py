@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CONTENT, CONTENT_VERSION = "sagan-generator", "1"
+from training.weights import EXPORT_CONTENT, EXPORT_VERSION
 
 
 class Data(NamedTuple):
@@ -87,8 +87,8 @@ class Description:
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the exported files; `exporting.safetensors_file` builds the network from it."""
         return {
-            "content": CONTENT,
-            "content_version": CONTENT_VERSION,
+            "content": EXPORT_CONTENT,
+            "content_version": EXPORT_VERSION,
             "model": self.model,
             "image_size": str(self.image_size),
             "z_dim": str(self.z_dim),

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from exporting.description import CONTENT, CONTENT_VERSION
 from spectral import fold_spectral_norm
 from training.models import MODELS, network_options
-from training.weights import one_line
+from training.weights import one_line, read_export
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
@@ -46,19 +45,13 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
         ValueError: the file is missing, damaged or not an export of this program; the message is one line.
         ModuleNotFoundError: safetensors is not installed.
     """
-    from safetensors import SafetensorError, safe_open
-
+    weights, metadata = read_export(path)
     try:
-        metadata = read_metadata(path)
-        with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
-        if (metadata.get("content"), metadata.get("content_version")) != (CONTENT, CONTENT_VERSION):
-            raise ValueError(f"its metadata does not say {CONTENT}, version {CONTENT_VERSION}")
         sizes = [int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim")]
         options = network_options(int(metadata["num_classes"]), metadata["attention"])
         with torch.device("meta"):  # without memory and random numbers: the weights follow
             G = fold_spectral_norm(MODELS[metadata["model"]].make_G(*sizes, **options))
         G.load_state_dict(weights, assign=True)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return G.eval()

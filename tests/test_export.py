@@ -18,9 +18,11 @@ from PIL import Image
 
 import export
 import main
+from errors import UserError
 from exporting.safetensors_file import read_generator, read_metadata
 from parameter import get_parameters
 from sagan_models import Generator
+from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -316,3 +318,22 @@ def test_help_says_that_the_options_of_main_py_apply():
 def test_the_optional_packages_are_those_of_requirements_export():
     listed = re.findall(r"^\w+", (ROOT / "requirements-export.txt").read_text(), re.M)
     assert sorted(listed) == sorted(name for names in export.PACKAGES.values() for name in names)
+
+
+@pytest.mark.parametrize("version", RUNS)
+def test_an_export_is_tested_and_exported_as_the_checkpoint_it_is_of(run, trained, tmp_path, version, capfd):
+    assert run("--version", version, "--format", "safetensors")[0] == 0
+    path = tmp_path / "exports" / version / "2" / "generator.safetensors"
+    shown = ("--num_samples", "4", "--num_workers", "0", "--device", "cpu", "--image_path", "none")
+    train_in(trained, "--train", "false", "--version", version, *shown)
+    expected = (trained / "samples" / version / "test_2" / "grid.png").read_bytes()
+    train_in(tmp_path, "--train", "false", "--pretrained_model", str(path), "--dataset", "folder", *shown)
+    assert (tmp_path / "samples" / version / "test_2" / "grid.png").read_bytes() == expected
+    again = tmp_path / "again"
+    assert run("--pretrained_model", str(path), "--format", "safetensors", "--export_path", str(again))[0] == 0
+    copied = again / version / "2" / "generator.safetensors"
+    assert read_metadata(copied) == read_metadata(path)
+    weights = read_generator(copied).state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in read_generator(path).state_dict().items())
+    with pytest.raises(UserError, match="no discriminator"):
+        checkpoint.load(trained, path)

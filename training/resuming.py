@@ -49,6 +49,8 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
     checkpoint.check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
     with checkpoint.reraise_load_errors(saved.step):
         options = saved.state["config"] if saved.state else {}
+        if saved.metadata and saved.metadata["dataset"]:
+            options = {"dataset": saved.metadata["dataset"]}
         names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
         options = {name: options[name] for name in names if name in options} | checkpoint.saved_architecture(saved)
         if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images

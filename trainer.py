@@ -302,9 +302,9 @@ class Trainer:
         """Take steps until `total_step` or a signal to any rank; rank 0 records. Returns the signal's number, or 0."""
         config, ranks = self.config, self.ranks
         sync = SyncSchedule(ranks, self.step)
-        with ranks.raise_together():  # a run that ended while it computed metrics had saved its checkpoint before
-            if recorder and self.step and "metrics" in self._due() and not recorder.has_scores(self.step):
-                self._evaluate(recorder, stop)
+        with ranks.raise_together():
+            if recorder and self.step:
+                self._record_start(recorder, stop)
         signal_number = ranks.max(stop.received)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
@@ -356,6 +356,18 @@ class Trainer:
         if "attention" in due:
             recorder.attention(self.step, self.monitor.attention())
         if "metrics" in due:
+            self._evaluate(recorder, stop)
+
+    def _record_start(self, recorder: Recorder, stop: StopSignals) -> None:
+        """Record what a resumed run may lack: the first checkpoint of a branch, and what follows a checkpoint."""
+        due, is_branch = self._due(), self.config.pretrained_file is not None
+        if is_branch:
+            recorder.checkpoint(self.step, self._state())
+        if is_branch or "samples" in due:
+            recorder.samples(self.step, self.monitor.samples())
+        if "attention" in due:
+            recorder.attention(self.step, self.monitor.attention())
+        if "metrics" in due and not recorder.has_scores(self.step):
             self._evaluate(recorder, stop)
 
     def _evaluate(self, recorder: Recorder, stop: StopSignals) -> None:

@@ -432,6 +432,8 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
     branch.train()
     assert_same_weights(whole, branch)
     assert [entry["step"] for entry in log(branch.config.log_folder)] == [4, 5, 6]
+    assert checkpoint.list_steps(branch.config.model_folder)[-1] == 3  # it can go on before the first one of its own
+    assert (branch.config.sample_folder / "3_ema.png").exists()
     assert checkpoint.list_steps(whole.config.model_folder)[0] == 6
     with pytest.raises(UserError, match="--overwrite true"):
         make_trainer(version="branch", total_step=9, pretrained_model=str(state)).train()

@@ -36,7 +36,8 @@ class RunLog:
     def _open(self, purge_step: int | None = None) -> None:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
-        if self._use_tensorboard:
+        has_later = purge_step and any(self._path.parent.glob("events.out.tfevents.*"))
+        if self._use_tensorboard or has_later:
             try:
                 from tensorboardX import SummaryWriter  # takes a second to import
             except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
@@ -47,6 +48,9 @@ class RunLog:
                 events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
                 events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
                 events.close = tolerate(events.close)
+        if self._writer and not self._use_tensorboard:  # it has marked the entries after `step` as purged
+            self._writer.close()
+            self._writer = None
 
     def __enter__(self) -> "RunLog":
         return self

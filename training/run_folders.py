@@ -45,7 +45,7 @@ def check_folders(config: Config, step: int) -> None:
     elif later := [path.name for path in _later_results(config, step, ("checkpoints", "tests"))]:
         saved = file or checkpoint.path_of(config.model_folder, config.pretrained_model)
         raise UserError(
-            f"--version {config.version} has results after step {step}, such as {later[0]}: remove them with "
+            f"--version {config.version} has results after step {step}, such as {later[-1]}: remove them with "
             f"--overwrite true, or keep them and go on in another --version with --pretrained_model {saved}"
         )
 

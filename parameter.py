@@ -198,7 +198,9 @@ class Config:
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
     g_num: int = option(5, "images per attention figure, at most --batch_size", at_least(1))
     keep_samples: int = option(
-        0, "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all", at_least(0)
+        500,
+        "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all",
+        at_least(0),
     )
     model_save_step: float = option(1.0, "epochs between checkpoints", EPOCHS)
     min_save_step: int = option(1000, "fewest steps between these checkpoints, for small datasets", at_least(1))
@@ -208,7 +210,6 @@ class Config:
     keep_checkpoints: int = option(
         3, "number of newest checkpoints to keep in full, of older ones only the weights; 0: all", at_least(0)
     )
-    keep_weights: int = option(0, "number of newest weights-only checkpoints to keep; 0: all", at_least(0))
     overwrite: bool = option(False, "delete earlier results of this --version; when resuming, those of later steps")
 
     def __post_init__(self):

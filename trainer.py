@@ -29,7 +29,6 @@ from parameter import Config
 from sagan_models import gammas_and_sigmas
 from training.checkpoint import Checkpoint, reraise_load_errors
 from training.cuda_graph import GraphedStep, can_capture
-from training.disk_usage import report_disk_usage
 from training.distributed import Ranks, SyncSchedule
 from training.divergence import NonFiniteError, NonFiniteGuard
 from training.models import MODELS, network_options
@@ -43,7 +42,7 @@ from training.resuming import (
     warn_of_other_images,
     warn_of_trained_holdout,
 )
-from training.run_folders import check_folders
+from training.run_folders import check_folders, warn_of_small_disk
 from training.schedule import Schedule
 from utils import (
     EMA,
@@ -272,7 +271,6 @@ class Trainer:
                     f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
                     f"world size {ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
                 )
-                ranks.on_rank_zero(report_disk_usage, config, self.step, self.save_step, (self.G, self.D))
                 signal_number = self._loop(recorder, stop)
         except NonFiniteError as error:  # by now, all earlier checkpoints are on the disk
             raise UserError(non_finite_message(config, error)) from error
@@ -405,6 +403,7 @@ class Trainer:
         skipped, total = self.loader.skipped, len(self.loader.source.items)
         recorder = Recorder(self.config, self.step, self.device, self.precision, skipped, total, self.classes)
         stack.enter_context(recorder)
+        warn_of_small_disk(self.config, (self.G, self.D))
         recorder.real_images(self.monitor.real_images(), "real")
         if self.augmentations:
             recorder.real_images(self.monitor.augmented_images(self.augmentations), "augmented")

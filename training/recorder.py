@@ -201,7 +201,6 @@ class Recorder:
             state,
             export=export,
             keep_checkpoints=self.config.keep_checkpoints,
-            keep_weights=self.config.keep_weights,
         )
         if name != "best":
             self._written_step = name

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -94,7 +95,7 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         UserError: the checkpoint cannot be loaded, or another export of this step is there already.
     """
     from datasets.labels import as_text
-    from exporting.model_card import model_card
+    from exporting.model_card import metrics_command, model_card
     from tester import Tester
     from training.resuming import load_test_checkpoint
     from utils import check_writable, eval_mode
@@ -109,7 +110,9 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         raise UserError("--maps true: this generator has no attention layers")
     others = read_other_formats(folder, own.format, description.metadata())
     other_maps = others.get("onnx", {}).get("maps", "").split()
-    card = partial(model_card, as_text(config.version), description, read_metrics(tester, description, saved))
+    command = metrics_command(config, saved.step, tester.uses_ema)
+    metrics = read_metrics(tester, description, saved, command)
+    card = partial(model_card, as_text(config.version), description, metrics, command)
     if not config.overwrite:
         check_folder(folder, own.format, card(others, other_maps) if others else None)
     check_writable(folder)
@@ -143,10 +146,14 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
 def check_folder(folder: Path, formats: Sequence[str], card: str | None) -> None:
     """Raise `UserError` if an export would replace a file, other than the card of this generator in another format."""
     found = [name for name in FILES if (folder / name).exists()]
-    path = folder / "model_card.md"
-    is_card = card is not None and (not path.exists() or path.read_text("utf-8", "replace") == card)
-    if found and not (is_card and f"generator.{formats[0]}" not in found):
-        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
+    path, section = folder / "model_card.md", re.compile("## Metrics\n.*?\n## ", re.DOTALL)  # computed since, maybe
+    is_edited = card is not None and path.exists()
+    is_edited = is_edited and section.sub("", path.read_text("utf-8", "replace")) != section.sub("", card)
+    if found and (card is None or is_edited or f"generator.{formats[0]}" in found):
+        reason = " (model_card.md was changed)" if is_edited else ""
+        raise UserError(
+            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
+        )
 
 
 def generator_files(own: argparse.Namespace, tester: "Tester", metadata: Mapping[str, str]) -> dict[str, bytes]:
@@ -186,13 +193,13 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
     )  # fmt: skip
 
 
-def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoint") -> dict[str, Any] | None:
+def read_metrics(
+    tester: "Tester", description: "Description", saved: "Checkpoint", command: str
+) -> dict[str, Any] | None:
     """Return what `main.py --train false --metrics` wrote for this generator and its training images.
 
     None if there is nothing; with a warning if it is of something else.
     """
-    from exporting.model_card import metrics_command
-
     path, data = tester.folder / "metrics.json", (saved.state or {}).get("data") or {}
     if not path.exists():  # not computed
         return None
@@ -205,7 +212,7 @@ def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoin
             reason = "is of other images than those that the checkpoint names"
         elif metrics["images"]:
             return metrics
-    how = f": compute them by {metrics_command(tester.config.version, description)}" if data else ""
+    how = f": compute them by {command}" if data else ""
     warn(f"{path} {reason}, so the model card has no metrics{how}")
     return None
 

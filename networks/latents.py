@@ -20,9 +20,10 @@ def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str, trun
     return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng).to(device)
 
 
-def as_arguments(labels: Tensor | None) -> tuple[Tensor, ...]:
-    """Return what a network takes after z or the images: the labels, or nothing if it has no classes."""
-    return () if labels is None else (labels,)
+def check_labels(labels: Tensor | None, num_classes: int) -> None:
+    """Raise `ValueError` for labels without classes, and for classes without labels."""
+    if (labels is not None) != (num_classes > 0):
+        raise ValueError("labels are needed by networks with num_classes > 0, and only by them")
 
 
 def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:

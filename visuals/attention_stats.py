@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagan_models import Discriminator, Generator
-
 
 class AttentionSample(NamedTuple):
     """A batch of images with its attention maps."""
@@ -38,34 +36,6 @@ class AttentionStats(NamedTuple):
 
 
 LayerStats = tuple[tuple[int, int], AttentionStats]  # the sides of the grids of queries and of keys, and the statistics
-
-
-def collect_attention(
-    G: Generator,
-    D: Discriminator | None,
-    latents: Sequence[Tensor],
-    real: Sequence[Tensor] | None,
-    classes: Sequence[str] = (),
-) -> list[AttentionSample]:
-    """Return the maps of G and D on generated images and, if given, those of D on real images.
-
-    Args:
-        G, D: in evaluation mode, because a forward in training mode changes their buffers; D may be missing.
-        latents: z (B, z_dim) and, for conditional networks, labels (B,).
-        real: images (B', 3, S, S) in [-1, 1] and, for conditional networks, labels (B',); or None.
-        classes: the names of the classes that the labels number.
-    """
-    fake, *g_maps = G(*latents, return_attention=True)
-    batches = [("generated", (fake, *latents[1:]), _name_layers("G", g_maps))]
-    if real is not None and D is not None:
-        batches.append(("real", real, {}))
-    samples = []
-    for name, inputs, maps in batches:
-        if D is not None:
-            maps |= _name_layers("D", D(*inputs, return_attention=True)[1:])
-        names = [classes[number] for labels in inputs[1:] for number in labels.tolist()]
-        samples.append(AttentionSample(name, inputs[0], maps, names))
-    return samples
 
 
 def grid_sides(maps: Tensor | np.ndarray) -> tuple[int, int]:
@@ -125,7 +95,3 @@ def format_attention_stats(layers: Mapping[str, LayerStats]) -> str:
 def _grid_text(query_side: int, key_side: int) -> str:
     queries, keys = f"{query_side} x {query_side}", f"{key_side} x {key_side}"
     return queries if queries == keys else f"{queries} over {keys}"
-
-
-def _name_layers(network: str, maps: Iterable[Tensor]) -> dict[str, Tensor]:
-    return {f"{network} attn{index}": attention for index, attention in enumerate(maps, start=1)}

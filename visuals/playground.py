@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from networks.latents import as_arguments, slerp
+from networks.latents import slerp
 from sagan_models import Generator
 from utils import progress
 from visuals.figures import layer_name, to_pixels
@@ -42,7 +42,7 @@ def generate_grids(G: Generator, corners: Tensor, classes: Sequence[tuple[str, i
         corners: z (4, z_dim) at top left, top right, bottom left, bottom right.
         classes: name and number of each class; [("", None)] for a network without classes.
     """
-    image, *maps = G(corners[:1], *_labels(classes[0][1], corners[:1]), return_attention=True)
+    image, *maps = G(corners[:1], _labels(classes[0][1], corners[:1]), return_attention=True)
     tile_bytes = image.numel() + sum(attention.shape[2] for attention in maps)
     z = latent_grid(corners, grid_side(tile_bytes, len(classes)))
     return [_generate(G, z, name, number) for name, number in classes]
@@ -96,13 +96,13 @@ def _generate(G: Generator, z: Tensor, class_name: str, number: int | None) -> G
     """Return the grid of a class, of z (T, z_dim)."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):
-        images, *maps = G(batch, *_labels(number, batch), return_attention=True)
+        images, *maps = G(batch, _labels(number, batch), return_attention=True)
         pixels.append(to_pixels(images))
         means.append([attention.mean(1).cpu().numpy() for attention in maps])  # (B, M)
     layers = {f"G attn{index}": np.concatenate(parts) for index, parts in enumerate(zip(*means, strict=True), start=1)}
     return Grid(class_name, np.concatenate(pixels), layers)
 
 
-def _labels(number: int | None, z: Tensor) -> tuple[Tensor, ...]:
-    """Return what G takes after z (B, z_dim): labels (B,), or nothing without classes."""
-    return as_arguments(None if number is None else torch.full((len(z),), number, device=z.device))
+def _labels(number: int | None, z: Tensor) -> Tensor | None:
+    """Return labels (B,) for z (B, z_dim), None without classes."""
+    return None if number is None else torch.full((len(z),), number, device=z.device)

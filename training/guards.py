@@ -1,0 +1,69 @@
+"""Notice that a run goes wrong: non-finite losses and weights, a D that remembers the training images."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from errors import warn
+
+LIMIT = 0.9  # Karras et al., arXiv 2006.06676, adapt the strength of their augmentation to keep r at 0.6
+MIN_STEPS = 500  # with few images, an epoch is so short that r is near 1 for that long by chance
+
+
+class NonFiniteError(Exception):
+    """A loss or a weight is NaN or infinite; the message names the step."""
+
+
+class NonFiniteGuard:
+    """Remembers the first non-finite losses of a run, on the device: a check at every step would synchronize."""
+
+    def __init__(self, device: torch.device):
+        self._losses = torch.zeros(3, device=device)  # step, d_loss, g_loss
+
+    def add(self, step: int, stats: dict[str, Tensor]) -> None:
+        """Record the losses of a step, unless an earlier step had non-finite ones."""
+        losses = torch.stack([torch.full_like(self._losses[0], step), stats["d_loss"], stats["g_loss"]])
+        self._losses = torch.where(self._losses.isfinite().all(), losses, self._losses)
+
+    def check_losses(self) -> None:
+        """Raise `NonFiniteError` if a loss was not finite since the start. Waits for the device."""
+        if not self._losses.isfinite().all():
+            step, d_loss, g_loss = self._losses.tolist()
+            raise NonFiniteError(f"non-finite loss at step {step:.0f} (d_loss={d_loss:g}, g_loss={g_loss:g})")
+
+    def check(self, state: Any) -> None:
+        """`check_losses`, then check every tensor in nested dicts and lists, such as the state of a checkpoint."""
+        self.check_losses()
+        tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+        finite = [tensor.isfinite().all().to(self._losses.device) for tensor in tensors]
+        if not torch.stack(finite).all():  # synchronizes once, not once per tensor
+            raise NonFiniteError("non-finite weight or optimizer state, although all losses were finite")
+
+
+class OverfittingCheck:
+    """Warn once when r, the mean sign of D's logits on real images, has been above `LIMIT` for an epoch.
+
+    Args:
+        epoch: steps per epoch, of which `MIN_STEPS` are counted at least.
+    """
+
+    def __init__(self, epoch: int):
+        self._steps = max(epoch, MIN_STEPS)
+        self._since: int | None = None  # step of the first of the values above the limit without a break
+        self._warned = False
+
+    def add(self, step: int, r: float) -> None:
+        """Take the value of a logged step."""
+        if r <= LIMIT:
+            self._since = None
+        elif self._since is None:
+            self._since = step
+        elif step - self._since >= self._steps and not self._warned:
+            self._warned = True
+            warn(
+                f"since step {self._since}, D's logits are positive on nearly all training images (mean sign {r:.2f}): "
+                "it may remember them, which --holdout 0.05 shows, and G may get worse. More images help, or --augment "
+                "color,translation,cutout"
+            )

@@ -73,6 +73,7 @@ PATH = matches(r"[^\0]+", "a path")
 WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
 CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
+USAGE = "python main.py [--option value] ..."
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
 
@@ -323,16 +324,17 @@ def option_groups() -> dict[str, list[dataclasses.Field]]:
     return groups
 
 
-def get_parameters(argv: list[str] | None = None) -> Config:
+def get_parameters(argv: list[str] | None = None, usage: str = USAGE) -> Config:
     """Parse and check the command line.
 
     Args:
         argv: the arguments after the program's name; None takes those of this process.
+        usage: of `Parser`, for the errors.
 
     Raises:
         SystemExit: with code 2 and one line on stderr for an invalid option; with code 0 after --help.
     """
-    parser = _make_parser()
+    parser = _make_parser(usage)
     given = vars(parser.parse_args(argv))
     try:
         config = Config(**given)
@@ -343,14 +345,14 @@ def get_parameters(argv: list[str] | None = None) -> Config:
     return config
 
 
-def given_options(argv: list[str] | None = None) -> set[str]:
+def given_options(argv: list[str] | None = None, usage: str = USAGE) -> set[str]:
     """Return the names of the options that a valid command line gives; the arguments are those of `get_parameters`."""
-    return set(vars(_make_parser().parse_args(argv)))
+    return set(vars(_make_parser(usage).parse_args(argv)))
 
 
-def _make_parser() -> "Parser":
+def _make_parser(usage: str) -> "Parser":
     parser = Parser(
-        usage="python main.py [--option value] ...",
+        usage=usage,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a self-attention GAN (arXiv 1805.08318). Results are written to ./samples, ./attn, "

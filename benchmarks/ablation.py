@@ -5,17 +5,21 @@
 
 All other options are those of main.py and the same for all runs; some have other defaults here, see `DEFAULTS`. With
 --vary given twice, every combination is a variant. Runs are trained one after the other, seed by seed. Ctrl-C saves a
-checkpoint, and the same command goes on from there; finished runs are kept, so that seeds can be added later.
+checkpoint, and the same command goes on from there. Finished runs are kept, so that seeds, values and, with a constant
+learning rate, steps can be added later; runs in --out that have other options or images are refused.
 
 Writes to --out (./ablation): the results of each run in the usual folders and, after each run that is finished,
-`ablation.md`, a table of means and ranges over the seeds, and `ablation.png`, samples of the same z side by side, and
-curves. The default metrics need OpenCV only; with torch-fidelity, use --metrics kid,faces,hog.
+`ablation_<names of what varies>.md`, a table of means and ranges over the seeds, and `.png`, samples of the same z side
+by side, and curves. The default metrics need OpenCV only; with torch-fidelity, use --metrics kid,faces,hog.
 """
 
 import argparse
+import ctypes
 import itertools
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,16 +32,27 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, exit_code, handle_signals, stop_signals
-from parameter import Config, get_parameters, given_options
+from errors import UserError, exit_code, handle_signals, make_output_robust, stop_signals
+from main import make_loader
+from parameter import NAME, Config, Parser, get_parameters, given_options, option_text
+from training import checkpoint
+from training.models import MODELS, network_options
+from training.resuming import changed_options
+from training.run_folders import lock_folders
 from utils import resolve_device
 from visuals.curves import COLORS, read_curves, running_mean
 
+USAGE = "python benchmarks/ablation.py [--option value] ..."
+CPU, LIBC = torch.device("cpu"), ctypes.CDLL(None) if sys.platform == "linux" else None
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "holdout": 0.05}
 EVALUATIONS = 10  # sample grids and evaluations of the metrics in a run, by default
 FOLDERS = {"sample_path": "samples", "attn_path": "attn", "model_save_path": "models", "log_path": "logs"}
 OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "overwrite", *FOLDERS}
+# A run in --out may differ in these from what is asked for: where files are, how images get into the cache (not which).
+NOT_COMPARED = {*FOLDERS, "cache_path", "download", "num_workers"}
+LENGTH = {"total_step", "metric_step", "sample_step"}  # with a constant learning rate, these too
+HEADER = ("model", "imsize", "dataset", "batch_size")  # of the report, even if they are main.py's defaults
 NAMES = {  # of the curves that are compared, in the table and in the figure
     "faces": "face rate",
     "hog": "HOG distance",
@@ -46,6 +61,8 @@ NAMES = {  # of the curves that are compared, in the table and in the figure
     "isc": "Inception score",
     "precision": "precision",
     "recall": "recall",
+    "faces_real": "face rate of real images",
+    "hog_real": "HOG distance of halves of them",
     "d_gap": "gap of D",
     "d_sign": "r",
     "ms": "ms per step",
@@ -53,10 +70,14 @@ NAMES = {  # of the curves that are compared, in the table and in the figure
 NOTE = """\
 Mean over the seeds and, in brackets, the lowest and the highest value. Gap of D: its mean logit on training images
 minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the last tenth of
-the steps, ms per step is a median over all, the metrics are of the last step. The samples of a seed are of the same z.
-In the curves, lines are means over the seeds and bands reach from the lowest to the highest."""
+the steps, ms per step is a median over all, the metrics are of the last step. In the curves, lines are means over the
+seeds and bands reach from the lowest to the highest.
+
+Runs of the same seed have the same z and order of images, unless what varies decides these, and start from the same
+weights wherever these have the same name and shape."""
 
 Curves = Mapping[str, np.ndarray]  # points (n, 2) as (step, value) by name
+Results = Mapping[str, Mapping[int, Curves]]  # by variant and seed
 
 
 class Run(NamedTuple):
@@ -82,44 +103,117 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
 
     Raises:
         UserError: an option cannot be varied or given, or has fewer than two values.
-        SystemExit: main.py does not allow an option or a value, which it says in one line on stderr.
+        SystemExit: main.py does not allow an option or a value, which is said in one line on stderr.
     """
-    given = given_options([*arguments])
+    given, names = given_options([*arguments], USAGE), [name for name, *_ in vary]
+    words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
     if set_here := sorted(given & OWN_OPTIONS):
         raise UserError(f"--{set_here[0]} is set for each run: use --seeds and --out")
-    for name, *values in vary:
-        if name in OWN_OPTIONS | given or any("/" in value for value in values):
-            raise UserError(f"--vary {name}: it is an option of all runs, or differs in more than the training")
-        if len({*values}) < max(2, len(values)):
-            raise UserError(f"--vary {name} needs two or more different values: --vary attention full none")
-    defaults = DEFAULTS | ({"total_step": get_parameters([*arguments]).total_step} if "total_step" in given else {})
-    defaults |= dict.fromkeys(("metric_step", "sample_step"), max(1, defaults["total_step"] // EVALUATIONS))
-    words = [f"--{name}={value}" for name, value in defaults.items() if name not in given]
+    for name in names:
+        if name in OWN_OPTIONS | given or names.count(name) > 1:
+            raise UserError(f"--vary {name}: it is given twice, or differs in more than the training")
+    every = max(1, get_parameters([*words, *arguments], USAGE).total_step // EVALUATIONS)
+    words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
     words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
     runs = []
-    for seed, values in itertools.product(seeds, itertools.product(*(values for _, *values in vary))):
-        varied = [f"{name}={value}" for (name, *_), value in zip(vary, values, strict=True)]
+    for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, *values in vary))):
+        varied = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
         variant = ",".join(varied)
-        own = [*(f"--{option}" for option in varied), f"--seed={seed}", f"--version={variant},seed={seed}"]
+        if not NAME.check(version := f"{variant},seed={seed}"):
+            raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
+        own = [*(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
         own += ["--pretrained_model=auto"]
-        runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own])))
+        runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], USAGE)))
+    for name, *values in vary:
+        if len({getattr(run.config, name) for run in runs}) < max(2, len(values)):
+            raise UserError(f"--vary {name} needs two or more different values: --vary attention full none")
     return runs
 
 
+def check_run(run: Run) -> None:
+    """Check, before any training, that what --out has of a run is of these options and images.
+
+    Raises:
+        UserError: it is not, or is of later steps, or another process writes to it, or its log is incomplete.
+    """
+    config, folder = run.config, run.config.model_folder
+    if not checkpoint.list_steps(folder):
+        return
+    try:
+        with lock_folders(config):
+            state = checkpoint.load(folder, str(config.total_step) if run.is_finished else "latest").state
+    except UserError as error:
+        raise UserError(str(error).replace("--version", "--out")) from error
+    if state is None:  # weights of step 0
+        return
+    is_exact = config.lr_schedule == "constant" and state["config"]["total_step"] != config.total_step
+    same = {name: getattr(config, name) for name in NOT_COMPARED | (LENGTH if is_exact else set())}
+    if changes := changed_options(state["config"] | same, config):
+        raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
+    if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
+        raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
+    if "data" in state and make_loader(config, CPU).open().identity != state["data"]:
+        raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
+    if run.is_finished:
+        read_run(run)
+
+
+def share_weights(runs: Sequence[Run]) -> None:
+    """Write what the runs of a seed that are not started start from: checkpoints of step 0.
+
+    Weights are those that main.py would draw, or of an earlier run where it has some of the same name and shape.
+    """
+    pool: dict[tuple, torch.Tensor] = {}
+    for run in sorted(runs, key=lambda run: not checkpoint.list_steps(run.config.model_folder)):
+        config, folder = run.config, run.config.model_folder
+        if 0 in (steps := checkpoint.list_steps(folder)):
+            start = checkpoint.load(folder, "0")
+            networks = {"G": start.G, "D": start.D}
+        else:
+            model, classes = MODELS[config.model], make_loader(config, CPU).classes if config.conditional else ()
+            options = network_options(len(classes), config.attention)
+            torch.manual_seed(config.seed)
+            networks = {"G": model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options).state_dict(),
+                        "D": model.make_D(config.imsize, config.d_conv_dim, **options).state_dict()}  # fmt: skip
+        for part, own in networks.items():
+            weights = {key: pool.setdefault((part, key, value.shape), value) for key, value in own.items()}
+            if not steps:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(weights, folder / f"0_{part}.tmp")
+                os.replace(folder / f"0_{part}.tmp", folder / f"0_{part}.pth")
+
+
 def train(run: Run) -> int:
-    """Run main.py until its last step, or a signal, which is passed on. Returns its exit code."""
+    """Run main.py until its last step, or a signal, which is passed on. Returns its exit code, as a shell has it."""
+    received, process = [], None
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        if process:
+            process.send_signal(number)
+
     # In a session of its own: Ctrl-C in a terminal would reach it twice, and the second one ends it without saving.
-    process = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], start_new_session=True)
-    with handle_signals(lambda number, _: process.send_signal(number), stop_signals()):
-        return process.wait()
+    # PR_SET_PDEATHSIG, 1: when this process is killed, the system sends it SIGTERM, which saves a checkpoint.
+    options = {"start_new_session": True, "preexec_fn": LIBC and (lambda: LIBC.prctl(1, signal.SIGTERM))}
+    with handle_signals(receive, stop_signals()):
+        process = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], **options)
+        if received:  # before there was a process
+            process.send_signal(received[0])
+        code = process.wait()
+    return 128 - code if code < 0 else code or (128 + received[0] if received else 0)
 
 
 def read_run(run: Run) -> Curves:
-    """Return the curves of `NAMES` that the run's log has."""
-    curves = read_curves(run.config.log_folder, run.config.total_step)
+    """Return the curves of `NAMES` that a finished run's log has; `UserError` if it lacks one at the last step."""
+    config, last = run.config, run.config.total_step
+    curves = read_curves(config.log_folder, last)
+    metrics = ["precision" if name == "prc" else name for name in (config.metrics or "").split(",") if name]
+    if lacks := [name for name in ("images_per_s", *metrics) if name not in curves or curves[name][-1, 0] != last]:
+        again = f"to train again, remove {config.model_folder}"
+        raise UserError(f"{config.log_folder}/metrics.jsonl has no {lacks[0]} of step {last}: {again}")
     if "d_holdout" in curves:
         curves["d_gap"] = curves["d_train"] - curves["d_holdout"] * (0, 1)
-    curves["ms"] = curves["images_per_s"] ** (1, -1) * (1, 1000 * run.config.batch_size)
+    curves["ms"] = curves["images_per_s"] ** (1, -1) * (1, 1000 * config.batch_size)
     return {name: curves[name] for name in NAMES if name in curves}
 
 
@@ -131,17 +225,21 @@ def final_value(name: str, points: np.ndarray) -> float:
     return float(values[-math.ceil(len(values) / 10) :].mean() if name in ("d_gap", "d_sign") else values[-1])
 
 
-def table(results: Mapping[str, Mapping[int, Curves]]) -> str:
-    """Return the table in Markdown. `results` are the curves by variant and seed."""
-    all_curves = [curves for by_seed in results.values() for curves in by_seed.values()]
-    shown = [name for name in NAMES if all(name in curves for curves in all_curves)]
+def names_in(results: Results) -> list[str]:
+    """Return the names of all curves, in the order of `NAMES`."""
+    return [name for name in NAMES if any(name in curves for seeds in results.values() for curves in seeds.values())]
+
+
+def table(results: Results) -> str:
+    """Return the table in Markdown; what a variant has no curve of is empty, as the gap of D without --holdout."""
+    shown = names_in(results)
     rows = [["variant", "seeds", *(NAMES[name] for name in shown)], ["---"] * (len(shown) + 2)]
     for variant, by_seed in results.items():
         row = [variant, ", ".join(map(str, by_seed))]
         for name in shown:
-            values = [final_value(name, curves[name]) for curves in by_seed.values()]
+            values = [final_value(name, curves[name]) for curves in by_seed.values() if name in curves]
             spread = f" ({_format(min(values))} to {_format(max(values))})" if len(values) > 1 else ""
-            row.append(_format(np.mean(values)) + spread)
+            row.append(_format(np.mean(values)) + spread if values else "")
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -150,19 +248,16 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def write_figure(
-    path: Path, results: Mapping[str, Mapping[int, Curves]], grids: Mapping[tuple[str, int], Path]
-) -> None:
+def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], Path]) -> None:
     """Draw the sample grids, a column for each variant and a row for each seed, and below them the curves.
 
     Args:
-        results: the curves by variant and seed.
         grids: the sample grids by variant and seed, of which some may be missing.
     """
     from matplotlib.figure import Figure
 
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
-    shown = [name for name in NAMES if name != "ms" and any(name in c for s in results.values() for c in s.values())]
+    shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
     rows = math.ceil(len(shown) / 2)
     heights = [len(seeds) * min(4, 10 / len(results)), 3 * rows]
     figure = Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
@@ -177,7 +272,7 @@ def write_figure(
         axes.set(title=NAMES[name], xlabel="step")
         for (variant, by_seed), color in zip(results.items(), itertools.cycle(COLORS)):
             curves = [running_mean(curves[name]) for curves in by_seed.values() if name in curves]
-            if not curves:  # such as the gap of D in a run without --holdout
+            if not curves:
                 continue
             steps = curves[0][:, 0]
             values = [np.interp(steps, *points.T) for points in curves]
@@ -188,51 +283,58 @@ def write_figure(
     figure.savefig(path)
 
 
-def report(runs: Sequence[Run], out: Path, command: str) -> None:
-    """Write `ablation.md` and `ablation.png` of these finished runs."""
+def report(runs: Sequence[Run], path: Path, command: str) -> None:
+    """Write `path` with the endings .md and .png: of these finished runs."""
     results: dict[str, dict[int, Curves]] = {}
     for run in runs:
         results.setdefault(run.variant, {})[run.seed] = read_run(run)
-    config, device = runs[0].config, resolve_device(runs[0].config.device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    curves = read_curves(config.log_folder, config.total_step)
-    real = [
-        f"{NAMES[name]} {curves[f'{name}_real'][-1, 1]:.3g}" for name in ("faces", "hog") if f"{name}_real" in curves
+    shared = [
+        f"{name} {option_text(value)}"
+        for name, value in vars(runs[0].config).items()
+        if name not in OWN_OPTIONS and (name in HEADER or value != getattr(Config, name))
+        if all(getattr(run.config, name) == value for run in runs)
     ]
+    devices = {resolve_device(run.config.device) for run in runs}
+    names = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
+    machine = f"torch {torch.__version__} on {' and '.join(sorted(names))}"
     lines = [
         "# Ablation",
-        f"{len(runs)} runs of {config.total_step:,} steps at batch size {config.batch_size}, {config.model} on "
-        f"{config.dataset} at {config.imsize}x{config.imsize}, torch {torch.__version__} on {machine}:",
+        f"{len(runs)} runs, all with {', '.join(shared)}; written by {machine}:",
         f"    {command}",
         table(results),
-        "Real images: " + ", ".join(real) + " (HOG: of one half to the other)." if real else "",
         NOTE,
-        "![samples and curves](ablation.png)",
+        f"![samples and curves]({path.name}.png)",
     ]
-    (out / "ablation.md").write_text("\n\n".join(filter(None, lines)) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     grids = {(run.variant, run.seed): run.config.sample_folder / f"{run.config.total_step}_ema.png" for run in runs}
-    write_figure(out / "ablation.png", results, grids)
+    write_figure(path.with_suffix(".png"), results, grids)
 
 
 def main() -> int:
     """Run the command line. Returns the exit code: of the first run that did not finish, or 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    make_output_robust()
+    parser = Parser(usage=USAGE, allow_abbrev=False, description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
     parser.add_argument("--out", default="./ablation", help="folder of all results")
     own, arguments = parser.parse_known_args()
     runs = make_runs(own.vary, own.seeds, own.out, arguments)
+    for run in runs:
+        check_run(run)
+    path = Path(os.path.expanduser(own.out)) / f"ablation_{'_'.join(name for name, *_ in own.vary)}"
     command = shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]])
     for number, run in enumerate(runs, start=1):
         if run.is_finished:
             continue
         print(f"run {number} of {len(runs)}: {run.config.version}")
+        share_weights([other for other in runs if other.seed == run.seed])
         if code := train(run):
             print("the same command goes on from here" if code > 128 else f"{run.config.version} failed")
             return code
-        report([run for run in runs if run.is_finished], Path(own.out), command)
-    report(runs, Path(own.out), command)
-    print((Path(own.out) / "ablation.md").read_text(encoding="utf-8"))
+        report([other for other in runs if other.is_finished or other is run], path, command)
+    report(runs, path, command)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
     return 0
 
 

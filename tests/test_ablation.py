@@ -1,130 +1,208 @@
-"""benchmarks/ablation.py: what it runs, what it writes, and that it can be stopped and continued."""
+"""benchmarks/ablation.py: what it runs, what it refuses, what it writes, and that it can be stopped and continued."""
 
+import itertools
 import json
+import os
 import signal
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import ablation
 import numpy as np
 import pytest
-from ablation import final_value, make_runs, table, write_figure
-from conftest import log_lines, wait_for
+import torch
+from ablation import Run, make_runs, table
+from conftest import build_trainer, log, log_lines, wait_for
 
 import main
 from errors import UserError
+from training.run_folders import lock_folders
 
-SMALL = ["--dataset=toy", "--toy_num=24", "--imsize=32", "--z_dim=16", "--g_conv_dim=8", "--d_conv_dim=8",
-         "--batch_size=4", "--device=cpu", "--num_workers=0", "--log_step=1"]  # fmt: skip
+SMALL = ["--dataset=toy", "--toy_num=24", "--imsize=32", "--z_dim=16", "--d_conv_dim=8", "--device=cpu",
+         "--num_workers=0", "--log_step=1"]  # fmt: skip
+ATTENTION, BATCH_SIZE = ["attention", "full", "none"], ["batch_size", "4", "8"]
+TINY = [*SMALL, "--g_conv_dim=8", "--batch_size=4"]
 
 
 def test_every_combination_is_a_run_of_each_seed():
-    vary = [["attention", "full", "none"], ["augment", "none", "color,cutout"]]
-    runs = make_runs(vary, [0, 7], "results", ["--total_step", "300", "--holdout", "0.2"])
+    vary = [ATTENTION, ["augment", "none", "color,cutout"]]
+    runs = make_runs(vary, [0, 7, 0], "results", ["--total_step", "300", "--holdout", "0.2"])
     assert [(run.config.attention, run.config.augment) for run in runs[:4]] == [
         ("full", "none"), ("full", "color,cutout"), ("none", "none"), ("none", "color,cutout")]  # fmt: skip
     assert [run.config.seed for run in runs] == [0] * 4 + [7] * 4
     assert len({run.config.version for run in runs}) == 8
     assert runs[1].config.version == "attention=full,augment=color,cutout,seed=0"
     assert {run.config.model_folder.parent for run in runs} == {Path("results/models")}
-    for run in runs:
-        config = run.config
+    for config in (run.config for run in runs):
         assert (config.total_step, config.metric_step, config.sample_step, config.holdout) == (300, 30, 30, 0.2)
         assert (config.metrics, config.pretrained_model) == ("faces,hog", "auto")
 
 
-@pytest.mark.parametrize("vary, arguments, message", [
-    (["attention", "full"], [], "two or more"),
-    (["attention", "full", "full"], [], "two or more"),
-    (["seed", "0", "1"], [], "--vary seed"),
-    (["attention", "full", "none"], ["--attention", "none"], "--vary attention"),
-    (["image_path", "a/b", "c"], [], "--vary image_path"),
-    (["attention", "full", "none"], ["--version", "x"], "--version"),
-    (["attention", "full", "none"], ["--seed", "1"], "--seeds"),
+@pytest.mark.parametrize("vary, words, message", [
+    (["attention", "full"], [], "two or more"), (["g_lr", "0.1", "0.10"], [], "two or more"),
+    (["seed", "0", "1"], [], "--vary seed"), (["image_path", "a" * 100, "c"], [], "--vary image_path"),
+    (ATTENTION, ["--attention", "none"], "--vary attention"), (ATTENTION, ["--seed", "1"], "--seeds"),
+    (["attention", "full", "some"], [], "--attention must be .*some .see python benchmarks/ablation.py --help.$"),
+    (["atention", "a", "b"], [], "--atention=a .see python benchmarks/ablation.py --help.$"),
 ])  # fmt: skip
-def test_what_cannot_be_compared_is_refused(vary, arguments, message):
-    with pytest.raises(UserError, match=message):
-        make_runs([vary], [0], "out", arguments)
-
-
-@pytest.mark.parametrize("vary, word", [(["attention", "full", "some"], "some"), (["atention", "a", "b"], "atention")])
-def test_values_that_main_refuses_are_refused_before_any_training(vary, word, capsys):
-    with pytest.raises(SystemExit):
-        make_runs([vary], [0], "out", [])
-    error = capsys.readouterr().err
-    assert word in error and error.count("\n") == 1
+def test_what_cannot_be_compared_is_refused_in_one_line(vary, words, message, run_main, capsys):
+    with pytest.raises((UserError, SystemExit)) as caught:
+        run_main([vary], *words)
+    caught.value.args = (capsys.readouterr().err.strip() or str(caught.value),)
+    assert caught.match(message) and "\n" not in str(caught.value)
 
 
 def test_table_has_means_and_ranges():
+    steps = np.arange(1.0, 21)
+
     def curves(level: float, speed: float) -> dict[str, np.ndarray]:
-        steps = np.arange(1.0, 21)
         return {"faces": np.array([[10, 0.1], [20, level]]), "d_sign": np.stack([steps, steps], 1),
                 "ms": np.stack([steps, speed * np.where(steps == 5, 100, 1)], 1)}  # fmt: skip
 
-    results = {"a=1,b=2": {0: curves(0.25, 1000), 3: curves(0.75, 2000)}, "a=1,b=3": {0: curves(1, 5)}}
-    assert final_value("d_sign", results["a=1,b=3"][0]["d_sign"]) == 19.5  # of the last two of 20
-    assert table(results).splitlines() == [
+    assert table({"a=1": {0: curves(0.25, 1000), 3: curves(0.75, 2000)}, "a=2": {0: curves(1, 5)}}).splitlines() == [
         "| variant | seeds | face rate | r | ms per step |",
         "| --- | --- | --- | --- | --- |",
-        "| a=1,b=2 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 1,500 (1,000 to 2,000) |",
-        "| a=1,b=3 | 0 | 1 | 19.5 | 5 |",
+        "| a=1 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 1,500 (1,000 to 2,000) |",
+        "| a=2 | 0 | 1 | 19.5 | 5 |",  # r: of the last two of 20
     ]
 
 
-def test_a_curve_that_a_variant_lacks_is_left_out(tmp_path):
-    """Such as the gap of D, without --holdout."""
-    steps = np.arange(1.0, 21)
-    whole = {name: np.stack([steps, steps], 1) for name in ("d_gap", "d_sign")}
-    write_figure(tmp_path / "figure.png", {"a=1": {0: {"d_sign": whole["d_sign"]}}, "a=2": {0: whole}}, {})
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """A function that runs the ablation in an empty folder; training fails with code 7."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "train", lambda run: 7)
+
+    def run(vary, *words, out="out"):
+        varied = [word for values in vary for word in ("--vary", *values)]
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *varied, "--seeds", "0", "--out", out, *words])
+        return ablation.main()
+
+    return run
+
+
+def finish(vary, *words, **state):
+    """Write what is read of runs to step 4 in ./out, of which the first has d_sign in its log. Returns the runs."""
+    runs = make_runs([vary], [0], "out", words)
+    for run in runs:
+        for folder in run.config.folders.values():
+            folder.mkdir(parents=True)
+        values = {"step": 4, "images_per_s": 8, "faces": 8, "hog": 8} | ({"d_sign": 8} if run is runs[0] else {})
+        (run.config.log_folder / "metrics.jsonl").write_text(json.dumps(values))
+        contents = {"step": 4, "config": vars(run.config), "G": {}, "D": {}, **state}
+        torch.save(contents, run.config.model_folder / "4_state.pth")
+    return runs
+
+
+@pytest.mark.parametrize("words, outcome", [
+    (["--total_step=4"], 0), (["--total_step=9"], 7), (["--total_step=3"], "is at step 4"),
+    (["--total_step=9", "--lr_schedule=linear"], "--total_step 9 .was 4.*--lr_schedule linear"),
+    (["--total_step=4", "--g_lr=0.01"], "attention=full,seed=0 in --out .*: --g_lr 0.01 .was 0.0001.$"),
+    (["--total_step=4", "--metrics=hog"], "--metrics hog .was faces,hog."),
+    (["--total_step=4", "--dataset=folder", "--image_path=dogs"], "--image_path dogs"),
+])  # fmt: skip
+def test_finished_runs_are_kept_made_longer_or_refused_by_name(words, outcome, run_main, monkeypatch):
+    finish(ATTENTION, *TINY, "--total_step=4", "--cache_path=elsewhere")
+    Path("out").rename("moved")
+    monkeypatch.setattr(ablation, "share_weights", lambda runs: None)  # those of `finish` are empty
+    with nullcontext() if isinstance(outcome, int) else pytest.raises(UserError, match=outcome):
+        assert run_main([ATTENTION], *TINY, *words, out="moved") == outcome
+
+
+def test_runs_of_other_images_in_use_or_without_their_log_are_refused(run_main):
+    finish(BATCH_SIZE, *SMALL, "--total_step=4", data={"images": 24, "checksum": 1})
+    with pytest.raises(UserError, match="batch_size=4,seed=0 in --out was trained on other images"):
+        run_main([BATCH_SIZE], *SMALL, "--total_step=4")
+    runs = finish(ATTENTION, *TINY, "--total_step=4")
+    with lock_folders(runs[0].config), pytest.raises(UserError, match=r"another run is writing.*another --out$"):
+        run_main([ATTENTION], *TINY, "--total_step=4")
+    path = runs[1].config.log_folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace("hog", "dog"))
+    with pytest.raises(UserError, match=r"attention=none,seed=0/metrics.jsonl has no hog of step 4"):
+        run_main([ATTENTION], *TINY, "--total_step=4")
+
+
+def test_the_report_names_what_all_runs_share_and_its_files_what_varies(run_main, capsys):
+    finish(ATTENTION, *TINY, "--total_step=4")
+    finish(BATCH_SIZE, *SMALL, "--total_step=4")
+    assert run_main([ATTENTION], *TINY, "--total_step=4") == run_main([BATCH_SIZE], *SMALL, "--total_step=4") == 0
+    first, second = (Path(f"out/ablation_{name}.md").read_text() for name in ("attention", "batch_size"))
+    assert first in capsys.readouterr().out and "(ablation_attention.png)" in first
+    assert "| attention=full | 0 | 8 | 8 | 8 | 500 |\n| attention=none | 0 | 8 | 8 |  | 500 |" in first
+    assert "| batch_size=8 | 0 | 8 | 8 |  | 1,000 |" in second
+    assert "2 runs, all with model sagan, imsize 32," in first and " batch_size 4," in first
+    assert " attention " not in first.splitlines()[2] and "batch_size" not in second.splitlines()[2]
+    assert all(Path(f"out/ablation_{name}.png").stat().st_size > 10_000 for name in ("attention", "batch_size"))
+
+
+def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
+    """Where shapes allow it; those of the first are those of main.py. Variants can be added in any order."""
+    assert run_main([["g_conv_dim", "16", "8"], ATTENTION], *SMALL, "--batch_size=4") == 7
+    assert run_main([["g_conv_dim", "24", "8"], ["attention", "none", "full"]], *SMALL, "--batch_size=4") == 7
+    trainer = build_trainer(make_config(g_conv_dim=16))
+    for part, network in (("G", trainer.G), ("D", trainer.D)):
+        weights = {path.parent.name: torch.load(path) for path in Path("out/models").glob(f"*/0_{part}.pth")}
+        first = weights["g_conv_dim=16,attention=full,seed=0"]
+        assert all(torch.equal(first[key], value) for key, value in network.state_dict().items())
+        assert len(weights) == 6 and len({len(own) for own in weights.values()}) == 2
+        for one, other in itertools.combinations(weights.values(), 2):
+            for key in one.keys() & other.keys():
+                assert one[key].shape != other[key].shape or torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell that a process was killed")
+def test_a_killed_ablation_ends_its_run(start_process, tmp_path):
+    (tmp_path / "main.py").write_text("import signal, sys; from pathlib import Path\n"
+                                      "signal.signal(signal.SIGTERM, lambda *_: sys.exit(Path('ended').touch()))\n"
+                                      "Path('started').touch(); signal.pause()")  # fmt: skip
+    code = "import ablation; ablation.MAIN = 'main.py'; ablation.train(ablation.Run('', 0, [], None))"
+    path = os.pathsep.join([str(Path(ablation.__file__).parent), str(Path(main.__file__).parent)])
+    process = start_process([sys.executable, "-c", code], tmp_path, env=os.environ | {"PYTHONPATH": path})
+    wait_for((tmp_path / "started").exists, process)
+    process.kill()
+    wait_for((tmp_path / "ended").exists, start_process(["sleep", "60"], tmp_path), seconds=30)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_while_a_run_is_started_reaches_it(monkeypatch, tmp_path):
+    def interrupted(*words, popen=subprocess.Popen, **options):
+        signal.raise_signal(signal.SIGINT)
+        return popen(*words, **options)
+
+    (tmp_path / "main.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    assert ablation.train(Run("", 0, [], None)) == 130
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_report):
-    """Ctrl-C saves a checkpoint; the same command, here with fewer steps, resumes there and trains the others.
-
-    The second command runs in this process.
-    """
+def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_report, run_main):
+    """Ctrl-C saves a checkpoint; the same command, here with fewer steps and in this process, goes on from there."""
+    pytest.importorskip("cv2")
+    options = [*TINY, "--metric_num=12", "--metric_step=1000"]
+    words = [sys.executable, ablation.__file__, "--vary", *ATTENTION, "--seeds", "0", "--out", "out", *options]
+    process = start_process([*words, "--total_step=100000"], tmp_path)
+    wait_for(lambda: log_lines(tmp_path / "out/logs/attention=full,seed=0"), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on from here" in output
+    (saved,) = Path("out/models/attention=full,seed=0").glob("*_state.pth")
+    total = int(saved.name.partition("_")[0]) + 2
 
     def train(run):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["main.py", *run.arguments])
             return main.main()
 
-    pytest.importorskip("cv2")
-    words = ["--vary", "attention", "full", "none", "--seeds", "0", "--out", "out", *SMALL, "--metric_num=12",
-             "--metric_step=1000"]  # fmt: skip
-    process = start_process([sys.executable, ablation.__file__, *words, "--total_step=100000"], tmp_path)
-    wait_for(lambda: log_lines(tmp_path / "out/logs/attention=full,seed=0"), process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command goes on from here" in output
-    (saved,) = (tmp_path / "out/models/attention=full,seed=0").glob("*_state.pth")
-    total = int(saved.name.partition("_")[0]) + 2
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "train", train)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", *words, f"--total_step={total}"])
-    assert ablation.main() == 0
+    assert run_main([ATTENTION], *options, f"--total_step={total}") == 0
     printed = capfd.readouterr().out
-    assert f"resuming from step {total - 2}" in printed
-    for variant in ("attention=full", "attention=none"):
-        lines = (tmp_path / f"out/logs/{variant},seed=0/metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, total + 1))
-    written = (tmp_path / "out/ablation.md").read_text()
-    assert f"2 runs of {total:,} steps" in written and written.strip() in printed
-    assert "| attention=none | 0 |" in written and "Real images: face rate" in written
-    assert (tmp_path / "out/ablation.png").stat().st_size > 10_000
-
-
-def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, capsys):
-    words = ["--vary", "attention", "full", "none", "--seeds", "0", "--out", str(tmp_path), "--total_step", "2"]
-    for run in make_runs([["attention", "full", "none"]], [0], str(tmp_path), ["--total_step", "2"]):
-        for folder in run.config.folders.values():
-            folder.mkdir(parents=True)
-        (run.config.model_folder / "2_state.pth").touch()
-        (run.config.log_folder / "metrics.jsonl").write_text('{"step": 2, "images_per_s": 8, "d_sign": 0.5}\n')
-    monkeypatch.setattr(ablation, "train", None)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
-    assert ablation.main() == 0
-    assert "| attention=none | 0 | 0.5 | 8,000 |" in capsys.readouterr().out
+    full, none = (log(Path(f"out/logs/attention={name},seed=0")) for name in ("full", "none"))
+    assert [entry["step"] for entry in full] == [entry["step"] for entry in none] == [*range(1, total + 1)]
+    assert full[0]["d_loss"] == none[0]["d_loss"]  # attention begins with gamma 0
+    written = Path("out/ablation_attention.md").read_text()
+    assert f"resuming from step {total - 2}" in printed and written.strip() in printed
+    assert f"total_step {total}" in written and "face rate of real images" in written

@@ -50,13 +50,13 @@ def run(config: Config) -> int:
 
     from trainer import Trainer
     from training.distributed import launch, process_group, processes_to_start
-    from utils import resolve_device, tune_malloc
+    from utils import setup_device, tune_malloc
 
     if config.parallel and (processes := processes_to_start(config.device, config.train)) > 1:
         return launch(processes)
     with process_group(config.device) as ranks:
         with ranks.raise_together():
-            device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
+            device = setup_device(config.device, ranks.local_rank if ranks.size > 1 else None)
         if config.tune_malloc and device.type == "cpu":
             tune_malloc()
         torch.manual_seed(config.seed)

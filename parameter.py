@@ -230,6 +230,10 @@ class Config:
             raise UserError(f"--corners {self.corners}: samples are numbered 0 to {samples - 1}; see --num_samples")
 
     @property
+    def has_attention(self) -> bool:
+        return self.attention == "full"
+
+    @property
     def pretrained_file(self) -> Path | None:
         """The path that `--pretrained_model` is; None if it names a checkpoint of this run."""
         is_file = self.pretrained_model is not None and self.pretrained_model.endswith(FILE_ENDINGS)

@@ -43,8 +43,8 @@ from utils import (
     files_by_step,
     make_deterministic,
     progress,
-    resolve_device,
-    resolve_precision,
+    setup_device,
+    set_precision,
 )
 from visuals.attention_stats import (
     collect_attention,
@@ -89,8 +89,8 @@ class Tester:
 
     def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint):
         self.config, self.loader = config, loader
-        self.device = resolve_device(config.device)
-        resolve_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
+        self.device = setup_device(config.device)
+        set_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
         if config.deterministic:
             make_deterministic()
         check_metrics(config, self.device)

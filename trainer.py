@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data_loader import Loader
-from errors import UserError
-from metrics.evaluation import evaluate
+from errors import StopRequest, UserError, stop_on_signals, warn
+from metrics.evaluation import compute_metrics
 from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.ema import EMA
 from networks.latents import sample_z
@@ -32,13 +32,13 @@ from training.optimizers import Adam, Schedule
 from training.previews import Previews
 from training.recorder import Recorder
 from training.resuming import TrainingState, non_finite_message
-from training.signals import StopRequest, stop_on_signals
 from utils import (
     SEED_FIXED_Z,
     SEED_STEP,
     autocast,
     conv_memory_format,
     derive_seed,
+    eval_mode,
     no_param_grads,
     set_backends,
 )
@@ -139,7 +139,7 @@ class Trainer:
             if aug_noise is not None:
                 real = augment(real, aug_noise[:, 0], self.augmentations)
                 fake = augment(fake, aug_noise[:, 1], self.augmentations)
-            # Each forward in training mode, of G above too, takes a step of power iteration: two of D here, one in g_step.
+            # Each forward in training mode takes a step of power iteration: D takes two here and one in g_step.
             real_logits, fake_logits = self.D_ddp(real, real_labels).float(), self.D_ddp(fake, fake_labels).float()
         loss_real, loss_fake = self.loss.of_D(real_logits, fake_logits)
         stats = {"d_loss_real": loss_real, "d_loss_fake": loss_fake, "d_loss": loss_real + loss_fake}
@@ -190,7 +190,8 @@ class Trainer:
         inputs = [{"z": draw(torch.randn, config.z_dim)} for _ in range(config.n_critic + 1)]
         *of_D, of_G = inputs
         for index, given in enumerate(of_D, start=self.step * config.n_critic):
-            given["real"], given["real_labels"] = loader.batch(index, self.shard)
+            given["real"], labels = loader.batch(index, self.shard)
+            given |= {} if labels is None else {"real_labels": labels}
         if self.loss.has_penalty:
             for given in of_D:
                 given["alpha"] = draw(torch.rand, 1, 1, 1)
@@ -217,3 +218,111 @@ class Trainer:
         self.state.step += 1
         self.guard.add(self.step, stats)
         return stats
+
+    def train(self) -> int:
+        """Train until `total_step`, or until a signal of `errors.stop_signals`; save a checkpoint at the end.
+
+        Returns:
+            The number of the signal, or 0.
+
+        Raises:
+            UserError: a result folder cannot be written or is in use, or the run diverged.
+        """
+        try:
+            with ExitStack() as stack:
+                stop = stack.enter_context(stop_on_signals())
+                recorder = None
+                with self.ranks.raise_together():
+                    if self.ranks.is_rank_zero:
+                        machine = f"{self.device} in {self.precision}"
+                        recorder = stack.enter_context(Recorder(self.config, self.step, machine, self.loader))
+                        recorder.real_images("real", self.previews.real_images())
+                        if self.augmentations:
+                            recorder.real_images("augmented", self.previews.augmented_images())
+                print(
+                    f"training {self.config.model} at {self.config.imsize}x{self.config.imsize} on {self.device} in "
+                    f"{self.precision}, world size {self.ranks.size}, global batch {self.config.batch_size}, "
+                    f"{len(self.loader)} batches per epoch"
+                )
+                return self._loop(recorder, stop)
+        except NonFiniteError as error:  # by now, all earlier checkpoints are on the disk
+            raise UserError(non_finite_message(self.config, error)) from error
+
+    def _loop(self, recorder: Recorder | None, stop: StopRequest) -> int:
+        """Take steps until `total_step`, or a signal to any rank, whose number is returned. Rank 0 has the recorder."""
+        config, ranks, previews = self.config, self.ranks, self.previews
+        intervals = {"log": config.log_step, "checkpoint": self.save_step, "samples": config.sample_step}
+        intervals |= {"attention": config.attn_step} if config.has_attention else {}
+        intervals |= {"metrics": config.metric_step} if config.metrics else {}
+        due = {name for name, steps in intervals.items() if self._is_due(steps)}
+
+        with ranks.raise_together():  # of a run that was stopped while it computed metrics, after its checkpoint
+            if recorder and self.step and "metrics" in due and not recorder.has_scores(self.step):
+                self._evaluate(recorder, stop)
+        signal_number = ranks.max(stop.signal_number)
+        while self.step < config.total_step and not signal_number:
+            stats = self.train_step()
+            due = {name for name, steps in intervals.items() if self._is_due(steps)}
+            if ranks.size > 1 and not due and self.step % SYNC_STEPS:
+                continue
+            if "log" in due:
+                stats = ranks.mean(stats)
+            with ranks.raise_together():  # the other ranks wait here for what rank 0 computes
+                if recorder:
+                    recorder.advance(self.step)
+                    if due:
+                        self.guard.check_losses()
+                    if "log" in due:
+                        factor = self.state.schedule.factor(self.step - 1)
+                        recorder.log(self.step, stats | previews.scalars(self.step), factor)
+                    if "checkpoint" in due or recorder.is_save_overdue():  # before all that takes time
+                        recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
+                    if "samples" in due:
+                        recorder.samples(self.step, previews.samples())
+                    if "attention" in due and self.step < config.total_step:  # those of the last step follow the loop
+                        recorder.attention(self.step, previews.attention())
+                    if "metrics" in due:
+                        self._evaluate(recorder, stop)
+            signal_number = ranks.max(stop.signal_number)
+
+        with ranks.raise_together():
+            if recorder and signal_number and recorder.saved_step != self.step:
+                recorder.checkpoint(self.step, self._saved_state())
+            if recorder and config.has_attention:
+                attention = previews.attention()
+                recorder.attention(self.step, attention)
+                recorder.explorer(self.step, attention)
+        return signal_number
+
+    @property
+    def save_step(self) -> int:
+        """Steps between checkpoints."""
+        epochs = self.config.model_save_step * len(self.loader) / self.config.n_critic
+        return max(self.config.min_save_step, round(epochs))
+
+    def _is_due(self, steps: int) -> bool:
+        """Return whether something is due after this step that comes every so many steps and after the last one."""
+        return self.step % steps == 0 or self.step == self.config.total_step
+
+    def _evaluate(self, recorder: Recorder, stop: StopRequest) -> None:
+        """Record the metrics of the EMA generator (of G without --use_ema), and the checkpoint if it is the best."""
+        network = self.ema.network if self.config.use_ema else self.G
+        try:
+            with eval_mode(network):
+                scores = compute_metrics(self.config, network, self.loader, lambda: stop.signal_number > 0)
+        except UserError as error:  # such as a full disk: no reason to stop training
+            warn(f"metrics skipped at step {self.step}: {error}")
+        else:
+            if recorder.scores(self.step, scores):
+                recorder.checkpoint("best", self._saved_state())
+
+    def _saved_state(self) -> dict[str, Any]:
+        """Return what a checkpoint has: all that the next step depends on, the options, and which images these are.
+
+        Raises:
+            NonFiniteError: a tensor in it is not finite.
+        """
+        state = self.state.state_dict()
+        self.guard.check(state)
+        data, classes = self.loader.fingerprint, list(self.loader.classes)
+        return state | {"config": dataclasses.asdict(self.config), "data": data, "classes": classes}

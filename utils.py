@@ -30,7 +30,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 Item = TypeVar("Item")
 
 
-def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+def setup_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device of that name, and make a CUDA device the current one.
 
     Args:
@@ -61,8 +61,8 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision to fp32, tf32 or bf16, and allow TF32 in torch for tf32 only.
+def set_precision(name: str, device: torch.device) -> str:
+    """Return --precision as fp32, tf32 or bf16, and allow TF32 in torch for tf32 only.
 
     auto is bf16 on a GPU with bf16 tensor cores (compute capability 8.0 or higher), else fp32.
 
@@ -101,8 +101,21 @@ def _cpu_has_bf16() -> bool:
     return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()  # avx512_bf16, amx_bf16, or ARM's bf16
 
 
-def make_deterministic() -> None:
-    """Restrict torch to deterministic algorithms. Must be called before CUDA is used."""
+def set_backends(device: torch.device, precision: str, deterministic: bool) -> str:
+    """Apply `--precision` and `--deterministic` to torch, before the device is used. Returns the precision's name.
+
+    Raises:
+        UserError: see `set_precision`.
+    """
+    if deterministic:
+        _make_deterministic()
+    # Shapes never change, so cuDNN may search for its fastest algorithms, unless runs must be repeatable.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    return set_precision(precision, device)
+
+
+def _make_deterministic() -> None:
+    """Restrict torch to deterministic algorithms."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic otherwise
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
@@ -171,15 +184,6 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups; in place if it is a tensor, which a CUDA graph reads."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 @contextmanager
 def eval_mode(*networks: nn.Module) -> Iterator[None]:
     """Put networks in evaluation mode without gradients; those that were in training mode are again at the end."""
@@ -202,33 +206,6 @@ def no_param_grads(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
-
-
-class StopSignals:
-    """Turn the first of `errors.stop_signals` into a request to stop; a second one exits immediately.
-
-        with StopSignals() as stop:
-            while not stop.received: ...
-
-    Attributes:
-        received: number of the signal, 0 before it.
-    """
-
-    def __init__(self):
-        self.received = 0
-
-    def __enter__(self) -> "StopSignals":
-        self._handlers = handle_signals(self._receive, stop_signals())
-        self._handlers.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._handlers.__exit__(*error)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            sys.exit(128 + number)
-        self.received = number
 
 
 def files_by_step(folder: Path, ending: str) -> dict[int, Path]:

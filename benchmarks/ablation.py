@@ -39,7 +39,7 @@ from training import checkpoint
 from training.models import MODELS, network_options
 from training.resuming import changed_options
 from training.run_folders import lock_folders
-from utils import resolve_device
+from utils import setup_device
 from visuals.curves import COLORS, read_curves, running_mean
 
 USAGE = "python benchmarks/ablation.py [--option value] ..."
@@ -294,7 +294,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
         if name not in OWN_OPTIONS and (name in HEADER or value != getattr(Config, name))
         if all(getattr(run.config, name) == value for run in runs)
     ]
-    devices = {resolve_device(run.config.device) for run in runs}
+    devices = {setup_device(run.config.device) for run in runs}
     names = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
     machine = f"torch {torch.__version__} on {' and '.join(sorted(names))}"
     lines = [

@@ -24,7 +24,7 @@ from parameter import get_parameters, given_options
 from tester import Tester
 from training.checkpoint import check_classes
 from training.resuming import load_test_checkpoint
-from utils import progress, resolve_device
+from utils import progress, setup_device
 
 STEPS, BATCH = 400, 64
 WIDTHS = (3, 16, 32, 64, 64)
@@ -85,7 +85,7 @@ def main() -> int:
     saved, config = load_test_checkpoint(config, given_options())
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")
-    loader = make_loader(config, resolve_device(config.device)).open()
+    loader = make_loader(config, setup_device(config.device)).open()
     check_classes(saved, loader.classes)
     measure(loader, Tester(config, loader, saved))
     return 0

@@ -26,7 +26,7 @@ from data_loader import Loader
 from datasets.sources import find_source
 from parameter import Config
 from trainer import Trainer
-from utils import resolve_device, tune_malloc
+from utils import setup_device, tune_malloc
 
 
 def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str, float]:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     tune_malloc()
-    device = resolve_device(arguments.device)
+    device = setup_device(arguments.device)
     steps, run_steps = (2000, 2000) if device.type == "cuda" else (20, 100)
     with tempfile.TemporaryDirectory() as scratch:
         folders = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")

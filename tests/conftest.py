@@ -30,7 +30,7 @@ from spectral import fold_spectral_norm
 from trainer import Trainer
 from training import recorder
 from training.models import MODELS, network_options
-from utils import resolve_device
+from utils import setup_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
@@ -85,7 +85,7 @@ def make_trainer(make_config, no_report):
 
 def build_trainer(config: Config) -> Trainer:
     torch.manual_seed(config.seed)
-    return Trainer(main.make_loader(config, resolve_device(config.device)).open(), config)
+    return Trainer(main.make_loader(config, setup_device(config.device)).open(), config)
 
 
 def train_in(folder: Path, *words: str) -> None:

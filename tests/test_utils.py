@@ -22,8 +22,8 @@ from utils import (
     files_by_step,
     memory_mib,
     no_param_grads,
-    resolve_device,
-    resolve_precision,
+    setup_device,
+    set_precision,
     set_learning_rate,
 )
 
@@ -52,7 +52,7 @@ def machine(monkeypatch):
 ])  # fmt: skip
 def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
     machine(**devices)
-    assert resolve_device(name, local_rank) == torch.device(expected)
+    assert setup_device(name, local_rank) == torch.device(expected)
     assert not capsys.readouterr().err
 
 
@@ -63,14 +63,14 @@ def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
 def test_an_unavailable_device_is_a_user_error(machine, devices, name, local_rank):
     machine(**devices)
     with pytest.raises(UserError, match="--device"):
-        resolve_device(name, local_rank)
+        setup_device(name, local_rank)
 
 
 def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
     machine(mps=True)
     warn_once.cache_clear()
     for _ in range(2):  # `main` and `Trainer`
-        assert resolve_device("mps").type == "mps"
+        assert setup_device("mps").type == "mps"
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -81,7 +81,7 @@ def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
 ])  # fmt: skip
 def test_resolved_precision(machine, name, device, capability, expected):
     machine(gpus=1, capability=capability)
-    assert resolve_precision(name, torch.device(device)) == expected
+    assert set_precision(name, torch.device(device)) == expected
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
 
 
@@ -99,7 +99,7 @@ def test_memory_format_of_convolutions(device, precision, expected):
 def test_precision_without_tensor_cores_is_a_user_error(machine, name, device):
     machine(gpus=1, capability=(7, 5))
     with pytest.raises(UserError, match=f"--precision {name}"):
-        resolve_precision(name, torch.device(device))
+        set_precision(name, torch.device(device))
 
 
 def test_check_writable_creates_nothing(tmp_path):

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from errors import UserError
 
 WARM_UP = 3  # eager steps before the capture, in which libraries do their lazy initialization; they count as steps
 
-Inputs = Sequence[Sequence[Tensor]]  # real batches, latents, mixing coefficients, labels
+Inputs = Sequence[dict[str, Tensor]]  # of each update
 
 
 def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
@@ -45,7 +46,7 @@ class GraphedStep:
     overwritten by the next call.
 
     Args:
-        step: takes lists of tensors: real batches, latents, ...; returns named 0-d tensors.
+        step: takes the inputs of its updates by name; returns named 0-d tensors.
         device: the GPU, which must be the current one.
         fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead. Some
             versions of torch do not free the memory of a failed capture.
@@ -60,17 +61,16 @@ class GraphedStep:
         self.results: dict[str, Tensor] = {}
         self.calls = 0
 
-    def __call__(self, *inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self._warm_up(inputs)
         if self.calls == WARM_UP + 1:
             self._capture(inputs)
         if self.graph is None:
-            return self.step(*inputs)
-        for static, given in zip(self.inputs, inputs, strict=True):
-            for target, source in zip(static, given, strict=True):
-                target.copy_(source)
+            return self.step(inputs)
+        for target, source in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            target.copy_(source)
         self.graph.replay()
         return self.results
 
@@ -79,19 +79,19 @@ class GraphedStep:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*capturable=True")  # the optimizer is not captured yet
-            results = self.step(*inputs)
+            results = self.step(inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
     def _capture(self, inputs: Inputs) -> None:
         """Capture the step; capturing executes nothing."""
-        self.inputs = [[torch.zeros_like(tensor) for tensor in tensors] for tensors in inputs]  # keeps memory formats
+        self.inputs = tree_map(torch.zeros_like, inputs)  # keeps memory formats
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             # "thread_local": other threads may use CUDA meanwhile, such as the one that writes images.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.results = self.step(*self.inputs)
+                self.results = self.step(self.inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
             if not self.fallback:

@@ -15,7 +15,7 @@ MODELS = {"sagan": sagan_models, "paper": paper_models}
 
 def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """Return G and D, on the CPU in training mode."""
-    module, options = MODELS[config.model], {"num_classes": num_classes, "has_attention": config.attention == "full"}
+    module, options = MODELS[config.model], {"num_classes": num_classes, "has_attention": config.has_attention}
     G = module.Generator(config.imsize, config.z_dim, config.g_conv_dim, **options)
     return G, module.Discriminator(config.imsize, config.d_conv_dim, **options)
 

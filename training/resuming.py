@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
 
 from errors import warn
 from parameter import Config, option_text
 from training import checkpoint
-from training.divergence import NonFiniteError
+from training.guards import NonFiniteError
+from training.optimizers import Adam, Schedule
 
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
@@ -30,6 +34,57 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
     checkpoint.check_architecture(saved, config.architecture)
     checkpoint.check_classes(saved, classes)
     return saved
+
+
+@dataclass
+class TrainingState:
+    """All that the next step depends on, saved and loaded as one; random numbers and batches follow from seed and step.
+
+    Attributes:
+        step: finished steps.
+        ema: the network of the EMA.
+        fixed_z: latents (B, z_dim) of the sample grids.
+    """
+
+    step: int
+    G: nn.Module
+    D: nn.Module
+    ema: nn.Module
+    g_optimizer: Adam
+    d_optimizer: Adam
+    fixed_z: Tensor
+    schedule: Schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers, tensors and state dicts by the names above."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts["schedule"] = dataclasses.asdict(self.schedule)
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint; from weights alone, such as the reference's, with new optimizers and a new EMA.
+
+        Raises:
+            UserError: it is incomplete or of other networks.
+        """
+        self.step = saved.step
+        parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
+        with checkpoint.reraise_load_errors(saved.step):
+            for name in ("G", "D", "ema", "g_optimizer", "d_optimizer") if saved.state else parts:
+                getattr(self, name).load_state_dict(parts[name])
+            if saved.state:
+                self.fixed_z = saved.state["fixed_z"].to(self.fixed_z.device)
+                self.schedule = self.schedule.resumed(Schedule(**saved.state["schedule"]), saved.step)
+
+
+def print_resumed(saved: checkpoint.Checkpoint, config: Config) -> None:
+    """Print what a run resumes from, and which options differ."""
+    if saved.state is None:
+        if saved.step:  # weights of step 0 are initial ones
+            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
+        return
+    changes = changed_options(saved.state["config"], config)
+    print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from data_loader import Loader
 from metrics.scores import check_requirements, compute_scores
+from networks.latents import sample_z
 from parameter import Config
-from utils import SEED_METRICS_LABELS, derive_seed
+from utils import SEED_METRICS, SEED_METRICS_LABELS, derive_seed
 
 
 def check_metrics(config: Config, device: torch.device) -> None:
@@ -24,33 +25,38 @@ def check_metrics(config: Config, device: torch.device) -> None:
 
 
 def compute_metrics(
-    config: Config, G: nn.Module, z: Tensor, loader: Loader, should_stop: Callable[[], bool] = lambda: False
+    config: Config, G: nn.Module, loader: Loader, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Compute the metrics of G's images of z (N, z_dim) against the loader's images; see `metrics/scores.py`.
+    """Compare `--metric_num` images of G with the loader's images; see `metrics/scores.py`.
 
-    The classes of a conditional G's images are drawn by their frequency in the loader's, from the seed.
+    z and, for a conditional G, classes as frequent as the loader's are drawn from the seed.
 
     Args:
-        config: the options.
         G: in evaluation mode.
-        z: an image is generated for each; also the maximum number of real images.
         loader: opened.
         should_stop: asked before each batch of images.
 
     Raises:
         UserError: see `compute_scores`.
     """
-    inputs = (z,)
+    count, device, labels = config.metric_num, loader.device, None
+    truncation = None if config.train else config.truncation
+    z = sample_z(derive_seed(config.seed, SEED_METRICS), count, config.z_dim, device, truncation)
     if config.conditional:
         rng = torch.Generator().manual_seed(derive_seed(config.seed, SEED_METRICS_LABELS))
-        inputs += (loader.labels[torch.randint(len(loader.labels), (len(z),), generator=rng).to(z.device)],)
+        labels = loader.labels[torch.randint(len(loader.labels), (count,), generator=rng).to(device)]
+
+    def generate(start: int, count: int) -> Tensor:
+        rows = slice(start, start + count)
+        return G(z[rows], None if labels is None else labels[rows])
+
     return compute_scores(
-        lambda start, count: G(*(given[start : start + count] for given in inputs)),
+        generate,
         loader.images,
         config.metrics.split(","),
-        num_images=len(z),
+        num_images=count,
         batch_size=config.batch_size,
-        device=z.device,
+        device=device,
         cache_path=Path(os.path.expanduser(config.cache_path)),
         real_name=f"{loader.source.name}_{loader.source.fingerprint}",
         feature_extractor=_feature_extractor(config),

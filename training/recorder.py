@@ -19,10 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_loader import Loader
 from errors import Tolerate
+from metrics.scores import DISTANCES
+from networks.losses import LOSSES
 from parameter import Config, option_groups
 from training import checkpoint
 from training.background import Background
+from training.guards import OverfittingCheck
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib
@@ -42,37 +46,27 @@ REPORT_SECONDS = 60  # between two reports at least, longer where they take long
 class Recorder:
     """Record a run from `step` on, as a context that holds the run's folders and ends when everything is written.
 
-    The methods take the number of finished steps first. Tensors may be on any device; those passed to `checkpoint` are
-    copied, others must not change afterwards.
+    `step` is the number of finished steps. Tensors may be on any device; those passed to `checkpoint` are copied, others
+    must not change afterwards.
 
     Args:
-        step: finished steps at the start; log entries of later ones are dropped.
-        precision: of the training, for the report.
-        skipped: the images that could not be read, a line each.
-        total: the number of images, with those.
-        classes: the names of the classes, for conditional networks.
+        step: at the start; log entries of later ones are dropped.
+        machine: device and precision, for the report.
+        loader: opened.
 
     Attributes:
         saved_step: step of the newest checkpoint; at first that of the start.
-        best: what `is_best` was given for the best checkpoint in the folder; {} if there is none.
+        best: step, score and protocol of the best checkpoint in the folder; {} if there is none.
 
     Raises:
         UserError: a folder is in use or cannot be written.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        step: int,
-        device: torch.device,
-        precision: str,
-        skipped: Sequence[str],
-        total: int,
-        classes: Sequence[str] = (),
-    ):
-        self.config, self.device, self.saved_step = config, device, step
-        self._row_names = [shorten(name) for name in classes[:CLASS_ROWS]]
-        self._run = _report_run(config, f"{device} in {precision}", classes)
+    def __init__(self, config: Config, step: int, machine: str, loader: Loader):
+        self.config, self.loader, self.saved_step = config, loader, step
+        self._row_names = [shorten(name) for name in loader.classes[:CLASS_ROWS]]
+        self._run = _report_run(config, machine, loader.classes)
+        self._overfitting = OverfittingCheck(epoch=len(loader) // config.n_critic)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
@@ -82,11 +76,11 @@ class Recorder:
         self._tolerate = {name: Tolerate(name) for name in results}
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
-            init_folders(config, step, skipped, total)
+            init_folders(config, step, loader.skipped, len(loader.source.items))
             self.best = checkpoint.peek_best(config.model_folder).get("best", {})
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
-            self._background = stack.enter_context(Background(device))
+            self._background = stack.enter_context(Background(loader.device))
             self._bar = stack.enter_context(
                 tqdm(
                     total=config.total_step,
@@ -107,14 +101,17 @@ class Recorder:
         """Move the progress bar to a step."""
         self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, tensors: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
-        """Write a log entry: 0-d tensors, which leave the device here in one transfer, and other numbers."""
-        numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) | others
+    def log(self, step: int, tensors: Mapping[str, Tensor], lr_factor: float) -> None:
+        """Write a log entry: 0-d tensors, which leave the device here in one transfer, learning rates, speed, memory."""
+        numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+        numbers |= {"lr/g": self.config.g_lr * lr_factor, "lr/d": self.config.d_lr * lr_factor}
         now, (then, step_then) = time.perf_counter(), self._logged_at
         numbers["images_per_s"] = (step - step_then) * self.config.batch_size / (now - then)
-        numbers["memory_mib"] = memory_mib(self.device)
+        numbers["memory_mib"] = memory_mib(self.loader.device)
         self._logged_at = (now, step)
         self._log.scalars(step, numbers)
+        if not LOSSES[self.config.adv_loss].has_penalty:
+            self._overfitting.add(step, numbers["d_sign"])
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
         words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas else [])]
         self._bar.set_postfix_str(" ".join(words), refresh=False)
@@ -122,26 +119,29 @@ class Recorder:
             self._bar.refresh()
             self._line_due = now + LINE_SECONDS
 
-    def scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Write the metrics of a step to the log."""
+    def scores(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Write metrics to the log. Returns whether they are the best, and becomes `best` then.
+
+        The best have the lowest of the first of `--metrics` that is a distance; it starts anew where they are computed
+        in another way than `best`.
+        """
         self._log.scalars(step, scores)
         self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
+        config = self.config
+        metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
+        protocol = {"metric": metric, "images": config.metric_num, "ema": config.use_ema}
+        protocol["data"] = self.loader.fingerprint["checksum"]
+        if metric is None or (protocol.items() <= self.best.items() and scores[metric] >= self.best["score"]):
+            return False
+        self.best = protocol | {"step": step, "score": scores[metric]}
+        return True
 
     def has_scores(self, step: int) -> bool:
-        """Return whether the log has the metrics of a step."""
+        """Return whether the log has metrics of a step."""
         name = self.config.metrics.split(",")[0].replace("prc", "precision")
         return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
 
-    def is_best(self, record: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation is better than that of the best checkpoint, or compares otherwise.
-
-        Args:
-            record: its "step" and its "score", of which the lowest is the best, and how it was computed.
-        """
-        how = {name: value for name, value in record.items() if name not in ("step", "score")}
-        return not how.items() <= self.best.items() or record["score"] < self.best["score"]
-
-    def real_images(self, images: Tensor, name: str) -> None:
+    def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
         with self._tolerate["sample grids"]:
             sample_grid(images, row_names=self._row_names).save(self.config.sample_folder / f"{name}.png")
@@ -161,7 +161,7 @@ class Recorder:
     def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
         """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
         if name == "best":
-            self.best = state["best"]
+            state = {**state, "best": self.best}
         else:
             self.saved_step, self._saved_at = name, time.monotonic()
         self._background.submit(self._write_checkpoint, name, copy.deepcopy(state), export)

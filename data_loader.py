@@ -1,13 +1,15 @@
 """From images to batches. Every dataset is decoded once into a uint8 cache, which is memory-mapped from then on.
 
 loader = Loader(find_source("toy"), image_size=64, batch_size=64).open()
-real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
+images, labels = loader.batch(1000)     # (64, 3, 64, 64) in [-1, 1], on the device; None
 """
 
 import os
 import warnings
 import zlib
+from collections.abc import Container
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +17,15 @@ import torch
 from torch import Tensor
 
 from datasets.cache import open_cache
-from datasets.labels import Labels
+from datasets.labels import Labels, join_names
 from datasets.sources import Source
 from errors import UserError
 
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
-HOLDOUT_STREAM = 2**32  # beside the seed, where the order of an epoch has the epoch's number
 
 
 class Loader:
-    """Batches of real images, each a function of (seed, position), so that a checkpoint needs no loader state.
+    """Batches of real images, each a function of (seed, number), so that a checkpoint needs no loader state.
 
     `len(loader)` is the number of batches per epoch; the last partial batch is dropped. Held-out images are in
     no batch.
@@ -38,8 +39,9 @@ class Loader:
         seed: determines the order of the images and which are flipped.
         hflip: flip half of the images horizontally.
         conditional: with labels.
-        holdout: fraction of the images to hold out, in [0, 1); at least one image if it is not 0.
-        device: where the batches are returned.
+        holdout: probability of each image to be held out, in [0, 1). A hash of the seed and its file name, number or
+            key decides, whatever the other images are; if all are above it and it is not 0, the lowest is held out.
+        device, memory_format: of the batches.
 
     Attributes, of which all but `classes` are empty before `open`:
         classes: the names of the classes; empty without labels.
@@ -65,12 +67,14 @@ class Loader:
         conditional: bool = False,
         holdout: float = 0.0,
         device: str | torch.device = "cpu",
+        memory_format: torch.memory_format = torch.channels_last,
     ):
         _check_size(len(source.items), batch_size)
         self._labels = _find_labels(source) if conditional else None
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
         self.cache_path, self.num_workers = Path(os.path.expanduser(cache_path)), num_workers
-        self.seed, self.hflip, self.holdout, self.device = seed, hflip, holdout, torch.device(device)
+        self.seed, self.hflip, self.holdout = seed, hflip, holdout
+        self.device, self.memory_format = torch.device(device), memory_format
         self.classes = self._labels.classes if self._labels else ()
         self.images: Tensor = torch.empty(0)
         self.labels = self.training_labels = torch.empty(0, dtype=torch.long)
@@ -78,31 +82,23 @@ class Loader:
         self._epoch: int | None = None  # whose order and flips these are
         self._order = self._flip = torch.empty(0)
         self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
+        self._limit, self._held_out_checksum = 0.0, 0
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def open(self) -> "Loader":
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch, or than two of a class, could be read, or the cache cannot be read
-                or written.
+            UserError: fewer images than one batch, or than two of a class, could be read, or fewer than one batch, or
+                than one of a class, are not held out, or the cache cannot be read or written.
         """
         if len(self.images):
             return self
         images, skipped = open_cache(self.source, self.image_size, self.cache_path, self.num_workers)
         self.skipped = list(skipped.values())
-        held_out = held_out_count(len(images), self.holdout)
-        _check_size(len(images) - held_out, self.batch_size)
-        numbers = np.random.default_rng([self.seed, HOLDOUT_STREAM]).permutation(len(images))
-        self._held_out, self._training = np.sort(numbers[:held_out]), np.sort(numbers[held_out:])
+        self._hold_out(len(images), skipped)
         if self._labels:
-            labels = self._labels.without(skipped)
-            try:
-                labels.check()
-            except UserError as error:  # there were enough of each class before
-                raise UserError(f"{error}. Unreadable: {len(skipped):,} images, the first {self.skipped[0]}") from error
-            self.labels = torch.tensor(labels.numbers, device=self.device)
-            self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
+            self._assign_labels(self._labels.without(skipped))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the array is read-only; nothing writes to it
             self.images = torch.from_numpy(images)
@@ -117,62 +113,100 @@ class Loader:
         return self
 
     @cached_property
-    def identity(self) -> dict[str, int]:
-        """Number of images, and a CRC32 of up to 256 of them and of all labels, to compare data of runs or ranks."""
+    def fingerprint(self) -> dict[str, int | float]:
+        """What tells apart the data of runs or ranks.
+
+        Returns:
+            images and training_images, their numbers with and without those held out; checksum, a CRC32 of up to 256
+            images and of all labels; seed, holdout (see `_hold_out`) and held_out_checksum, of the names held out.
+        """
         count = len(self.images)
         checksum = zlib.crc32(self.images[:: -(-count // 256)].cpu().numpy().tobytes(), count)
-        return {"images": count, "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum)}
+        return {
+            "images": count,
+            "training_images": len(self._training),
+            "checksum": zlib.crc32(self.labels.cpu().numpy().tobytes(), checksum),
+            "seed": self.seed,
+            "holdout": self._limit,
+            "held_out_checksum": self._held_out_checksum,
+        }
 
     def __len__(self) -> int:
         return len(self._training) // self.batch_size
 
-    def batch(self, position: int, shard: slice = slice(None)) -> Tensor:
-        """Return batch number `position`, counted from the start of training.
+    def batch(self, batch_index: int, shard: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """Return a batch by its number, counted from the start of training.
 
         Args:
             shard: the rows of the batch to return.
 
         Returns:
-            (B, 3, S, S) float32 in [-1, 1], channels last in memory.
+            images (B, 3, S, S) float32 in [-1, 1], and labels (B,) or None if there are no classes.
         """
-        rows = self._rows(position)
-        batch = to_model_range(self._fetch(self._order[rows][shard]))
+        epoch, index = divmod(batch_index, len(self))
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        rows = range(self.batch_size * index, self.batch_size * (index + 1))[shard]
+        rows = slice(rows.start, rows.stop)
+        numbers = self._order[rows]
+        pixels = self._fetch(numbers)
         if self.hflip:
-            batch = torch.where(self._flip[rows][shard], batch.flip(3), batch)
-        return batch
+            pixels = torch.where(self._flip[rows], pixels.flip(2), pixels)
+        return self._to_model_range(pixels), self._labels_of(numbers)
 
-    def batch_labels(self, position: int, shard: slice = slice(None)) -> Tensor:
-        """Return the labels (B,) of the images that `batch` returns, if there are classes."""
-        rows = self._rows(position)
-        return self.labels[self._order[rows][shard].to(self.device)]
-
-    def labelled_batch(self, position: int, shard: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Return what D takes: the images of `batch` and, if there are classes, their labels."""
-        images = self.batch(position, shard)
-        return (images, self.batch_labels(position, shard)) if self.classes else (images,)
-
-    def held_out(self, index: int, count: int) -> tuple[Tensor, ...]:
+    def held_out(self, index: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
 
         Returns:
-            images (B, 3, S, S) as those of `batch`, and labels (B,) if there are classes.
+            images (B, 3, S, S) and labels as `batch`.
         """
         rows = np.arange(min(count, len(self._held_out))) + index * count
-        rows = torch.from_numpy(self._held_out[rows % len(self._held_out)])
-        images = to_model_range(self.images[rows.to(self.images.device)].to(self.device))
-        return (images, self.labels[rows.to(self.device)]) if self.classes else (images,)
+        numbers = torch.from_numpy(self._held_out[rows % len(self._held_out)])
+        return self.images_at(numbers), self._labels_of(numbers)
 
     def images_of_class(self, label: int, count: int) -> Tensor:
-        """Return the first images of a class, at most `count`: (B, 3, S, S) float32 in [-1, 1], on the device."""
-        rows = (self.labels == label).nonzero()[:count, 0]
-        return to_model_range(self.images[rows.to(self.images.device)].to(self.device))
+        """Return the first images of a class, at most `count`, as `images_at`."""
+        return self.images_at((self.labels == label).nonzero()[:count, 0])
 
-    def _rows(self, position: int) -> slice:
-        """Return the rows of a batch in the order of its epoch, which is drawn first if it is another one."""
-        epoch, index = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._shuffle(epoch)
-        return slice(index * self.batch_size, (index + 1) * self.batch_size)
+    def images_at(self, numbers: Tensor) -> Tensor:
+        """Return images by their numbers (B,): (B, 3, S, S) float32 in [-1, 1], on the device."""
+        return self._to_model_range(self.images[numbers.to(self.images.device)].to(self.device))
+
+    def _to_model_range(self, pixels: Tensor) -> Tensor:
+        """Convert (B, S, S, 3) uint8 to (B, 3, S, S) float32 in [-1, 1]."""
+        images = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return images.contiguous(memory_format=self.memory_format)
+
+    def _labels_of(self, numbers: Tensor) -> Tensor | None:
+        return self.labels[numbers.to(self.device)] if self.classes else None
+
+    def _hold_out(self, count: int, skipped: Container[int]) -> None:
+        """Hold out the images whose hash is at most `_limit`: `holdout`, or the lowest hash if that is higher."""
+        self._training = np.arange(count)
+        if self.holdout:
+            names = [_name(item) for number, item in enumerate(self.source.items) if number not in skipped]
+            digests = (blake2b(b"%d/%b" % (self.seed, name), digest_size=8).digest() for name in names)
+            hashes = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+            self._limit = max(self.holdout, float(hashes.min()))
+            self._training, self._held_out = np.flatnonzero(hashes > self._limit), np.flatnonzero(hashes <= self._limit)
+            self._held_out_checksum = zlib.crc32(b"\n".join(names[number] for number in self._held_out))
+        _check_size(count, self.batch_size, len(self._held_out))
+
+    def _assign_labels(self, labels: Labels) -> None:
+        """Take the labels of the images that could be read."""
+        try:
+            labels.check()
+        except UserError as error:  # there were enough of each class before
+            reason = f"Unreadable: {len(self.skipped):,} images, the first {self.skipped[0]}"
+            raise UserError(f"{error}. {reason}") from error
+        self.labels = torch.tensor(labels.targets, device=self.device)
+        self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
+        trained = {labels.targets[index] for index in self._training}
+        if untrained := [name for number, name in enumerate(self.classes) if number not in trained]:
+            raise UserError(
+                f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "
+                "another --seed"
+            )
 
     def _fetch(self, rows: Tensor) -> Tensor:
         """Return the images of these rows, (B, S, S, 3) uint8, on the device."""
@@ -205,16 +239,15 @@ def _find_labels(source: Source) -> Labels:
     return labels
 
 
-def held_out_count(images: int, holdout: float) -> int:
-    """Return how many of so many images `--holdout` keeps from training: at least one, unless it is 0."""
-    return min(images, max(1, round(holdout * images))) if holdout else 0
+def _name(item: str | int | bytes) -> bytes:
+    """Return an item of a source as bytes, the same on any system and for any locale."""
+    return item if isinstance(item, bytes) else os.fsencode(str(item).replace(os.sep, "/"))
 
 
-def to_model_range(pixels: Tensor) -> Tensor:
-    """Convert (B, S, S, 3) uint8 to (B, 3, S, S) float32 in [-1, 1], channels last in memory."""
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def _check_size(images: int, batch_size: int) -> None:
-    if images < batch_size:
-        raise UserError(f"the dataset has {images} images, fewer than one batch: set --batch_size to {images} or less")
+def _check_size(images: int, batch_size: int, held_out: int = 0) -> None:
+    """Raise `UserError` if the images that are not held out are fewer than one batch."""
+    left = images - held_out
+    if left < batch_size:
+        found = f"--holdout leaves {left} of the {images} images" if held_out else f"the dataset has {images} images"
+        ways = ["lower --holdout"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
+        raise UserError(f"{found}, fewer than one batch: {' or '.join(ways)}")

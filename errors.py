@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
-from types import FrameType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -31,11 +32,24 @@ class RankLost(Exception):
     """The connection to another rank is lost."""
 
 
+class Drop(suppress, ContextDecorator):
+    """`contextlib.suppress`, as a decorator too."""
+
+
 def make_output_robust() -> None:
-    """Let lines appear at once in files and pipes too, with any characters that the terminal's encoding lacks."""
+    """Let lines appear at once in files and pipes too, with any characters, and drop what cannot be written.
+
+    As when the reader of a pipe or the terminal is gone, or the disk is full.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: the next file opened would get what libraries print
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+            if "write" not in vars(stream):  # not yet done
+                stream.write, stream.flush = Drop(OSError)(stream.write), Drop(OSError)(stream.flush)
 
 
 def exit_code(error: BaseException) -> int:
@@ -49,13 +63,31 @@ def exit_code(error: BaseException) -> int:
         case RankLost():
             print(f"error: {error}", file=sys.stderr)
             return 1
-    if is_out_of_memory(error):
+    if isinstance(error, ImportError) and (other := _other_module()):
+        print(
+            f"error: this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a "
+            "notebook, the kernel) and run the program first, or as a process of its own (in a notebook, by !python)",
+            file=sys.stderr,
+        )
+    elif is_out_of_memory(error):
         print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        print("error: no more threads can be started: raise ulimit -u, or the container's pids limit", file=sys.stderr)
     elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:
         raise error
     return 2
+
+
+def _other_module() -> ModuleType | None:
+    """Return a module from elsewhere that this process has imported by a name of the program's own."""
+    root = Path(__file__).resolve().parent
+    for path in root.iterdir():
+        module = sys.modules.get(path.stem)
+        if getattr(module, "__file__", None) and root not in Path(module.__file__).resolve().parents:
+            return module
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -101,7 +133,7 @@ def warn_once(message: str) -> None:
 
 
 class Tolerate(ContextDecorator):
-    """A context, or a decorator, in which an OSError is a warning: training goes on without what it would have written.
+    """A context, or a decorator, in which an error is a warning: training goes on without what it would have written.
 
     The warning is printed once for each kind of error.
 
@@ -109,19 +141,22 @@ class Tolerate(ContextDecorator):
         what: what may be missing, for the warning.
     """
 
+    tolerated: type[Exception] = Exception  # the tests tolerate OSErrors only
+
     def __init__(self, what: str):
         self._what = what
-        self._seen: set[int | None] = set()
+        self._seen: set[tuple] = set()
 
     def __enter__(self) -> "Tolerate":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, OSError):
+        if not isinstance(error, self.tolerated):
             return False
-        if error.errno not in self._seen:
-            self._seen.add(error.errno)
-            warn(f"{self._what} cannot be written ({error}); the run goes on without")
+        if (found := (kind, getattr(error, "errno", None))) not in self._seen:
+            self._seen.add(found)
+            cause = " ".join(f"{kind.__name__}: {error}".splitlines())
+            warn(f"{self._what} cannot be written ({cause}); the run goes on without")
         return True
 
 

@@ -10,8 +10,8 @@ Writes <export_path>/<version>/<step>/:
   samples.png             the grid of --train false
 
 All options of main.py may be given too (python main.py --help) and mean what they mean with --train false, such as
---version, --model_save_path, --use_ema, --num_samples, --truncation, --class_name and --seed. --overwrite true
-replaces an earlier export of the same step.
+--version, --model_save_path, --use_ema, --num_samples, --truncation, --class_name and --seed. A format that is missing
+in an earlier export of the same generator is added to it; --overwrite true replaces an earlier export.
 """
 
 import argparse
@@ -22,12 +22,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import UserError, exit_code, make_output_robust
-from parameter import EXPORT_PATH, Config, Parser, boolean, get_parameters, given_options, subset_of
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH and python -I leave out
+
+from errors import UserError, exit_code, make_output_robust, warn
+from parameter import EXPORT_PATH, Config, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
 if TYPE_CHECKING:
     from exporting.description import Description
@@ -44,7 +48,7 @@ def main() -> int:
     make_output_robust()
     try:
         own, arguments = parse(sys.argv[1:])
-        return export(own, get_parameters(arguments), given_options(arguments))
+        return export(own, get_parameters(arguments, "export.py"), given_options(arguments))
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error)
 
@@ -61,25 +65,24 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--format", default="safetensors,onnx", metavar="", help=f"{FORMATS.description}; default both")
-    parser.add_argument(
-        "--maps", type=boolean, default=False, metavar="", help="attention maps as outputs of ONNX; default false"
-    )
-    parser.add_argument(
-        "--export_path", default=EXPORT_PATH, metavar="", help=f"folder for exports; default {EXPORT_PATH}"
-    )
+    add = partial(parser.add_argument, metavar="")
+    add("--format", type=comma_list, default="safetensors,onnx", help=f"{FORMATS.description}; default both")
+    add("--maps", type=boolean, default=False, help="attention maps as outputs of ONNX; default false")
+    add("--export_path", default=EXPORT_PATH, help=f"folder for exports; default {EXPORT_PATH}")
     own, arguments = parser.parse_known_args(argv)
     if not FORMATS.check(own.format):
         raise UserError(f"--format must be {FORMATS.description}, not {own.format}")
     own.format = own.format.split(",")
     if own.maps and "onnx" not in own.format:
         raise UserError("--maps true is for --format onnx")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would report to Microsoft
     for package in (package for name in own.format for package in PACKAGES[name]):
         try:
             importlib.import_module(package)
-        except ImportError as error:
+        except Exception as error:  # such as protobuf's TypeError where its version does not fit
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UserError(
-                f"--format {','.join(own.format)} needs {package}: pip install -r requirements-export.txt ({error})"
+                f"--format {','.join(own.format)} needs {package}: pip install -r requirements-export.txt ({reason})"
             ) from error
     return own, [*arguments, "--train=false"]
 
@@ -88,14 +91,10 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
     """Write the files and print where they are. Returns the exit code, 0.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or its export is there already.
+        UserError: the checkpoint cannot be loaded, or another export of this step is there already.
     """
-    import torch
-
+    from datasets.labels import as_text
     from exporting.model_card import model_card
-    from exporting.onnx_file import onnx_bytes
-    from exporting.safetensors_file import safetensors_bytes
-    from spectral import fold_spectral_norm
     from tester import Tester
     from training.resuming import load_test_checkpoint
     from utils import check_writable, eval_mode
@@ -104,80 +103,127 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     folder = Path(os.path.expanduser(own.export_path)) / config.version / str(saved.step)
-    if not config.overwrite and (found := [name for name in FILES if (folder / name).exists()]):
-        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
-    check_writable(folder)
     tester = Tester(config, None, saved)
     description = describe(tester, saved, given)
-    metadata = description.metadata()
-    G = fold_spectral_norm(copy.deepcopy(tester.G).to("cpu", memory_format=torch.contiguous_format)).eval()
-    maps = [name for name, _ in G.named_children() if name.startswith("attn")] if own.maps else []
-    contents = {}
-    if "safetensors" in own.format:
-        contents["generator.safetensors"] = safetensors_bytes(G, metadata)
-    if "onnx" in own.format:
-        contents["generator.onnx"] = onnx_bytes(G, config.z_dim, len(tester.classes), own.maps, metadata)
-    metrics = read_metrics(tester.folder / "metrics.json", description)
-    contents["model_card.md"] = model_card(config.version, description, own.format, maps, metrics).encode()
-    with eval_mode(tester.G):
-        tester.grid().save(png := io.BytesIO(), "png")
-    contents["samples.png"] = png.getvalue()
-    write_files(folder, contents)
+    if own.maps and not description.has_attention:
+        raise UserError("--maps true: this generator has no attention layers")
+    others = read_other_formats(folder, own.format, description.metadata())
+    other_maps = others.get("onnx", {}).get("maps", "").split()
+    card = partial(model_card, as_text(config.version), description, read_metrics(tester, description, saved))
+    if not config.overwrite:
+        check_folder(folder, own.format, card(others, other_maps) if others else None)
+    check_writable(folder)
+    contents = generator_files(own, tester, description.metadata())
+    maps = [name for name, _ in tester.G.named_children() if name.startswith("attn")] if own.maps else other_maps
+    contents["model_card.md"] = card({*own.format, *others}, maps).encode("utf-8", "replace")
+    if config.overwrite or not (folder / "samples.png").exists():
+        with eval_mode(tester.G):
+            tester.grid().save(png := io.BytesIO(), "png")
+        contents["samples.png"] = png.getvalue()
+    write_files(folder, contents, keep=[f"generator.{name}" for name in others])
     print(f"{'EMA ' * tester.uses_ema}generator, step {saved.step}, in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
     return 0
 
 
+def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
+    """Return the metadata of this generator's files in other formats that the folder has, by format."""
+    from exporting import onnx_file, safetensors_file
+
+    found = {}
+    for name, module in (("safetensors", safetensors_file), ("onnx", onnx_file)):
+        with suppress(Exception):  # it is missing or damaged, or its library is missing
+            entries = module.read_metadata(folder / f"generator.{name}")
+            if name not in formats and metadata.items() <= entries.items():
+                found[name] = entries
+    return found
+
+
+def check_folder(folder: Path, formats: Sequence[str], card: str | None) -> None:
+    """Raise `UserError` if an export would replace a file, other than the card of this generator in another format."""
+    found = [name for name in FILES if (folder / name).exists()]
+    path = folder / "model_card.md"
+    is_card = card is not None and (not path.exists() or path.read_text("utf-8", "replace") == card)
+    if found and not (is_card and f"generator.{formats[0]}" not in found):
+        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
+
+
+def generator_files(own: argparse.Namespace, tester: "Tester", metadata: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the contents of the generator's files by name."""
+    import torch
+
+    from exporting.onnx_file import onnx_bytes
+    from exporting.safetensors_file import safetensors_bytes
+    from spectral import fold_spectral_norm
+
+    G = fold_spectral_norm(copy.deepcopy(tester.G).to("cpu", memory_format=torch.contiguous_format)).eval()
+    contents = {}
+    if "safetensors" in own.format:
+        contents["generator.safetensors"] = safetensors_bytes(G, metadata)
+    if "onnx" in own.format:
+        contents["generator.onnx"] = onnx_bytes(G, tester.config.z_dim, len(tester.classes), own.maps, metadata)
+    return contents
+
+
 def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
-    from data_loader import held_out_count
     from exporting.description import Description
+    from training.weights import checksum
 
     config = tester.config
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
+    if saved.metadata:
+        trained = {"dataset": saved.metadata["dataset"] or None, **trained}
     data = saved.state.get("data") if saved.state else None
+    # Checkpoints of older versions do not have the number of those that were not held out.
+    num_images = data.get("training_images", None if trained.get("holdout") else data["images"]) if data else None
     return Description(
-        model=config.model,
-        image_size=config.imsize,
-        z_dim=config.z_dim,
-        conv_dim=config.g_conv_dim,
-        has_attention=config.attention == "full",
-        classes=tester.classes,
-        step=tester.step,
-        is_ema=tester.uses_ema,
-        dataset=trained.get("dataset"),
-        num_images=data["images"] - held_out_count(data["images"], trained.get("holdout", 0)) if data else None,
-        batch_size=trained.get("batch_size"),
-    )
+        model=config.model, image_size=config.imsize, z_dim=config.z_dim, conv_dim=config.g_conv_dim,
+        has_attention=config.attention == "full", classes=tester.classes, step=tester.step, is_ema=tester.uses_ema,
+        dataset=trained.get("dataset"), num_images=num_images, batch_size=trained.get("batch_size"),
+        checksum=int(saved.metadata["checksum"]) if saved.metadata else checksum(tester.G.state_dict()),
+    )  # fmt: skip
 
 
-def read_metrics(path: Path, description: "Description") -> dict[str, Any] | None:
-    """Return what `main.py --train false --metrics` wrote for this generator; None if there is nothing."""
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not computed, or cut off
+def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoint") -> dict[str, Any] | None:
+    """Return what `main.py --train false --metrics` wrote for this generator and its training images.
+
+    None if there is nothing; with a warning if it is of something else.
+    """
+    from exporting.model_card import metrics_command
+
+    path, data = tester.folder / "metrics.json", (saved.state or {}).get("data") or {}
+    if not path.exists():  # not computed
         return None
-    dataset = description.dataset or metrics.get("dataset")  # weights alone do not tell theirs
-    found = metrics["step"], metrics["ema"], metrics.get("dataset", dataset)
-    return metrics if found == (description.step, description.is_ema, dataset) else None
+    reason = "is damaged or of an older version"
+    with suppress(ValueError, KeyError, TypeError):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if metrics["checksum"] != description.checksum:
+            reason = "is of other weights"
+        elif metrics["data"]["checksum"] != data.get("checksum"):
+            reason = "is of other images than those that the checkpoint names"
+        elif metrics["images"]:
+            return metrics
+    how = f": compute them by {metrics_command(tester.config.version, description)}" if data else ""
+    warn(f"{path} {reason}, so the model card has no metrics{how}")
+    return None
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
     """Write files under temporary names, then rename them, so that none is ever incomplete.
 
-    Those of `FILES` that are not among them are removed: they are of another export.
+    Of `FILES`, generators that are not among them and not in `keep` are removed: they are of another export.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f"{name}.tmp" for name in contents}
     try:
         for name, content in contents.items():
             temporary[name].write_bytes(content)
-        for name in FILES:
-            if name in contents:
-                os.replace(temporary[name], folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        for name in contents:
+            os.replace(temporary[name], folder / name)
+        for name in {*FILES[:2]} - {*contents, *keep}:
+            (folder / name).unlink(missing_ok=True)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

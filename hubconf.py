@@ -4,24 +4,60 @@ G = torch.hub.load("OWNER/REPOSITORY", "generator", checkpoint="generator.safete
 D = torch.hub.load(".", "discriminator", source="local", image_size=128)        # random weights
 """
 
-from exporting import loading as _loading
-from training import models as _models
+import importlib
+import pathlib
+import sys
+import types
 
 dependencies = ["torch"]  # and safetensors for an export
 
 
-def generator(checkpoint=None, model="sagan", image_size=64, z_dim=128, conv_dim=64, num_classes=0):
-    """Return a self-attention GAN's generator: G(z) -> images (B, 3, S, S) in [-1, 1], of z (B, z_dim).
+def _import_apart(package, *names):
+    """Import modules of this repository below a package's name, once, and return them.
+
+    The program may have, or import later, other modules of their names (utils, datasets, training, ...).
+    """
+    root = pathlib.Path(__file__).parent
+    if getattr(sys.modules.get(package), "__path__", None) != [str(root)]:
+        own = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+        others = _take_modules(own)
+        try:
+            for name in names:
+                importlib.import_module(name)
+        finally:
+            modules = _take_modules(own)
+            sys.modules.update(others)
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(root)]
+        for name, module in modules.items():
+            sys.modules[f"{package}.{name}"] = module
+            module.__name__ = f"{package}.{name}"
+            for value in vars(module).values():  # pickle, inspect and torch.compile find its code by these names
+                if isinstance(value, (type, types.FunctionType)) and value.__module__ == name:
+                    value.__module__ = module.__name__
+    return [sys.modules[f"{package}.{name}"] for name in names]
+
+
+def _take_modules(tops):
+    """Remove the modules of these top-level names from sys.modules, and return them by name."""
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in tops}
+
+
+_loading, _models, _spectral = _import_apart("sagan_hub", "exporting.loading", "training.models", "spectral")
+
+
+def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_dim=64, num_classes=0):
+    """Return a generator on the CPU in evaluation mode: G(z) -> images (B, 3, S, S) in [-1, 1], of z (B, z_dim).
 
     A conditional generator takes G(z, labels), with labels (B,) below num_classes. G(z, return_attention=True) also
-    returns the attention maps (B, queries, keys). It is on the CPU and in evaluation mode.
+    returns the attention maps (B, queries, keys).
 
     Args:
-        checkpoint: path or http(s) URL of generator.safetensors (needs `pip install safetensors`), of {step}_state.pth,
+        checkpoint: path or URL of generator.safetensors (needs `pip install safetensors`), of {step}_state.pth,
             whose EMA generator is returned, or of {step}_G.pth, also one of heykeetae/Self-Attention-GAN. Sizes are
-            read from it, and the arguments below are ignored. None: random weights. A URL's file is downloaded once,
-            into torch.hub's folder.
-        model: "sagan" (the networks of heykeetae/Self-Attention-GAN) or "paper" (the ResNets of the paper).
+            read from it, and the arguments below are ignored. None: random weights. A file on the web is downloaded
+            once, into torch.hub's folder.
+        network: "sagan" (the networks of heykeetae/Self-Attention-GAN) or "paper" (the ResNets of the paper).
         image_size: 32, 64, 128 or 256; of "paper" 64 or 128.
         z_dim: length of z.
         conv_dim: width of the last block, a multiple of 8.
@@ -32,19 +68,19 @@ def generator(checkpoint=None, model="sagan", image_size=64, z_dim=128, conv_dim
     """
     if checkpoint is not None:
         return _loading.load_generator(checkpoint)
-    return _pair(model, num_classes).make_G(image_size, z_dim, conv_dim, **_models.network_options(num_classes)).eval()
+    return _new("Generator", network, num_classes, image_size, z_dim, conv_dim)
 
 
-def discriminator(checkpoint=None, model="sagan", image_size=64, conv_dim=64, num_classes=0):
-    """Return a self-attention GAN's discriminator: D(images) -> logits (B,), of images (B, 3, S, S) in [-1, 1].
+def discriminator(checkpoint=None, network="sagan", image_size=64, conv_dim=64, num_classes=0):
+    """Return a discriminator on the CPU in evaluation mode: D(images) -> logits (B,), of (B, 3, S, S) in [-1, 1].
 
     A conditional discriminator takes D(images, labels). D(images, return_attention=True) also returns the attention
-    maps (B, queries, keys). It is on the CPU and in evaluation mode.
+    maps (B, queries, keys).
 
     Args:
-        checkpoint: path or http(s) URL of {step}_state.pth or of {step}_D.pth, also one of
-            heykeetae/Self-Attention-GAN; as in `generator`. An export has no discriminator.
-        model, image_size, num_classes: as in `generator`.
+        checkpoint: path or URL of {step}_state.pth or of {step}_D.pth, also one of heykeetae/Self-Attention-GAN; as in
+            `generator`. An export has no discriminator.
+        network, image_size, num_classes: as in `generator`.
         conv_dim: width of the first block, a multiple of 8.
 
     Raises:
@@ -52,13 +88,16 @@ def discriminator(checkpoint=None, model="sagan", image_size=64, conv_dim=64, nu
     """
     if checkpoint is not None:
         return _loading.load_discriminator(checkpoint)
-    return _pair(model, num_classes).make_D(image_size, conv_dim, **_models.network_options(num_classes)).eval()
+    return _new("Discriminator", network, num_classes, image_size, conv_dim)
 
 
-def _pair(model, num_classes):
-    """Return the constructors of a model, after a check of what they do not check themselves."""
-    if model not in _models.MODELS:
-        raise ValueError(f"model must be one of {', '.join(_models.MODELS)}, got {model}")
-    if num_classes and _models.MODELS[model].g_num_classes is None:
-        raise ValueError(f"the networks of model {model} have no classes: num_classes must be 0")
-    return _models.MODELS[model]
+def _new(kind, network, num_classes, *sizes):
+    """Return a network with random weights, and with the sigma of spectral norm that training would soon find."""
+    if network not in _models.MODELS:
+        raise ValueError(f"network must be one of {', '.join(_models.MODELS)}, got {network}")
+    result = getattr(_models.MODELS[network], kind)(*sizes, num_classes=num_classes)
+    for layer in result.modules():
+        if isinstance(layer, _spectral.SpectralNorm):
+            for _ in range(20):
+                layer._power_iteration()
+    return result.eval()

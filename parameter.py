@@ -70,10 +70,10 @@ CHECKPOINT = Constraint(
     "a step, latest, auto, best, or the path of a .pth or .safetensors file",
 )
 PATH = matches(r"[^\0]+", "a path")
-WORD = matches(r"\w{1,100}", "a word of up to 100 letters")
+ATTRIBUTE = matches(r"[^\0\r\n]{1,100}", "a name of up to 100 characters")
 CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
+LISTS = (METRICS, AUGMENTATIONS, CORNERS)
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
-USAGE = "python main.py [--option value] ..."
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
 
@@ -137,10 +137,10 @@ class Config:
         None, "side of the center crop (celeb, folder); None: 160 for celeb, the shorter side for folder", at_least(1)
     )
     attribute: str | None = option(
-        None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", WORD
+        None, "with --conditional true, the attribute of celeb whose presence is the class, such as Smiling", ATTRIBUTE
     )
     holdout: float = option(
-        0.0, "fraction of the images kept from training, to see whether D remembers the others", FRACTION
+        0.0, "about this fraction of the images is kept from training, to see whether D remembers the others", FRACTION
     )
     hflip: bool = option(False, "flip each image horizontally with probability 0.5")
     toy_num: int = option(10_000, "number of toy faces", at_least(1))
@@ -328,20 +328,23 @@ def option_groups() -> dict[str, list[dataclasses.Field]]:
     return groups
 
 
-def get_parameters(argv: list[str] | None = None, usage: str = USAGE) -> Config:
+def get_parameters(argv: list[str] | None = None, program: str = "main.py") -> Config:
     """Parse and check the command line.
 
     Args:
         argv: the arguments after the program's name; None takes those of this process.
-        usage: of `Parser`, for the errors.
+        program: whose --help the error lines name.
 
     Raises:
         SystemExit: with code 2 and one line on stderr for an invalid option; with code 0 after --help.
     """
-    parser = _make_parser(usage)
+    parser = _make_parser(program)
     given = vars(parser.parse_args(argv))
     try:
+        os.getcwd()  # without it, torch cannot be loaded
         config = Config(**given)
+    except FileNotFoundError:
+        parser.error("the current folder was deleted: change to another one")
     except UserError as error:
         parser.error(str(error))
     if "d_iters" in given:
@@ -349,14 +352,14 @@ def get_parameters(argv: list[str] | None = None, usage: str = USAGE) -> Config:
     return config
 
 
-def given_options(argv: list[str] | None = None, usage: str = USAGE) -> set[str]:
+def given_options(argv: list[str] | None = None, program: str = "main.py") -> set[str]:
     """Return the names of the options that a valid command line gives; the arguments are those of `get_parameters`."""
-    return set(vars(_make_parser(usage).parse_args(argv)))
+    return set(vars(_make_parser(program).parse_args(argv)))
 
 
-def _make_parser(usage: str) -> "Parser":
+def _make_parser(program: str) -> "Parser":
     parser = Parser(
-        usage=usage,
+        usage=f"python {program} [--option value] ...",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a self-attention GAN (arXiv 1805.08318). Results are written to ./samples, ./attn, "
@@ -366,7 +369,7 @@ def _make_parser(usage: str) -> "Parser":
         group = parser.add_argument_group(title)
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
-            parse = boolean if kind is bool else kind
+            parse = comma_list if field.metadata["constraint"] in LISTS else boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser
@@ -386,6 +389,11 @@ def boolean(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"must be true or false (or 1/0, yes/no), not '{text}'")
     return words[text.lower()]
+
+
+def comma_list(text: str) -> str:
+    """Parse a list of the command line: without blanks around its commas."""
+    return ",".join(map(str.strip, text.split(",")))
 
 
 def option_text(value: Any) -> str:

@@ -8,6 +8,7 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 """
 
 import json
+import os
 import re
 import textwrap
 from collections import Counter
@@ -22,16 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 from data_loader import Loader, to_model_range
-from datasets.labels import join_names
+from datasets.labels import as_text, join_names
 from errors import UserError
 from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
+from spectral import fold_spectral_norm
 from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
 from training.models import MODELS, network_options
-from training.resuming import warn_of_other_images
+from training.resuming import DATA_OPTIONS, warn_of_other_images
 from training.run_folders import remove_test_results
+from training.weights import checksum
 from utils import (
     SEED_INTERPOLATION,
     SEED_METRICS,
@@ -87,56 +90,41 @@ class Tester:
         UserError: the device is not available, the checkpoint is incomplete, or has no classes of that name.
     """
 
-    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint):
-        self.config, self.loader = config, loader
-        self.device = setup_device(config.device)
-        set_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
-        if config.deterministic:
-            make_deterministic()
-        check_metrics(config, self.device)
-        if loader is not None and saved.state is not None:
-            warn_of_other_images(saved.state.get("data"), loader.identity)
-        self.step = saved.step
-        self.uses_ema = config.use_ema and saved.state is not None
-        self.classes = saved_classes(saved)
-        if saved.state is None and loader is not None:  # weights alone have no names
+    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint, device: torch.device):
+        self.config, self.loader, self.device, self.step = config, loader, device, saved.step
+        check_metrics(config, device)
+        self.G, self.D, self.classes, self.is_ema = load_test_networks(saved, config)
+        if not (saved.state or saved.metadata) and loader is not None:  # weights alone have no names
             self.classes = loader.classes
-        self.shown = _class_numbers(config.class_name, self.classes)
-        model, options = MODELS[config.model], network_options(len(self.classes), config.attention)
-        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
-        self.D = model.make_D(config.imsize, config.d_conv_dim, **options) if saved.D is not None else None
-        with reraise_load_errors(saved.step):
-            self.G.load_state_dict(saved.state["ema"] if self.uses_ema else saved.G)
-            if self.D is not None:
-                self.D.load_state_dict(saved.D)
-        self.memory_format = conv_memory_format(self.device, "fp32")
-        self.networks = [network for network in (self.G, self.D) if network is not None]
-        for network in self.networks:
-            network.to(self.device, memory_format=self.memory_format)
+        if loader is not None and saved.state is not None:
+            warn_of_other_images(saved.state["data"], loader.fingerprint)
+        self.selected_classes = select_classes(config.class_name, self.classes)
+        for network in filter(None, (self.G, self.D)):
+            network.to(device, memory_format=conv_memory_format(device, "fp32"))
         self.folder = config.sample_folder / f"test_{self.step}"
 
+    @torch.no_grad()
     def test(self) -> int:
         """Write all results and print where they are. Returns the exit code, 0."""
         # Of an earlier test of this step; metrics take long, and say of which images they are.
         remove_test_results(self.folder, keep=() if self.config.metrics else ["metrics.json"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
-        print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")
-        with eval_mode(*self.networks):
-            self._write_samples()
-            self._write_interpolations()
-            if len(self.shown) > 1:
-                self._write_class_interpolations()
-            self._write_progress()
-            pages = [self._write_playground(), self.folder / "grid.png"]
-            if self.config.attention == "full":
-                pages.insert(0, self._write_attention())
-                self._write_attention_stats()
-                self._write_gamma()
-            if self.loader is not None:
-                self._write_nearest()
-            if self.config.metrics:
-                self._write_metrics()
+        print(f"{'EMA ' * self.is_ema}generator, step {self.step}, on {self.device}")
+        self._write_samples()
+        self._write_interpolations()
+        if len(self.selected_classes) > 1:
+            self._write_class_interpolations()
+        self._write_progress()
+        pages = [self._write_playground(), self.folder / "grid.png"]
+        if self.config.has_attention:
+            pages.insert(0, self._write_attention())
+            self._write_attention_stats()
+            self._write_gamma()
+        if self.loader is not None:
+            self._write_nearest()
+        if self.config.metrics:
+            self._write_metrics()
         print(f"results in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         print("Open first:")
         for path in pages:
@@ -146,35 +134,29 @@ class Tester:
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
         z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
-        for number in self.shown:
-            labels = torch.full((len(z),), number, device=self.device)
-            self._write_images(folder / names[number], z, labels)
+        for number in self.selected_classes:
+            self._write_images(folder / names[number], z, torch.full((len(z),), number, device=self.device))
         if not self.classes:
-            self._write_images(folder, z)
-        self.grid().save(self.folder / "grid.png")
+            self._write_images(folder, z, None)
+        samples_grid(self.G, self.config, self.classes).save(self.folder / "grid.png")
 
-    def grid(self) -> Image.Image:
-        """Return a grid of the first samples, at most `--batch_size`, or with a row for each class."""
-        z, rows = self.sample_z(self.config.num_samples), self.shown[:CLASS_ROWS]
-        inputs = class_rows(z, rows) if rows else (z[: self.config.batch_size],)
-        return sample_grid(self.G(*inputs), row_names=self._names(rows))
-
-    def _write_images(self, folder: Path, *inputs: Tensor) -> None:
-        """Write G's images of these inputs, one file each."""
+    def _write_images(self, folder: Path, z: Tensor, labels: Tensor | None) -> None:
+        """Write G's images, one file each."""
         folder.mkdir(parents=True, exist_ok=True)
         size = self.config.batch_size
-        for first in progress(range(0, len(inputs[0]), size), "samples", "batch"):
-            images = self.G(*(given[first : first + size] for given in inputs))
-            for number, pixels in enumerate(to_pixels(images), start=first):
+        for first in progress(range(0, len(z), size), "samples", "batch"):
+            rows = slice(first, first + size)
+            images = self.G(z[rows], None if labels is None else labels[rows])
+            for number, pixels in enumerate(to_uint8(images), start=first):
                 Image.fromarray(pixels).save(folder / f"{number:05}.png")
 
     def _write_interpolations(self) -> None:
         """Write `g_num` interpolations between two z, each of one class if there are classes."""
-        z, *labels = self._inputs(2 * self.config.g_num, SEED_INTERPOLATION)
+        z, labels = self._inputs(2 * self.config.g_num, SEED_INTERPOLATION)
         start, end = z.chunk(2)
-        labels = [numbers[: len(start)] for numbers in labels]
-        columns = [self.G(z, *labels) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]
-        self._write_columns("interpolation", columns, [name for numbers in labels for name in self._names(numbers)])
+        labels = None if labels is None else labels[: len(start)]
+        columns = [self.G(z, labels) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]
+        self._write_columns("interpolation", columns, [] if labels is None else self._names(labels))
 
     def _write_class_interpolations(self) -> None:
         """Write `g_num` interpolations between two classes, each of one z."""
@@ -198,38 +180,36 @@ class Tester:
 
     def _write_progress(self) -> None:
         """Write an animation of the sample grids that training saved up to this step, all of the same z."""
-        grids = files_by_step(self.config.sample_folder, "ema.png" if self.uses_ema else "fake.png")
+        grids = files_by_step(self.config.sample_folder, "ema.png" if self.is_ema else "fake.png")
         steps = evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
         if frames := progress_frames({step: grids[step] for step in steps}):
             save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
     def _write_playground(self) -> Path:
         """Write the grid between four samples, with a switch between the classes. Returns its path."""
-        corners = [int(number) for number in self.config.corners.split(",")]
-        z = self.sample_z(max(self.config.num_samples, 4))[corners]
-        classes = [(self.classes[number], number) for number in self.shown[:CLASS_ROWS]] or [("", None)]
-        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
+        z = self.sample_z(max(self.config.num_samples, 4))[:4]
+        classes = [(self.classes[number], number) for number in self.selected_classes[:CLASS_ROWS]] or [("", None)]
+        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}")
         path = self.folder / "playground.html"
         path.write_text(page, encoding="utf-8")
         return path
 
     def _write_attention(self) -> Path:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
-        real, rows = None, slice(self.config.g_num)
-        if self.loader is not None:
-            images, *labels = self.loader.labelled_batch(0, rows)
-            real = (images.contiguous(memory_format=self.memory_format), *labels)
-        samples = collect_attention(self.G, self.D, self._inputs(self.config.g_num), real, self.classes)
+        count = self.config.g_num
+        real = self.loader.batch(0, slice(count)) if self.loader else ()
+        samples = collect_attention(self.G, self.D, *self._inputs(count), *real, classes=self.classes)
         for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
         return write_explorer(self.config.attn_folder, self.config.version, self.step, samples)
 
     def _write_attention_stats(self) -> None:
         """Write and print the attention statistics of each layer, averaged over generated images."""
-        batches = [*zip(*(given.split(32) for given in self._inputs(SUMMARY_IMAGES)), strict=True)]
+        z, labels = self._inputs(SUMMARY_IMAGES)
+        batches = [slice(start, start + 32) for start in range(0, len(z), 32)]
         layers = mean_attention_stats(
-            collect_attention(self.G, self.D, batch, None, self.classes)[0]
-            for batch in progress(batches, "attention statistics", "batch")
+            collect_attention(self.G, self.D, z[rows], None if labels is None else labels[rows], classes=self.classes)[0]
+            for rows in progress(batches, "attention statistics", "batch")
         )
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
@@ -256,9 +236,9 @@ class Tester:
         images = self.loader.images
         samples = self.G(*self._inputs(NEAREST_SAMPLES))
         found = nearest_images(samples, images, NEAREST_NEIGHBORS)
-        neighbors = self._training_images(found.indices.flatten()).unflatten(0, found.indices.shape)
+        neighbors = self.loader.images_at(found.indices.flatten()).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
-        baseline = nearest_images(self._training_images(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
+        baseline = nearest_images(self.loader.images_at(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
         footer = (
             "Numbers: RMSE of pixels in [-1, 1]. Mean RMSE to the nearest training image:\n"
             f"{found.distances[:, 0].mean():.3f} from these samples, {baseline.mean():.3f} from other training images."
@@ -267,12 +247,12 @@ class Tester:
 
     def _write_metrics(self) -> None:
         """Write and print the metrics that `--metrics` lists."""
-        z = self.sample_z(self.config.metric_num, SEED_METRICS)
-        scores = compute_metrics(self.config, self.G, z, self.loader)
+        scores, count = compute_metrics(self.config, self.G, self.loader), self.config.metric_num
         how = ", classes as frequent as in the training images" if self.classes else ""
-        print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        protocol = {name: getattr(self.config, name) for name in ("dataset", "truncation", "feature_extractor")}
-        protocol |= {"step": self.step, "images": len(z), "ema": self.uses_ema}
+        print(f"metrics of {count} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation", "feature_extractor")}
+        protocol |= {"step": self.step, "images": count, "ema": self.is_ema}
+        protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.fingerprint}
         self._write_json("metrics.json", protocol | scores)
 
     def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
@@ -280,27 +260,28 @@ class Tester:
         seed = derive_seed(self.config.seed, stream)
         return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
 
-    def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, ...]:
-        """Return what G takes: z (count, z_dim) and, if there are classes, labels (count,): those shown, in turn."""
-        z = self.sample_z(count, stream)
-        if not self.classes:
-            return (z,)
-        return z, classes_in_turn(self.shown, count).to(self.device)
+    def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
+        """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
+        labels = classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
+        return self.sample_z(count, stream), labels
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]
-
-    def _training_images(self, indices: Tensor) -> Tensor:
-        """Return training images (K, 3, S, S) by index (K,); copies them if they are not on this device."""
-        images = self.loader.images
-        return to_model_range(images[indices.to(images.device)].to(self.device))
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
-    """Return the numbers of the classes that `--class_name` lists; of all classes for None.
+def samples_grid(G: nn.Module, config: Config, classes: Sequence[str]) -> Image.Image:
+    """Return a grid of G's first samples, at most `--batch_size`, or with a row for each class of `--class_name`."""
+    device, rows = next(G.parameters()).device, select_classes(config.class_name, classes)[:CLASS_ROWS]
+    z = sample_z(derive_seed(config.seed, SEED_SAMPLES), config.num_samples, config.z_dim, device, config.truncation)
+    z, labels = class_rows(z, rows) if rows else (z[: config.batch_size], None)
+    return sample_grid(G(z, labels), row_names=[shorten(classes[number]) for number in rows])
+
+
+def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
+    """Return the indices of the classes that `--class_name` lists; of all classes for None.
 
     Raises:
         UserError: there is no such class.
@@ -309,7 +290,8 @@ def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
         return [*range(len(classes))]
     if not classes:
         raise UserError("--class_name: the networks of this checkpoint have no classes")
-    names = [class_name] if class_name in classes else class_name.split(",")  # a name may have commas
+    names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
+    names = [name if name in classes else name.strip() for name in names]
     if unknown := [name for name in names if name not in classes]:
         raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
     return [classes.index(name) for name in names]
@@ -320,6 +302,8 @@ def _folder_names(classes: Sequence[str]) -> list[str]:
 
     Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
     """
-    names = [re.sub(r'[<>:"/\\|?*\0]', "_", name).strip(". ") or "_" for name in classes]
+    texts = [name.encode("utf-8", "replace").decode() for name in classes]
+    names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
+    names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
     counts = Counter(name.lower() for name in names)
     return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]

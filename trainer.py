@@ -36,11 +36,9 @@ from utils import (
     SEED_FIXED_Z,
     SEED_STEP,
     autocast,
-    conv_memory_format,
     derive_seed,
     eval_mode,
     no_param_grads,
-    set_backends,
 )
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
@@ -51,7 +49,7 @@ class Trainer:
 
     Args:
         loader: opened.
-        device: from `setup_device`.
+        device, precision: from `setup_device` and `set_backends`.
         saved: the checkpoint to resume from; None for a new run.
 
     Attributes:
@@ -60,7 +58,7 @@ class Trainer:
         step: finished generator updates.
 
     Raises:
-        UserError: the device does not have the precision, or the checkpoint does not fit.
+        UserError: the batch cannot be shared, or the checkpoint does not fit.
     """
 
     def __init__(
@@ -68,19 +66,19 @@ class Trainer:
         config: Config,
         loader: Loader,
         device: torch.device,
+        precision: str = "fp32",
         ranks: Ranks = Ranks(),  # noqa: B008  it is immutable
         saved: Checkpoint | None = None,
     ):
         self.config, self.loader, self.device, self.ranks = config, loader, device, ranks
         self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
-        self.precision = set_backends(device, config.precision, config.deterministic)
+        self.precision = precision
         use_graph = can_capture(device, config.cuda_graph, ranks.size)
 
         # Networks
-        memory_format = conv_memory_format(device, self.precision)
         G, D = build_networks(config, len(loader.classes))
-        self.G = ranks.convert_sync_batchnorm(G, device).to(device, memory_format=memory_format)
-        self.D = D.to(device, memory_format=memory_format)
+        self.G = ranks.convert_sync_batchnorm(G, device).to(device, memory_format=loader.memory_format)
+        self.D = D.to(device, memory_format=loader.memory_format)
         self.ema = EMA(self.G, config.ema_decay)
         self.G_ddp, self.D_ddp = ranks.wrap_ddp(self.G), ranks.wrap_ddp(self.D)  # all-reduce gradients in backward
 

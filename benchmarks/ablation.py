@@ -40,9 +40,9 @@ from training.models import MODELS, network_options
 from training.resuming import changed_options
 from training.run_folders import lock_folders
 from utils import setup_device
-from visuals.curves import COLORS, read_curves, running_mean
+from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
-USAGE = "python benchmarks/ablation.py [--option value] ..."
+PROGRAM = "benchmarks/ablation.py"
 CPU, LIBC = torch.device("cpu"), ctypes.CDLL(None) if sys.platform == "linux" else None
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "holdout": 0.05}
@@ -105,14 +105,14 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
         UserError: an option cannot be varied or given, or has fewer than two values.
         SystemExit: main.py does not allow an option or a value, which is said in one line on stderr.
     """
-    given, names = given_options([*arguments], USAGE), [name for name, *_ in vary]
+    given, names = given_options([*arguments], PROGRAM), [name for name, *_ in vary]
     words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
     if set_here := sorted(given & OWN_OPTIONS):
         raise UserError(f"--{set_here[0]} is set for each run: use --seeds and --out")
     for name in names:
         if name in OWN_OPTIONS | given or names.count(name) > 1:
             raise UserError(f"--vary {name}: it is given twice, or differs in more than the training")
-    every = max(1, get_parameters([*words, *arguments], USAGE).total_step // EVALUATIONS)
+    every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
     words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
     words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
     runs = []
@@ -123,7 +123,7 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
             raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
         own = [*(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
         own += ["--pretrained_model=auto"]
-        runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], USAGE)))
+        runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], PROGRAM)))
     for name, *values in vary:
         if len({getattr(run.config, name) for run in runs}) < max(2, len(values)):
             raise UserError(f"--vary {name} needs two or more different values: --vary attention full none")
@@ -152,7 +152,7 @@ def check_run(run: Run) -> None:
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
     if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
         raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
-    if "data" in state and make_loader(config, CPU).open().identity != state["data"]:
+    if "data" in state and make_loader(config, CPU).open().fingerprint != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
         read_run(run)
@@ -254,13 +254,11 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
     Args:
         grids: the sample grids by variant and seed, of which some may be missing.
     """
-    from matplotlib.figure import Figure
-
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
     rows = math.ceil(len(shown) / 2)
     heights = [len(seeds) * min(4, 10 / len(results)), 3 * rows]
-    figure = Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     for row, seed in zip(top.subplots(len(seeds), len(results), squeeze=False), seeds, strict=True):
         for axes, variant in zip(row, results, strict=True):
@@ -313,7 +311,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
 def main() -> int:
     """Run the command line. Returns the exit code: of the first run that did not finish, or 0."""
     make_output_robust()
-    parser = Parser(usage=USAGE, allow_abbrev=False, description=__doc__)
+    parser = Parser(usage=f"python {PROGRAM} [--option value] ...", allow_abbrev=False, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
@@ -339,6 +337,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_output_robust()
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:

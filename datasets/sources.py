@@ -9,6 +9,8 @@ Worker processes import this module, so that torch and torchvision are imported 
 import hashlib
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -25,6 +27,8 @@ from errors import UserError, warn
 CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
 CELEB_CROP = 160  # pixels, as in the reference
 LSUN_CLASS = "church_outdoor_train"
+READ_ALL = "import lmdb, sys; all(lmdb.open(sys.argv[1], readonly=True, lock=False).begin().cursor())"
+CIFAR10_FOLDER = "cifar-10-batches-py"
 FOLDER_DECODING = 2  # version of how the images of folders are decoded, for the fingerprint
 
 
@@ -188,7 +192,13 @@ def _lsun(root: Path) -> Source:
     except ModuleNotFoundError as error:
         raise UserError("--dataset lsun reads LMDB files: pip install lmdb") from error
     try:
-        with _open_lsun(str(folder)).begin(buffers=False) as transaction:
+        database = _open_lsun(str(folder))
+        size, expected = data.stat().st_size, (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+        # Reading beyond the end kills the process. A file may also be short because entries were deleted.
+        read_all = [sys.executable, "-c", READ_ALL, str(folder)]
+        if size < expected and subprocess.run(read_all, capture_output=True).returncode:
+            raise UserError(f"{data} is cut off: {size:,} of {expected:,} bytes; download or unpack it again")
+        with database.begin(buffers=False) as transaction:
             keys = list(transaction.cursor().iternext(values=False))
     except lmdb.Error as error:
         raise UserError(f"{data} cannot be read: {error}") from error
@@ -213,12 +223,16 @@ def _decode_lsun(folder: str, key: bytes, size: int) -> Image.Image:
 
 
 def _cifar10(root: Path, download: bool) -> Source:
+    if root.name == CIFAR10_FOLDER and not (root / CIFAR10_FOLDER).is_dir():
+        root = root.parent
     try:
         count = len(_open_cifar10(str(root), download))
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
-        raise UserError(
-            f"no CIFAR-10 in {root} ({_first_line(error)}): use --download true, or unpack cifar-10-python.tar.gz there"
-        ) from error
+        found = (root / CIFAR10_FOLDER).is_dir()
+        state = f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged" if found else f"no CIFAR-10 in {root}"
+        reason = "" if "not found or corrupted" in str(error) else f" ({_first_line(error)})"  # torchvision's advice
+        advice = "" if found or download else "use --download true, or "
+        raise UserError(f"{state}{reason}: {advice}unpack cifar-10-python.tar.gz in {root}") from error
     # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
     decode = partial(_decode_cifar10, str(root))
     description, labels = f"{count:,} images of CIFAR-10", partial(_cifar10_labels, str(root))

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FORMAT, FORMAT_VERSION = "sagan-generator", "1"
+from training.weights import EXPORT_CONTENT, EXPORT_VERSION
 
 
 class Data(NamedTuple):
@@ -14,12 +14,14 @@ class Data(NamedTuple):
         title: for a sentence.
         terms: one or two sentences on their license.
         license: of the generator, as model hubs name it.
+        license_link: of a license that they have no name for.
         hub_name: of the dataset on huggingface.co, if it is there.
     """
 
     title: str
     terms: str
-    license: str = "other"
+    license: str = "unknown"
+    license_link: str | None = None
     hub_name: str | None = None
 
 
@@ -27,6 +29,8 @@ DATASETS = {
     "celeb": Data(
         "CelebA",
         "CelebA may be used for non-commercial research only (mmlab.ie.cuhk.edu.hk/projects/CelebA.html).",
+        license="other",
+        license_link="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         hub_name="flwrlabs/celeba",
     ),
     "cifar10": Data(
@@ -60,6 +64,7 @@ class Description:
         dataset: value of `--dataset`; None for unknown images.
         num_images: number of training images; None if it is not known.
         batch_size: of training; None if it is not known.
+        checksum: `training.weights.checksum` of the generator before its spectral norm is folded.
     """
 
     model: str
@@ -73,6 +78,7 @@ class Description:
     dataset: str | None
     num_images: int | None
     batch_size: int | None
+    checksum: int
 
     @property
     def data(self) -> Data:
@@ -81,8 +87,8 @@ class Description:
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the exported files; `exporting.safetensors_file` builds the network from it."""
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "content": EXPORT_CONTENT,
+            "content_version": EXPORT_VERSION,
             "model": self.model,
             "image_size": str(self.image_size),
             "z_dim": str(self.z_dim),
@@ -92,7 +98,9 @@ class Description:
             "classes": json.dumps(self.classes),
             "step": str(self.step),
             "ema": str(self.is_ema).lower(),
+            "checksum": str(self.checksum),
             "images": "(B, 3, image_size, image_size), RGB, from -1 to 1",
+            "dataset": self.dataset or "",
             "data": self.data.title,
             "data_license": self.data.terms,
         }

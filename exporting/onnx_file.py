@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,7 +22,7 @@ from networks.latents import as_arguments
 from networks.paper_models import UpsampledConv2d
 from spectral import replace_layers
 
-OPSET = 18
+OPSET, IR_VERSION = 18, 8  # the least version of the file format that has these operators
 MAX_BYTES = 2**31 - 2**20  # of the weights: an ONNX file without external data may have 2 GiB
 
 
@@ -44,7 +45,7 @@ def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, meta
     """Return the content of the file.
 
     Inputs are z (B, z_dim) float32 and, for a conditional generator, labels (B,) int64; outputs are images and, with
-    maps, attn1 (B, N, M), ... for any B.
+    maps, attn1 (B, N, M), ... for any B. The metadata lists these under "maps".
 
     Args:
         G: with spectral norm folded, on the CPU in evaluation mode.
@@ -63,6 +64,7 @@ def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, meta
     inputs = {"z": torch.randn(2, z_dim)} | ({"labels": torch.tensor([0, num_classes - 1])} if num_classes else {})
     with torch.no_grad():
         outputs = network(**inputs)
+    maps = [f"attn{number}" for number in range(1, len(outputs))]
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -70,17 +72,25 @@ def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, meta
             dynamo=True,
             opset_version=OPSET,
             input_names=[*inputs],
-            output_names=["images", *(f"attn{number}" for number in range(1, len(outputs)))],
+            output_names=["images", *maps],
             dynamic_shapes={name: {0: "batch"} for name in inputs},
             verbose=False,
         )
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, model.graph):
         del part.metadata_props[:]  # source lines with their paths on this machine
-    onnx.helper.set_model_props(model, dict(metadata))
+    model.ir_version = IR_VERSION
+    onnx.helper.set_model_props(model, {**metadata, "maps": " ".join(maps)})
     content = model.SerializeToString()
     _check(content, inputs, outputs)
     return content
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Return the metadata of an ONNX file; raises what onnx does where it cannot be read."""
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
 def _check(content: bytes, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:

@@ -9,13 +9,11 @@ A safetensors file has a header of JSON and numbers: reading one runs no code. T
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
-from exporting.description import FORMAT, FORMAT_VERSION
 from spectral import fold_spectral_norm
-from training.models import MODELS, network_options
-from training.weights import one_line
+from training.models import build_empty, export_sizes
+from training.weights import one_line, read_export
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
@@ -27,7 +25,16 @@ def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
     """
     from safetensors.torch import save
 
-    return save({key: tensor.contiguous() for key, tensor in G.state_dict().items()}, dict(metadata))
+    # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
+    return save({key: tensor.contiguous() for key, tensor in G.state_dict().items()}, {"format": "pt", **metadata})
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Return the metadata of a safetensors file; raises what safetensors does where it cannot be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_generator(path: str | os.PathLike) -> nn.Module:
@@ -37,19 +44,10 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
         ValueError: the file is missing, damaged or not an export of this program; the message is one line.
         ModuleNotFoundError: safetensors is not installed.
     """
-    from safetensors import SafetensorError, safe_open
-
+    weights, metadata = read_export(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
-        if metadata.get("format") != FORMAT or metadata["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its metadata does not say {FORMAT}, version {FORMAT_VERSION}")
-        sizes = [int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim")]
-        options = network_options(int(metadata["num_classes"]), metadata["attention"])
-        with torch.device("meta"):  # without memory and random numbers: the weights follow
-            G = fold_spectral_norm(MODELS[metadata["model"]].make_G(*sizes, **options))
+        G = fold_spectral_norm(build_empty("generator", *export_sizes(metadata)))
         G.load_state_dict(weights, assign=True)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return G.eval()

@@ -8,8 +8,9 @@ every N // num_images images of N, in the order of the files; all if there are f
 training, without flips. The classes of a conditional generator are drawn from the seed, as frequent as those of the
 real images. Arithmetic is float32 for any `--precision`. torch-fidelity computes
 
-- fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation) and isc (mean over 10
-  splits; isc_std) from the Inception network of the original FID, with its own resize to 299x299;
+- fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation, left out where each subset
+  would be all images) and isc (mean over 10 splits; isc_std) from the Inception network of the original FID, with its
+  own resize to 299x299;
 - precision, recall and f_score (prc) from VGG16, with its own resize to 224x224, by 3 nearest neighbors.
 
 The weights of both are downloaded once, into torch.hub's folder (`$TORCH_HOME/hub/checkpoints`).
@@ -24,7 +25,7 @@ at 64x64, and 0 on noise.
 
 hog is the Fréchet distance of histograms of oriented gradients, of the shapes in the gray images: a measure without any
 network, which needs no download. hog_real is that between two halves of the real images, which are half as many, so
-that it is somewhat larger than images as good as real ones would get. Compare values of equal `num_images` only.
+that it is about twice what images as good as real ones would get. Compare values of equal `num_images` only.
 
 FID falls as the number of images grows: compare values of equal `num_images` only. 10,000 or more are customary; below
 2,048, the number of Inception features, prefer KID, which is unbiased.
@@ -254,6 +255,7 @@ def _feature_scores(
     for path in cache.glob(f"{glob.escape(key)}-*.pt"):
         if not zipfile.is_zipfile(path):  # cut off by a power failure: torch-fidelity's error would not name the file
             path.unlink()
+    kid_subset_size = min(KID_SUBSET_SIZE, fakes.count, reals.count)
     with progress(None, ", ".join(names), "img", total=0) as bar:
         results = calculate_metrics(
             input1=ImageSource(*fakes, bar),
@@ -266,7 +268,7 @@ def _feature_scores(
             isc="isc" in names,
             prc="prc" in names,
             isc_splits=ISC_SPLITS,
-            kid_subset_size=min(KID_SUBSET_SIZE, fakes.count, reals.count),
+            kid_subset_size=kid_subset_size,
             prc_batch_size=PRC_BATCH_SIZE,
             feature_extractor=extractor,
             cuda=device.type == "cuda",
@@ -275,4 +277,7 @@ def _feature_scores(
             save_cpu_ram=True,
             verbose=False,
         )
-    return {ours: results[theirs] for theirs, ours in RESULT_NAMES.items() if theirs in results}
+    scores = {ours: results[theirs] for theirs, ours in RESULT_NAMES.items() if theirs in results}
+    if kid_subset_size == fakes.count == reals.count:  # all subsets are the whole set
+        scores.pop("kid_std", None)
+    return scores

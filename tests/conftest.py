@@ -22,7 +22,7 @@ import torch
 import main
 from data_loader import Loader
 from datasets.sources import find_source
-from errors import STOP_SIGNALS
+from errors import STOP_SIGNALS, Tolerate
 from exporting.description import Description
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
@@ -33,6 +33,7 @@ from training.models import MODELS, network_options
 from utils import setup_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
+Tolerate.tolerated = OSError  # so that a bug in what draws and reports fails a test
 for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
     if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup; the programs that tests start would inherit it
         signal.signal(number, lambda *_: None)
@@ -134,7 +135,8 @@ def describe(
     """The description of a `random_generator`."""
     classes = tuple(f"class {number}" for number in range(num_classes))
     values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
-                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4)  # fmt: skip
+                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4,
+                  checksum=1)  # fmt: skip
     return Description(**(values | changes))
 
 
@@ -223,8 +225,9 @@ def log_lines(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def log(folder):
-    return [json.loads(line) for line in log_lines(folder)]
+def log(folder, name="step"):
+    """The entries of a run's log that have a value of this name."""
+    return [entry for entry in map(json.loads, log_lines(folder)) if name in entry]
 
 
 def metrics_of(trainer):

@@ -200,7 +200,7 @@ def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_r
     monkeypatch.setattr(ablation, "train", train)
     assert run_main([ATTENTION], *options, f"--total_step={total}") == 0
     printed = capfd.readouterr().out
-    full, none = (log(Path(f"out/logs/attention={name},seed=0")) for name in ("full", "none"))
+    full, none = (log(Path(f"out/logs/attention={name},seed=0"), "d_loss") for name in ("full", "none"))
     assert [entry["step"] for entry in full] == [entry["step"] for entry in none] == [*range(1, total + 1)]
     assert full[0]["d_loss"] == none[0]["d_loss"]  # attention begins with gamma 0
     written = Path("out/ablation_attention.md").read_text()

@@ -337,8 +337,9 @@ def test_each_class_has_a_folder_of_its_own():
     assert tester._folder_names(["a:b", "dog", "a?b", "Dog", "a"]) == ["a_b_0", "dog_1", "a_b_2", "Dog_3", "a"]
 
 
-def test_class_names_may_have_commas():
-    classes = ["cat", "dog", "cat,dog"]
+def test_class_names_may_have_commas_and_blanks():
+    classes = ["cat", "dog", "cat,dog", " pug"]
+    assert tester._class_numbers(" dog, cat, pug", classes) == [1, 0, 3]
     assert tester._class_numbers("cat,dog", classes) == [2]
     assert tester._class_numbers("dog,cat", classes) == [1, 0]
 

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from conftest import cache_folder
 from PIL import Image
 
 from data_loader import Loader
-from datasets.sources import find_source
+from datasets.sources import Source, find_source
 from errors import UserError
+from training.resuming import warn_of_trained_holdout
 
 
 def test_batches_are_scaled_as_in_the_reference(toy):
@@ -55,7 +58,7 @@ def test_the_cache_is_built_by_open_and_by_nothing_else(tmp_path):
 def test_checksum_depends_on_the_images_and_their_number(tmp_path):
     def checksum(count, seed):
         source = find_source("toy", toy_num=count, seed=seed)
-        return Loader(source, 8, 4, cache_path=tmp_path, num_workers=0).open().identity["checksum"]
+        return Loader(source, 8, 4, cache_path=tmp_path, num_workers=0).open().fingerprint["checksum"]
 
     assert checksum(600, 0) == checksum(600, 0)
     assert len({checksum(600, 0), checksum(600, 1), checksum(601, 0), checksum(20, 0)}) == 4
@@ -130,8 +133,8 @@ def test_other_labels_are_other_data(labelled, tmp_path):
 
 
 def test_held_out_images_are_in_no_batch_and_the_others_in_all_epochs(labelled):
-    loader = labelled(holdout=0.25, hflip=True)
-    assert len(loader) == 3 and len(loader.images) == 8  # two of eight images are held out
+    loader = labelled(holdout=0.25, hflip=True, seed=5)
+    assert (len(loader), len(loader.images), loader.fingerprint["training_images"]) == (3, 8, 6)
     held_out, labels = loader.held_out(0, 2)
     assert gray_levels(held_out) == gray_levels(loader.held_out(1, 2)[0])
     assert labels.tolist() == [level // 20 >= 5 for level in gray_levels(held_out)]
@@ -139,12 +142,80 @@ def test_held_out_images_are_in_no_batch_and_the_others_in_all_epochs(labelled):
     epochs = [sorted(level for i in range(3) for level in gray_levels(loader.batch(3 * epoch + i))) for epoch in (0, 1)]
     assert epochs[0] == epochs[1] == sorted({*range(0, 160, 20)} - {*gray_levels(held_out)})
     assert sorted(loader.training_labels.tolist() + labels.tolist()) == loader.labels.tolist()
-    assert gray_levels(labelled(holdout=0.25).held_out(0, 2)[0]) == gray_levels(held_out)
-    others = [gray_levels(labelled(holdout=0.25, seed=seed).held_out(0, 2)[0]) for seed in range(1, 6)]
-    assert any(levels != gray_levels(held_out) for levels in others)
 
 
-def test_the_smallest_holdout_is_an_image_and_the_rest_must_fill_a_batch(toy, tmp_path):
-    assert len(toy(holdout=0.001).held_out(0, 5)[0]) == 1
-    with pytest.raises(UserError, match="5 images, fewer than one batch"):
-        Loader(find_source("toy", toy_num=10), 32, 6, cache_path=str(tmp_path / "cache"), holdout=0.5).open()
+@pytest.fixture
+def numbered(tmp_path):
+    """A function that opens a loader of gray images, whose levels are the numbers in their items."""
+
+    def open_it(items, unreadable=(), **options):
+        def decode(item, size):
+            if item in unreadable:
+                raise OSError("damaged")
+            return Image.new("RGB", (size, size), (int(re.sub(r"\D", "", str(item))),) * 3)
+
+        source = Source("folder", items, decode, f"{zlib.crc32(repr((items, unreadable)).encode())}", "")
+        return Loader(source, 8, 2, **(dict(cache_path=str(tmp_path / "cache"), num_workers=0) | options)).open()
+
+    return open_it
+
+
+def levels_held_out(loader):
+    return {*gray_levels(loader.held_out(0, 300)[0])}
+
+
+@pytest.mark.parametrize("name", [int, "cat/{}.png".format, b"%d".__mod__])
+def test_whether_an_image_is_held_out_depends_on_its_name_and_the_seed_alone(numbered, name):
+    items = [name(number) for number in range(200)]
+    held_out = levels_held_out(numbered(items, holdout=0.2))
+    assert 20 < len(held_out) < 60
+    assert levels_held_out(numbered(items[:50] + items[53:120], holdout=0.2)) == held_out & {
+        *range(50),
+        *range(53, 120),
+    }
+    unreadable = sorted(held_out)[3]
+    assert levels_held_out(numbered(items, (name(unreadable),), holdout=0.2)) == held_out - {unreadable}
+    assert held_out < levels_held_out(numbered(items, holdout=0.4))
+    assert len(held_out & levels_held_out(numbered(items, holdout=0.2, seed=1))) < 20
+
+
+def test_at_least_one_image_is_held_out_and_none_that_was_trained_on_before_more_were_added(numbered):
+    trained = set()
+    for count in (*range(3, 30), 200):
+        held_out = levels_held_out(numbered([*range(count)], holdout=0.01))
+        assert held_out and not held_out & trained
+        trained |= {*range(count)} - held_out
+
+
+def test_too_few_training_images_are_an_error_that_names_holdout(numbered, labelled):
+    for items, words in ((range(100), "leaves 1 of the 100 images, .*: lower --holdout or set --batch_size to 1 or"),
+                         (range(50, 59), "leaves 0 of the 9 images, .*: lower --holdout$")):  # fmt: skip
+        with pytest.raises(UserError, match="--holdout " + words):
+            numbered([*items], holdout=0.99)
+    with pytest.raises(UserError, match=r"--holdout 0\.5 leaves no training images of light: lower it"):
+        labelled(holdout=0.5, seed=0)
+
+
+@pytest.mark.parametrize("saved, current, is_warning", [
+    ({"holdout": 0.2}, {"holdout": 0.2}, False),
+    ({"holdout": 0.2}, {"holdout": 0.1}, False),
+    ({"holdout": 0.2}, {"holdout": 0.2, "items": [*range(90)]}, False),
+    ({"holdout": 0.001}, {"holdout": 0.001, "items": [*range(90)]}, False),
+    ({"holdout": 0.2}, {}, False),
+    ({"holdout": 0.2, "seed": 1}, {"seed": 2}, False),
+    ({"holdout": 0.2}, {"holdout": 0.3}, True),
+    ({"holdout": 0.2}, {"holdout": 0.2, "seed": 1}, True),
+    ({}, {"holdout": 0.2}, True),
+    ({"holdout": 0.2}, {"holdout": 0.2, "items": [f"cats/{number}" for number in range(60)]}, True),
+    (None, {"holdout": 0.2}, True),
+])  # fmt: skip
+def test_a_resumed_run_says_that_images_were_trained_on_before_they_were_held_out(
+    numbered, capsys, saved, current, is_warning
+):
+    items = [*range(60)]
+    current = numbered(**({"items": items} | current)).identity
+    warn_of_trained_holdout(saved if saved is None else numbered(**({"items": items} | saved)).identity, current)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == is_warning and all("held out" in line and "at first" in line for line in lines)
+    warn_of_trained_holdout({"images": 60, "checksum": current["checksum"]}, current)  # of an older version
+    assert len(capsys.readouterr().err.splitlines()) == bool(current["holdout"])

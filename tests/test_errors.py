@@ -1,6 +1,6 @@
 """Exit codes, and the line that an error prints."""
 
-import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "--batch_size"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "--batch_size"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), 2, "--batch_size"),
+    (RuntimeError("can't start new thread"), 2, "ulimit -u"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte"), 2, "--batch_size"),
 ])  # fmt: skip
 def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, token):
@@ -63,16 +64,34 @@ def test_only_rank_zero_prints(capsys, rank, printed):
     assert capsys.readouterr().out == printed + "after\n"
 
 
-def test_an_oserror_is_tolerated_with_one_warning_for_each_kind(capsys):
+def test_an_error_is_tolerated_with_one_warning_for_each_kind(capsys, monkeypatch):
+    monkeypatch.setattr(Tolerate, "tolerated", Exception)
     tolerate = Tolerate("pictures")
-    for number in (28, 28, 13):
+    full, denied = OSError(28, "No space"), OSError(13, "Permission")
+    for error in (full, full, denied, ValueError("two\nlines")):
         with tolerate:
-            raise OSError(number, os.strerror(number))
+            raise error
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("pictures" in line for line in lines)
-    assert "No space" in lines[0] and "Permission" in lines[1]
-    with pytest.raises(ZeroDivisionError), tolerate:
-        raise ZeroDivisionError
+    assert len(lines) == 3 and all("pictures" in line for line in lines)
+    assert "No space" in lines[0] and "Permission" in lines[1] and "ValueError: two lines" in lines[2]
+    with pytest.raises(KeyboardInterrupt), tolerate:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such shell")
+@pytest.mark.parametrize("redirection", ["2>&1 | true", "| true", "2>&1 >/dev/null | true", "<&- >&-", "2>&-",
+                                         "<&- >&- 2>&-"])  # fmt: skip
+def test_output_that_cannot_be_written_changes_no_exit_code(tmp_path, redirection):
+    """Also not at the end of the interpreter, which flushes once more. A closed standard stream is not a file's."""
+    code = f"""import errors, os, sys, time, tqdm
+errors.make_output_robust()
+file = open({str(tmp_path / "file")!r}, "w")
+for _ in tqdm.trange(4):
+    print("line"), errors.warn("line"), os.write(1, b"") , time.sleep(0.1)
+sys.exit(7 if file.fileno() > 2 else 1)"""
+    program = f"{sys.executable} -c {shlex.quote(code)}; echo $? >{tmp_path / 'code'}"
+    subprocess.run(["sh", "-c", f"({program}) {redirection}"], cwd=ROOT, check=True)
+    assert (tmp_path / "code").read_text() == "7\n"
 
 
 def test_a_warning_may_be_printed_once_only(capsys):
@@ -90,3 +109,14 @@ def test_signals_that_are_ignored_stay_ignored_but_for_ctrl_c():
         ["sh", "-c", f'trap "" HUP INT; exec {sys.executable} -c "{code}"'], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGUSR1"]
+
+
+@pytest.mark.parametrize("name", ["datasets", "training"])
+def test_another_module_of_the_same_name_in_this_process(tmp_path, name):
+    """As in a notebook that runs the program by %run."""
+    (tmp_path / f"{name}.py").touch()
+    code = f"import sys, {name}, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['main.py', '--dataset', 'toy']\n"
+    code += f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and f"another module {name}, {tmp_path}" in done.stderr

@@ -1,6 +1,7 @@
 """export.py as users run it, on small runs: what it writes, what it refuses, and that the card's code works."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -17,9 +18,11 @@ from PIL import Image
 
 import export
 import main
-from exporting.safetensors_file import read_generator
+from errors import UserError
+from exporting.safetensors_file import read_generator, read_metadata
 from parameter import get_parameters
 from sagan_models import Generator
+from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -99,13 +102,13 @@ def test_from_the_shell_with_maps(trained, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == FILES
     assert all(name in done.stdout for name in (*FILES, str(folder)))
 
-    numpy_only, clone, hub = run_card(folder, monkeypatch)
+    numpy_only, hub = run_card(folder, monkeypatch)
     assert Image.open(folder / "images.png").size == (16 * 32, 32)
     G = read_generator(folder / "generator.safetensors")
     with torch.no_grad():
         expected = G(torch.from_numpy(numpy_only["z"]), return_attention=True)
     np.testing.assert_allclose(numpy_only["images"], expected[0].numpy(), rtol=0, atol=1e-4)
-    assert torch.equal(clone["images"], hub["images"]) and clone["images"].shape == (16, 3, 32, 32)
+    assert hub["images"].shape == (16, 3, 32, 32)
     maps = numpy_only["session"].run(["attn1", "attn2"], numpy_only["inputs"])
     for ours, theirs in zip(expected[1:], maps, strict=True):
         np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
@@ -120,18 +123,18 @@ def test_a_conditional_generator(run, tmp_path, monkeypatch, trained):
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(metadata["classes"]) == ["short", "medium", "long"]
     assert [output.name for output in model.graph.output] == ["images"]
-    numpy_only, clone, hub = run_card(folder, monkeypatch)
+    numpy_only, hub = run_card(folder, monkeypatch)
     G = read_generator(folder / "generator.safetensors")
     with torch.no_grad():
         expected = G(torch.from_numpy(numpy_only["z"]), torch.arange(16) % 3)
     np.testing.assert_allclose(numpy_only["images"], expected.numpy(), rtol=0, atol=1e-4)
-    assert torch.equal(clone["images"], hub["images"])
+    assert hub["images"].shape == (16, 3, 64, 64)
 
 
 def test_numpy_pillow_and_onnxruntime_are_all_that_the_first_way_needs():
     from exporting.model_card import model_card
 
-    (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), ["onnx"], (), None), re.S)
+    (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), None, ["onnx"]), re.S)
     assert {*re.findall(r"^(?:import|from) (\w+)", block, re.M)} == {"numpy", "onnxruntime", "PIL"}
 
 
@@ -174,28 +177,76 @@ def test_weights_that_somebody_shares(run, tmp_path, trained):
     folder.mkdir()
     (folder / "5_G.pth").write_bytes((trained / "models/plain/2_G.pth").read_bytes())
     card = tmp_path / "exports" / "shared" / "5" / "model_card.md"
-    words = ["--version", "shared", "--format", "safetensors"]
+    words = ["--version", "shared", "--format", " safetensors"]
     assert run(*words)[0] == 0
     assert "unknown images" in card.read_text() and "batch size" not in card.read_text()
     assert run(*words, "--dataset", "toy", "--batch_size", "4", "--overwrite", "true")[0] == 0
     assert "faces drawn by" in card.read_text() and "at batch size 4" in card.read_text()
 
 
-def test_metrics_are_those_of_the_same_generator(run, tmp_path, trained):
-    path = trained / "samples/plain/test_2/metrics.json"
-    path.parent.mkdir(exist_ok=True)
-    card = tmp_path / "exports" / "plain" / "2" / "model_card.md"
+def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_path):
+    """And only there: not where another generator is, nor over a card that somebody edited."""
+    folder = tmp_path / "exports" / "plain" / "2"
+    card, words = folder / "model_card.md", ["--version", "plain", "--format"]
+    assert run(*words, "onnx", "--maps", "true")[0] == 0
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "already has" in fail(*words, "safetensors", "--use_ema", "false")
+    card.write_text("mine")
+    assert "already has" in fail(*words, "safetensors")
+    assert card.read_text() == "mine"
+    card.write_bytes(written["model_card.md"])
+    assert run(*words, "safetensors", "--seed", "5")[0] == 0
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert all((folder / name).read_bytes() == written[name] for name in ("generator.onnx", "samples.png"))
+    assert all(word in card.read_text() for word in ("attn1, attn2", "onnxruntime", "torch.hub.load"))
+    assert run(*words, "safetensors", "--overwrite", "true")[0] == 0
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert run(*words, "safetensors", "--overwrite", "true", "--use_ema", "false")[0] == 0
+    assert {path.name for path in folder.iterdir()} == FILES - {"generator.onnx"}
+
+
+def test_metrics_are_those_of_the_same_generator_on_its_training_images(run, tmp_path, trained, monkeypatch):
+    """Of metrics of other weights or images, or of an older version, a warning says why the card has none."""
+    monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
+    path, card = trained / "samples/plain/test_2/metrics.json", tmp_path / "exports/plain/2/model_card.md"
     words = ["--version", "plain", "--format", "safetensors", "--overwrite", "true"]
-    for step, ema, dataset, is_shown in (
-        (2, True, "toy", True), (2, False, "toy", False), (1, True, "toy", False), (2, True, "celeb", False)
+    tests = {}
+    for images in ("20", "16"):
+        options = ["--metrics", "hog", "--metric_num", "12", "--toy_num", images]
+        monkeypatch.setattr(sys, "argv", ["main.py", "--train", "false", "--version", "plain", *options])
+        assert main.main() == 0
+        tests[images] = path.read_text()
+    older = {key: value for key, value in json.loads(tests["20"]).items() if key not in ("checksum", "data")}
+    for text, options, reason in (
+        (tests["20"], [], ""), (tests["16"], [], "other images"),
+        (tests["20"], ["--use_ema", "false"], "other weights"),
+        (json.dumps(older), [], "older version"), ("[1]", [], "damaged"), ("{", [], "damaged"),
     ):  # fmt: skip
-        path.write_text(json.dumps({"step": step, "images": 100, "ema": ema, "dataset": dataset, "faces": 0.25}))
-        assert run(*words)[0] == 0
-        assert ("| 0.25 |" in card.read_text()) == is_shown == ("Not computed" not in card.read_text())
+        path.write_text(text)
+        code, _, err = run(*words, *options)
+        assert code == 0 and bool(reason) == bool(err) and reason in err
+        assert ("python main.py --train false --version plain" in err) == bool(reason)
+        assert ("| Fréchet distance" in card.read_text()) == (not reason) == ("Not computed" not in card.read_text())
     assert "(16 images)" in card.read_text()  # the others are held out
-    path.write_text("{")  # cut off
-    assert run(*words)[0] == 0
     path.unlink()
+
+
+def test_names_that_are_no_utf_8(trained, run, tmp_path):
+    """Of class folders and of the version: text in the files, as bytes that are none."""
+    folder = trained / "pictures"
+    for name in ("a", os.fsdecode(b"caf\xe9")):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (80 * number,) * 3).save(folder / name / f"{number}.png")
+    version = os.fsdecode(b"v\xe9")
+    images = ["--dataset", "folder", "--image_path", str(folder), "--version", version, "--total_step", "1"]
+    train_in(trained, *SMALL[:-4], *RUNS["classes"], *images)
+    assert run("--version", version, "--format", "safetensors")[0] == 0
+    export = tmp_path / "exports" / version / "1"
+    assert r"(0: a, 1: caf\xe9)" in (export / "model_card.md").read_text(encoding="utf-8")
+    copy = tmp_path / "copy.safetensors"  # the library opens no path that is no UTF-8
+    copy.write_bytes((export / "generator.safetensors").read_bytes())
+    assert json.loads(read_metadata(copy)["classes"]) == ["a", r"caf\xe9"]
 
 
 def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):
@@ -223,17 +274,26 @@ def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):
     (["--version", "plain", "--metrics", "faces"], "main.py --train false"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(fail, words, message):
-    assert message in fail(*words)
+    assert message in (line := fail(*words)) and "main.py --help" not in line
+
+
+def test_maps_of_a_generator_without_attention(trained, fail):
+    train_in(trained, *SMALL, "--imsize", "32", "--attention", "none", "--total_step", "1", "--version", "none_of_them")
+    assert "has no attention layers" in fail("--version", "none_of_them", "--maps", "true")
 
 
 @pytest.mark.parametrize("package, missing_for", [("safetensors", "safetensors"), ("onnx", "onnx"),
                                                   ("onnxscript", "onnx"), ("onnxruntime", "onnx")])  # fmt: skip
-def test_missing_packages_are_one_line_for_the_formats_that_need_them(fail, monkeypatch, package, missing_for):
+def test_missing_packages_are_one_line_for_the_formats_that_need_them(
+    fail, monkeypatch, tmp_path, package, missing_for
+):
+    """And those that cannot be imported, for whatever reason."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / f"{package}.py").write_text(r"raise TypeError('protobuf does not fit\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
     message = fail("--version", "plain", "--format", missing_for)
-    assert f"needs {package}" in message and "pip install -r" in message
+    assert f"needs {package}" in message and "pip install -r" in message and "does not fit" in message
     other = {"safetensors": "onnx", "onnx": "safetensors"}[missing_for]
     assert "no checkpoint" in fail("--version", "none", "--format", other)
 
@@ -258,3 +318,22 @@ def test_help_says_that_the_options_of_main_py_apply():
 def test_the_optional_packages_are_those_of_requirements_export():
     listed = re.findall(r"^\w+", (ROOT / "requirements-export.txt").read_text(), re.M)
     assert sorted(listed) == sorted(name for names in export.PACKAGES.values() for name in names)
+
+
+@pytest.mark.parametrize("version", RUNS)
+def test_an_export_is_tested_and_exported_as_the_checkpoint_it_is_of(run, trained, tmp_path, version, capfd):
+    assert run("--version", version, "--format", "safetensors")[0] == 0
+    path = tmp_path / "exports" / version / "2" / "generator.safetensors"
+    shown = ("--num_samples", "4", "--num_workers", "0", "--device", "cpu", "--image_path", "none")
+    train_in(trained, "--train", "false", "--version", version, *shown)
+    expected = (trained / "samples" / version / "test_2" / "grid.png").read_bytes()
+    train_in(tmp_path, "--train", "false", "--pretrained_model", str(path), "--dataset", "folder", *shown)
+    assert (tmp_path / "samples" / version / "test_2" / "grid.png").read_bytes() == expected
+    again = tmp_path / "again"
+    assert run("--pretrained_model", str(path), "--format", "safetensors", "--export_path", str(again))[0] == 0
+    copied = again / version / "2" / "generator.safetensors"
+    assert read_metadata(copied) == read_metadata(path)
+    weights = read_generator(copied).state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in read_generator(path).state_dict().items())
+    with pytest.raises(UserError, match="no discriminator"):
+        checkpoint.load(trained, path)

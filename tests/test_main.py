@@ -110,7 +110,7 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, mon
 
 
 @needs_signals
-def test_a_run_under_nohup_survives_the_end_of_its_terminal_and_its_lines_appear_at_once(tmp_path, start_process):
+def test_lines_appear_at_once_and_a_run_under_nohup_outlives_its_terminal_and_their_reader(tmp_path, start_process):
     """In a pipe, without carriage returns; SIGTERM ends it with a checkpoint."""
     command = shlex.join([sys.executable, str(ROOT / "main.py"), *TOY, "--log_step", "1"])
     process = start_process(["sh", "-c", f'trap "" HUP; exec {command}'], tmp_path)
@@ -118,14 +118,19 @@ def test_a_run_under_nohup_survives_the_end_of_its_terminal_and_its_lines_appear
     progress = next(line for line in process.stderr if line.startswith("step "))
     assert process.poll() is None  # it had not ended, which would have flushed them
     os.kill(process.pid, signal.SIGHUP)
+    process.stdout.close()
+    process.stderr.close()
     steps = len(log_lines(tmp_path / LOGS))
     wait_for(lambda: len(log_lines(tmp_path / LOGS)) >= steps + 3, process)
     os.kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    step = len(log_lines(tmp_path / LOGS))
-    assert f"--pretrained_model {step}" in out and (tmp_path / f"models/sagan_celeb/{step}_state.pth").exists()
-    assert "img/s" in progress and "\r" not in progress + err
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert (tmp_path / f"models/sagan_celeb/{len(log_lines(tmp_path / LOGS))}_state.pth").exists()
+    assert "img/s" in progress and "\r" not in progress
+
+
+@pytest.mark.parametrize("script", ["main.py", "export.py"])
+def test_python_need_not_add_the_script_s_folder_to_its_path(tmp_path, script):
+    subprocess.run([sys.executable, "-I", str(ROOT / script), "--help"], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch, no_report):

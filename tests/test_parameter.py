@@ -36,7 +36,7 @@ def test_boolean_words(word, value):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--model paper --imsize 32", "64 and 128"), ("--conditional true", "needs --model paper"),
-    ("--attribute Smiling", "--conditional true"), ("--model paper --attribute a,b", "word"),
+    ("--attribute Smiling", "--conditional true"), ("--model paper --attribute ''", "a name"),
     ("--model paper --conditional true --dataset toy --attribute Smiling", "--dataset celeb"),
     ("--augment flip", "color, translation, cutout"), ("--augment none,color", "none, or"),
     ("--class_name ,", "separated by commas"), ("--corners 0,1,2", "four numbers"),
@@ -77,6 +77,12 @@ def test_an_error_names_the_option_what_is_allowed_and_the_value(capsys):
 def test_a_config_created_in_code_is_checked_too(values):
     with pytest.raises(UserError, match=f"--{next(iter(values))}"):
         Config(**values)
+
+
+def test_blanks_around_the_commas_of_a_list_are_no_other_configuration():
+    lists = {"augment": "color,cutout", "metrics": "faces,hog", "corners": "3,2,1,0"}
+    words = [f"--{name}= {value}".replace(",", " , ") for name, value in lists.items()]
+    assert get_parameters(words) == Config(**lists)
 
 
 def test_a_home_that_is_unknown_is_a_plain_name():

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,7 +72,10 @@ def test_results_are_a_function_of_the_seed(trained, make_config):
     make_tester(make_config(num_samples=6, batch_size=5), trained.loader).test()
     again = contents(folder)
     assert again.keys() == first.keys()
-    assert all(again[path] == first[path] for path in first if "samples" in path.parts)
+    for path in first:
+        if "samples" in path.parts:  # up to rounding, as the batches are others
+            pixels = [np.array(Image.open(BytesIO(files[path]))).astype(int) for files in (first, again)]
+            assert np.abs(pixels[0] - pixels[1]).max() <= 1
     make_tester(make_config(num_samples=2, seed=1), trained.loader).test()
     other = contents(folder)
     assert other[next(path for path in other if "samples" in path.parts)] not in first.values()
@@ -180,7 +184,7 @@ def test_other_images_than_those_of_the_checkpoint_are_pointed_out(trained, make
     make_tester(make_config(), trained.loader)
     assert not capsys.readouterr().err
     make_tester(make_config(), make_trainer(toy_num=24).loader)
-    assert re.search("24 training images.*20", capsys.readouterr().err)
+    assert re.search("24 images; it had 20", capsys.readouterr().err)
 
 
 def test_precision_is_fp32_and_deterministic_is_set(trained, make_config, monkeypatch):

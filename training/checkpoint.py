@@ -12,6 +12,7 @@ like weights saved by the reference.
 """
 
 import io
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from datasets.labels import join_names
 from errors import UserError, warn
-from parameter import option_text
-from training.models import MODELS
-from training.weights import one_line, read_dict, strip_dataparallel_prefix
+from training.weights import one_line, read_dict, read_export, strip_dataparallel_prefix
 from utils import files_by_step, flush_to_disk
 
 PARTS = ("state", "G", "D")  # in the order in which the files are renamed
@@ -40,13 +38,14 @@ class Checkpoint:
     """State dicts of G and D on the CPU, and the state that was saved with them.
 
     `state` is None for weights without a state file, such as the reference's. `D` is None for a generator that came
-    without its discriminator.
+    without its discriminator. `metadata` is that of an export, whose G has plain weights in place of spectral norm.
     """
 
     step: int
     G: dict[str, Tensor]
     D: dict[str, Tensor] | None
     state: dict[str, Any] | None
+    metadata: dict[str, str] | None = None
 
 
 def save(
@@ -100,7 +99,7 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
     Args:
         folder: where the checkpoints are.
         wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged; or the path of a
-            `*_state.pth`, or of a `*_G.pth`, beside which its `*_D.pth` is.
+            `*_state.pth`, of a `*_G.pth`, beside which its `*_D.pth` is, or of an export.
         needs_D: do not return a generator alone.
 
     Raises:
@@ -125,58 +124,6 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
     """
     full, weights = _full_and_weights(folder, needs_D)
     return full + [step for step in weights if step not in full]
-
-
-def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str | bool]:
-    """Return the options that decide the shapes of a checkpoint's networks; without D, all but d_conv_dim.
-
-    Raises:
-        UserError: these are none of `MODELS`.
-    """
-    sizes = _saved_sizes(checkpoint)
-    attention = "full" if sizes.pop("has_attention") else "none"
-    return {"conditional": sizes.pop("num_classes") > 0, "attention": attention, **sizes}
-
-
-def saved_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of a checkpoint's classes, of weights without a state file "0", "1", ...; () if it has none."""
-    count = _saved_sizes(checkpoint)["num_classes"]
-    names = checkpoint.state.get("classes") if checkpoint.state else None
-    return tuple(names or map(str, range(count)))
-
-
-def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
-    """Raise `UserError` that says which if the classes of the training images are not those of a checkpoint."""
-    saved = saved_classes(checkpoint)
-    if checkpoint.state is None and len(saved) == len(classes):  # their names are not known
-        return
-    ours, theirs = ([name for name in one if name not in other] for one, other in ((classes, saved), (saved, classes)))
-    only = [f"only the checkpoint has {join_names(theirs)}"] if theirs else []
-    only += [f"only the images have {join_names(ours)}"] if ours else []
-    if only:
-        raise UserError(f"checkpoint {checkpoint.step} is of other classes than the images: {'; '.join(only)}")
-    if saved != tuple(classes):  # such as those of toy and of folders with their names
-        raise UserError(f"checkpoint {checkpoint.step} has the classes in another order: {join_names(saved)}")
-
-
-def _saved_sizes(checkpoint: Checkpoint) -> dict[str, int | str]:
-    for name, model in MODELS.items():
-        with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
-            D_sizes = model.D_sizes(checkpoint.D) if checkpoint.D is not None else {}
-            return {"model": name, **D_sizes, **model.G_sizes(checkpoint.G)}
-    raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
-
-
-def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int | str | bool]) -> None:
-    """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
-    saved = saved_architecture(checkpoint)
-    different = [
-        f"--{name} {option_text(saved[name])} (not {option_text(expected[name])})"
-        for name in saved
-        if name in expected and saved[name] != expected[name]
-    ]
-    if different:
-        raise UserError(f"checkpoint {checkpoint.step} is of another architecture: it needs {', '.join(different)}")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -242,8 +189,12 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
         state = _read(path)
         with reraise_load_errors(name):
             return Checkpoint(state["step"], state["G"], state["D"], state)
+    if path.suffix == ".safetensors":
+        if needs_D:
+            raise UserError(f"--pretrained_model {path}: an export has no discriminator; only --train false takes it")
+        return _load_export(path)
     if ending != "G.pth":
-        raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth or _G.pth")
+        raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth, _G.pth or .safetensors")
     D_path = path.with_name(f"{name}_D.pth")
     if needs_D and not D_path.exists():
         raise UserError(f"--pretrained_model {path}: {D_path} is missing; only --train false can do without")
@@ -251,6 +202,16 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
     with reraise_load_errors(name):
         G = strip_dataparallel_prefix(_read(path))
         return Checkpoint(int(name) if name.isdecimal() else 0, G, strip_dataparallel_prefix(D) if D else None, None)
+
+
+def _load_export(path: Path) -> Checkpoint:
+    try:
+        weights, metadata = read_export(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
+    return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
 
 
 def _path(folder: Path, name: Name | str, part: str) -> Path:

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from errors import Tolerate
+from errors import Tolerate, UserError
 from utils import flush_to_disk
 
 
@@ -36,22 +37,26 @@ class RunLog:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
         if self._use_tensorboard:
-            from tensorboardX import SummaryWriter  # takes a second to import
-
+            try:
+                from tensorboardX import SummaryWriter  # takes a second to import
+            except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
+                raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
             self._writer = SummaryWriter(str(self._path.parent), purge_step=purge_step)
-            # An OSError would end tensorboardX's thread, and `add_scalar` would wait for it without end.
-            events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
-            events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
-            events.close = tolerate(events.close)
+            # An error would end tensorboardX's thread, and `add_scalar` would wait for it without end.
+            with suppress(AttributeError):  # names that are its own, which another release may change
+                events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
+                events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
+                events.close = tolerate(events.close)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._writer:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        with self._tolerate:
+            if writer:
+                writer.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a log entry. TensorBoard groups curves by the part of their name before "/"."""
@@ -62,8 +67,8 @@ class RunLog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._open()
             self._append((json.dumps({"step": step, **rounded}) + "\n").encode())
-        if self._writer:
-            for name, value in values.items():
+        with self._tolerate:
+            for name, value in values.items() if self._writer else ():
                 self._writer.add_scalar(name, value, step)
 
     def _append(self, line: bytes) -> None:

@@ -1,9 +1,10 @@
 """The networks that `--model` chooses from: built from options, and recognized by their weights."""
 
-from collections.abc import Callable, Mapping
-from types import ModuleType
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 import sagan_models
@@ -20,18 +21,25 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
     return G, module.Discriminator(config.imsize, config.d_conv_dim, **options)
 
 
-def find_model(sizes: Callable[[ModuleType], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the model whose networks these are, and their sizes.
-
-    Args:
-        sizes: returns the sizes that weights have in a module of `MODELS`, see `generator_sizes` there.
+def recognize(kind: Literal["generator", "discriminator"], weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Return the name of the model that a state dict is of, and the arguments of its constructor.
 
     Raises:
-        KeyError: they are none of these.
+        ValueError: it is of none of these.
     """
     for name, module in MODELS.items():
-        try:
-            return name, sizes(module)
-        except (KeyError, AttributeError, IndexError, TypeError):  # they are of another model
-            continue
-    raise KeyError("no --model has networks with these weights")
+        with suppress(KeyError, AttributeError, IndexError, TypeError):  # it is of another model
+            return name, getattr(module, f"{kind}_sizes")(weights)
+    raise ValueError(f"these are not the weights of a {kind} of any --model")
+
+
+def build_empty(kind: Literal["generator", "discriminator"], model: str, sizes: Mapping[str, Any]) -> nn.Module:
+    """Return a network without memory, to `load_state_dict(weights, assign=True)`; draws no random numbers."""
+    with torch.device("meta"):
+        return getattr(MODELS[model], kind.capitalize())(**sizes)
+
+
+def export_sizes(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return what `recognize` does of an exported generator, by the metadata of its file."""
+    sizes: dict[str, Any] = {name: int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim", "num_classes")}
+    return metadata["model"], {**sizes, "has_attention": metadata["attention"] == "full"}

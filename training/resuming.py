@@ -1,18 +1,24 @@
 """Continue from a checkpoint: find it, compare its options and images, advise after a non-finite loss."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from errors import warn
+from datasets.labels import join_names
+from errors import UserError, warn
 from parameter import Config, option_text
+from spectral import fold_spectral_norm
 from training import checkpoint
+from training.distributed import Ranks
 from training.guards import NonFiniteError
+from training.models import build_networks, export_sizes, recognize
 from training.optimizers import Adam, Schedule
 
+OPTIONS = {"image_size": "imsize", "z_dim": "z_dim", "conv_dim": "g_conv_dim"}  # of G's arguments
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
@@ -31,9 +37,90 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
     if wanted is None:
         return None
     saved = checkpoint.load(config.model_folder, wanted)
-    checkpoint.check_architecture(saved, config.architecture)
-    checkpoint.check_classes(saved, classes)
+    check_architecture(saved, config.architecture)
+    check_classes(saved, classes)
     return saved
+
+
+class TestNetworks(NamedTuple):
+    """Networks to evaluate, on the CPU in evaluation mode."""
+
+    G: nn.Module
+    D: nn.Module | None
+    classes: tuple[str, ...]
+    is_ema: bool  # whether G has the EMA weights
+
+
+def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetworks:
+    """Return the networks of a checkpoint: the EMA generator with `--use_ema`, if it has one; D if it has one.
+
+    Raises:
+        UserError: the checkpoint is incomplete.
+    """
+    classes = saved_classes(saved)
+    is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
+    G, D = build_networks(config, len(classes))
+    if saved.metadata:
+        fold_spectral_norm(G)
+    with checkpoint.reraise_load_errors(saved.step):
+        G.load_state_dict(saved.state["ema"] if saved.state and is_ema else saved.G)
+        if saved.D is not None:
+            D.load_state_dict(saved.D)
+    return TestNetworks(G.eval(), D.eval() if saved.D is not None else None, classes, is_ema)
+
+
+def saved_architecture(saved: checkpoint.Checkpoint) -> dict[str, int | str | bool]:
+    """Return the options that decide the shapes of a checkpoint's networks; without D, all but d_conv_dim.
+
+    Raises:
+        UserError: these are none of `MODELS`.
+    """
+    model, sizes = _generator_sizes(saved)
+    options = {option: sizes[name] for name, option in OPTIONS.items()}
+    if saved.D is not None:
+        with checkpoint.reraise_load_errors(saved.step):
+            options["d_conv_dim"] = recognize("discriminator", saved.D)[1]["conv_dim"]
+    attention = "full" if sizes["has_attention"] else "none"
+    return {"model": model, "conditional": sizes["num_classes"] > 0, "attention": attention, **options}
+
+
+def saved_classes(saved: checkpoint.Checkpoint) -> tuple[str, ...]:
+    """Return the names of a checkpoint's classes, of weights without a state file "0", "1", ...; () if it has none."""
+    if saved.metadata:
+        return tuple(json.loads(saved.metadata["classes"]))
+    names = saved.state["classes"] if saved.state else map(str, range(_generator_sizes(saved)[1]["num_classes"]))
+    return tuple(names)
+
+
+def check_classes(saved: checkpoint.Checkpoint, classes: Sequence[str]) -> None:
+    """Raise `UserError` that says which if the classes of the training images are not those of a checkpoint."""
+    theirs = saved_classes(saved)
+    if not (saved.state or saved.metadata) and len(theirs) == len(classes):  # their names are not known
+        return
+    only = [("the checkpoint", [name for name in theirs if name not in classes])]
+    only += [("the images", [name for name in classes if name not in theirs])]
+    if different := [f"only {which} has {join_names(names)}" for which, names in only if names]:
+        raise UserError(f"checkpoint {saved.step} is of other classes than the images: {'; '.join(different)}")
+    if theirs != tuple(classes):  # such as those of toy and of folders with their names
+        raise UserError(f"checkpoint {saved.step} has the classes in another order: {join_names(theirs)}")
+
+
+def check_architecture(saved: checkpoint.Checkpoint, expected: Mapping[str, int | str | bool]) -> None:
+    """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
+    different = [
+        f"--{name} {option_text(value)} (not {option_text(expected[name])})"
+        for name, value in saved_architecture(saved).items()
+        if name in expected and value != expected[name]
+    ]
+    if different:
+        raise UserError(f"checkpoint {saved.step} is of another architecture: it needs {', '.join(different)}")
+
+
+def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
+    if saved.metadata:
+        return export_sizes(saved.metadata)
+    with checkpoint.reraise_load_errors(saved.step):
+        return recognize("generator", saved.G)
 
 
 @dataclass
@@ -77,14 +164,31 @@ class TrainingState:
                 self.schedule = self.schedule.resumed(Schedule(**saved.state["schedule"]), saved.step)
 
 
-def print_resumed(saved: checkpoint.Checkpoint, config: Config) -> None:
-    """Print what a run resumes from, and which options differ."""
+def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
+    """Print what a run resumes from, and which options and images differ.
+
+    Args:
+        data: `Loader.fingerprint` of the run.
+    """
+    if saved.step:  # weights of step 0 are initial ones
+        warn_of_trained_holdout(saved.state and saved.state["data"], data)
     if saved.state is None:
-        if saved.step:  # weights of step 0 are initial ones
+        if saved.step:
             warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
         return
     changes = changed_options(saved.state["config"], config)
     print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
+    warn_of_other_images(saved.state["data"], data)
+
+
+def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
+    """Raise `UserError` if another rank has other images or labels, or holds out others."""
+    same = ranks.all_equal(data["checksum"] ^ data["held_out_checksum"])
+    with ranks.raise_together():
+        if not same:
+            raise UserError(
+                "the machines have different images or labels: copy the images, or --cache_path, to all of them"
+            )
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
@@ -101,11 +205,13 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
     """
     wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
     saved = checkpoint.load(config.model_folder, config.pretrained_file or wanted, needs_D=False)
-    checkpoint.check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
+    check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
     with checkpoint.reraise_load_errors(saved.step):
         options = saved.state["config"] if saved.state else {}
+        if saved.metadata and saved.metadata["dataset"]:
+            options = {"dataset": saved.metadata["dataset"]}
         names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
-        options = {name: options[name] for name in names if name in options} | checkpoint.saved_architecture(saved)
+        options = {name: options[name] for name in names if name in options} | saved_architecture(saved)
         if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
             options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
         if config.pretrained_file:
@@ -123,18 +229,36 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
     return saved, tested
 
 
-def warn_of_other_images(saved: Mapping[str, int] | None, current: Mapping[str, int]) -> None:
+def warn_of_other_images(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
     """Print a warning if the images are not those that a checkpoint was trained with, if it says which.
 
     Args:
-        saved, current: `Loader.identity` then and now.
+        saved, current: `Loader.fingerprint` then and now.
     """
-    if saved is None or saved == current:
+    if saved is None or (saved["images"], saved["checksum"]) == (current["images"], current["checksum"]):
         return
     if saved["images"] == current["images"]:
-        warn(f"the {current['images']:,} training images are not those of the checkpoint")
+        warn(f"the {current['images']:,} images are not those of the checkpoint")
     else:
-        warn(f"there are {current['images']:,} training images; the checkpoint was trained with {saved['images']:,}")
+        warn(f"the dataset has {current['images']:,} images; it had {saved['images']:,} when the checkpoint was saved")
+
+
+def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
+    """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
+
+    Added images are no reason: which of the others are held out does not depend on them.
+
+    Args:
+        saved, current: `Loader.fingerprint` then and now; None or without "holdout" in checkpoints of older versions.
+    """
+    saved = saved or {}
+    same = {key: saved.get(key) == value for key, value in current.items()}
+    renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
+    if current["holdout"] and (not same["seed"] or current["holdout"] > saved["holdout"] or renamed):
+        warn(
+            "D may have been trained on images that are held out now (--holdout, --seed or file names are not those of "
+            "the checkpoint, or it is of an older version): the gap of d_train and d_holdout means nothing at first"
+        )
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:

@@ -1,11 +1,16 @@
 """Read files of weights, without running code in them."""
 
+import os
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of generator.safetensors
 
 
 def read_dict(path: Path) -> dict[str, Any]:
@@ -25,6 +30,34 @@ def read_dict(path: Path) -> dict[str, Any]:
     except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
         raise ValueError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from error
     return content
+
+
+def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the weights and the metadata of a generator.safetensors, see `exporting.description`.
+
+    Raises:
+        ValueError: the file is missing, damaged or not an export of this program; the message is one line.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
+        if (metadata.get("content"), metadata.get("content_version")) != (EXPORT_CONTENT, EXPORT_VERSION):
+            raise ValueError(f"its metadata does not say {EXPORT_CONTENT}, version {EXPORT_VERSION}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
+    return weights, metadata
+
+
+def checksum(weights: Mapping[str, Tensor]) -> int:
+    """Return a CRC32 of the numbers of a state dict, whatever device and memory format they are in."""
+    value = 0
+    for tensor in weights.values():
+        value = zlib.crc32(tensor.cpu().contiguous().numpy(), value)
+    return value
 
 
 def one_line(error: Exception) -> str:

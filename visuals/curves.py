@@ -8,12 +8,16 @@ Matplotlib draws; it is imported with the first chart, as that takes 0.2 to 0.5 
 
 import io
 import json
+import logging
 import math
+import os
 import re
+import sys
 from array import array
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -67,6 +71,16 @@ def read_curves(folder: Path, step: int) -> dict[str, np.ndarray]:
     return {name: points[points[:, 0].argsort(kind="stable")] for name, points in curves.items() if len(points)}
 
 
+def import_matplotlib() -> ModuleType:
+    """Return matplotlib with its `figure`, which needs no backend."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
+    if "ipykernel" not in sys.modules:  # programs that a notebook starts inherit its backend, and may not have it
+        os.environ.pop("MPLBACKEND", None)
+    import matplotlib.figure
+
+    return matplotlib
+
+
 def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "", mark: int | None = None) -> str:
     """Draw lines over the steps as an SVG element, which is a valid file of its own too.
 
@@ -80,9 +94,7 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
         y_label: what y is, at the top right.
         mark: a step that gets a dotted vertical line.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    matplotlib = import_matplotlib()
     ranges = {name: np.ptp(points[:, 1]) for name, points in series.items()}
     others = sorted(ranges, key=ranges.get, reverse=True)[NAMED:]
     named = {name: points for name, points in series.items() if name not in others}
@@ -92,7 +104,7 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
     height = ROW * (2.2 + math.ceil(len(labels) / columns)) + PLOT_HEIGHT + BOTTOM
     left, svg = MARGIN / WIDTH, io.StringIO()
     with matplotlib.rc_context(RC | {"svg.hashsalt": f"{title} {labels}"}):  # the salt makes ids unique on a page
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        figure = matplotlib.figure.Figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, 1 - (LEFT + 2 * MARGIN) / WIDTH, PLOT_HEIGHT / height))
         gray = [axes.plot(*_downsample(series[name]).T, color=GRAY, linewidth=0.7)[0] for name in others]
         lines = [_plot(axes, points, index) for index, points in enumerate(named.values())] + gray[:1]

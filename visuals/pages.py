@@ -29,13 +29,18 @@ def fill_template(name: str, title: str, data: Mapping[str, Any]) -> str:
     folder = Path(__file__).parent
     text = json.dumps({"heat": HEAT.tolist(), "levels": LEVELS, **data}, separators=(",", ":"))
     parts = {
-        "title": html.escape(title),
+        "title": escape(title),
         "data": text.replace("<", "\\u003c"),  # no "</script>" or "<!--" inside the script tag
         "style": (folder / "shared.css").read_text(encoding="utf-8"),
         "script": (folder / "shared.js").read_text(encoding="utf-8"),
     }
     template = (folder / f"{name}.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: a title may contain {{data}}
+
+
+def escape(text: str) -> str:
+    """Escape text for HTML; lone surrogates, which a path can have and UTF-8 cannot, become "?"."""
+    return html.escape(text.encode("utf-8", "replace").decode())
 
 
 def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

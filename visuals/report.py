@@ -7,7 +7,6 @@ resumes the run. Reads the run's result folders; files that are missing or damag
 """
 
 import base64
-import html
 import io
 import json
 import math
@@ -27,6 +26,7 @@ from PIL import Image
 from datasets.labels import join_names
 from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
+from visuals.pages import escape
 
 FRAMES = 30  # steps whose samples the slider shows
 SAMPLE_SIZE, FIGURE_SIZE = (720, 560), (768, 1200)  # pixels, at most
@@ -44,6 +44,7 @@ HOLDOUT_NOTE = (
     "Mean of D(x) on training images, of a batch that comes next, and on images that are held out (--holdout). The gap "
     "is overfitting of D."
 )
+HOG_NOTE = "hog_real is of two halves of the real images: about twice what images as good as real would get."
 GAMMA_NOTE = (
     "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
     "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
@@ -60,7 +61,7 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Inception score", "isc", "higher is better", ""),
     ("Precision and recall", "precision|recall", "", ""),
     ("Face rate", "faces|faces_real", "", ""),
-    ("Fréchet distance of HOG features", "hog|hog_real", "lower is better", ""),
+    ("Fréchet distance of HOG features", "hog|hog_real", "lower is better", HOG_NOTE),
     ("Spectral norms of G", "sigma/G_.*", "", SIGMA_NOTE),
     ("Spectral norms of D", "sigma/D_.*", "", ""),
     ("Speed", "images_per_s", "images/s", ""),
@@ -119,15 +120,15 @@ def report_page(
     if best and best["step"] <= step:
         facts.append(f"best checkpoint: step {best['step']:,}, {best['metric']} {best['score']:.4g}")
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=_escape(run.title),
-        state="finished" if finished else _escape(state),
-        facts="".join(f"<li>{_escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
+        title=escape(run.title),
+        state="finished" if finished else escape(state),
+        facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
         step=step,
         total=run.total_step,
         charts="".join(_charts(log, best or {})),
         attention=_attention(run, step),
         options="".join(_option_group(title, values, run.defaults) for title, values in run.options.items()),
-        command=_escape(command),
+        command=escape(command),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 
@@ -158,7 +159,7 @@ def _charts(log: Mapping[str, np.ndarray], best: Mapping[str, Any]) -> Iterator[
     for title, pattern, y_label, note in [*CHARTS, *others]:
         series = {name.rpartition("/")[2]: log[name] for name in log if re.fullmatch(pattern, name)}
         if series:
-            caption = f"<figcaption>{_escape(note)}</figcaption>" if note else ""
+            caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
             mark = best["step"] if best.get("metric") in series else None
             chart = line_chart(title, series, y_label=y_label, mark=mark)
             yield f'<figure class="card chart">{chart}{caption}</figure>'
@@ -201,7 +202,7 @@ def _attention(run: Run, step: int) -> str:
         path = _newest(run.attn_folder, ending, step)
         if path and (uri := picture(path, FIGURE_SIZE)):
             href = _link(path, run.log_folder)
-            cards.append(f'<a class="card" href="{href}"><img src="{uri}" alt="{_escape(path.stem)}"></a>')
+            cards.append(f'<a class="card" href="{href}"><img src="{uri}" alt="{escape(path.stem)}"></a>')
     if not (link or cards):
         return ""
     return f'<section><h2>Attention maps{link}</h2><div class="board">{"".join(cards)}</div></section>'
@@ -218,18 +219,13 @@ def _option_group(title: str, values: Mapping[str, Any], defaults: Mapping[str, 
     for name, value in values.items():
         changed = name in defaults and value != defaults[name]
         default = f"<small>default {_word(defaults[name])}</small>" if changed else ""
-        rows.append(f"<div{' class=changed' * changed}><dt>{_escape(name)}</dt><dd>{_word(value)}{default}</dd></div>")
-    return f'<div class="card options"><h3>{_escape(title)}</h3><dl>{"".join(rows)}</dl></div>'
+        rows.append(f"<div{' class=changed' * changed}><dt>{escape(name)}</dt><dd>{_word(value)}{default}</dd></div>")
+    return f'<div class="card options"><h3>{escape(title)}</h3><dl>{"".join(rows)}</dl></div>'
 
 
 def _word(value: Any) -> str:
     """Return a value as written on the command line."""
-    return _escape(str(value).lower() if isinstance(value, bool) or value is None else str(value))
-
-
-def _escape(text: str) -> str:
-    """Escape text for HTML; lone surrogates, which a path can have and UTF-8 cannot, become "?"."""
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return escape(str(value).lower() if isinstance(value, bool) or value is None else str(value))
 
 
 def _link(path: Path, start: Path) -> str:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_loader import Loader
-from datasets.labels import Labels, join_names, list_classes
+from datasets.labels import Labels, folder_labels, join_names, list_classes
 from datasets.sources import find_source
 from datasets.toy_faces import HAIR_LENGTHS
 from errors import UserError
@@ -64,11 +67,31 @@ def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them
     assert list_classes(labels) == "C (2), a (2), b (2)"
 
 
+def test_folders_are_the_same_classes_in_every_locale():
+    """Text in any case, also of bytes that are no UTF-8."""
+    names = "[os.path.join(os.fsdecode(name), 'x') for name in (b'caf\\xe9', b'F\\xc3\\xbcchse')]"
+    code = f"import os; from datasets.labels import folder_labels; print(ascii(folder_labels('', {names}).classes))"
+    for change in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | change, capture_output=True, text=True)
+        assert done.stdout.strip() == r"('F\xfcchse', 'caf\\xe9')", done.stderr
+
+
 def test_images_beside_the_class_folders(tmp_path):
     for name in ("a/1.png", "b/2.png", "stray.png"):
         save(tmp_path / name)
     with pytest.raises(UserError, match=r"in none: 1, the first stray\.png"):
         find_source("folder", str(tmp_path)).labels()
+
+
+@pytest.mark.parametrize("names, warns", [
+    ("train/a/1 train/b/2 val/a/3 val/b/4", True), ("train/1 Test/2", True), ("1/a/1 1/b/2 2/a/3 2/b/4", True),
+    ("cat/train/1 cat/test/2 dog/train/3 dog/test/4", False), ("cat/images/1 dog/images/2", False),
+    ("train/1 bus/2", False), ("cat/a/1 cat/b/2 dog/a/3", False),
+])  # fmt: skip
+def test_folders_that_are_parts_of_a_dataset_are_a_warning(capsys, names, warns):
+    labels = folder_labels("data", [name.replace("/", os.sep) for name in names.split()])
+    assert len(labels.classes) == 2
+    assert ("set --image_path to one of them" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("write, place", [
@@ -114,6 +137,20 @@ def test_a_byte_order_mark_is_no_attribute(celeb, tmp_path):
     assert smiling(tmp_path).numbers == [1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("name, text, attribute", [
+    ("txt", "4\nSmiling\n000001.jpg 1\n000002.jpg -1\n000003.jpg 1\n000004.jpg 0\n", "Smiling"),
+    ("txt", "image_id Smiling\n000001 1\n000002 -1\n000003 1\n000004 0\n", "Smiling"),
+    ("csv", "file,Wavy Hair\n000001.jpg,1\n000002.jpg,-1\n000003.jpg,1\n000004.jpg,0\n", "Wavy Hair"),
+    ("csv", 'file,a, "Curly, long" \n\n1/000001.jpg,0, 1\n000002.jpg,0,-1\n000003.jpg,0,1\n000004.jpg,0, 0\n',
+     "Curly, long"),
+])  # fmt: skip
+def test_a_list_of_one_s_own(celeb, tmp_path, name, text, attribute):
+    (celeb.parent / f"list_attr_celeba.{name}").write_text(text)
+    assert smiling(tmp_path, attribute) == Labels((f"not_{attribute}", attribute), [1, 0, 1, 0])
+    with pytest.raises(UserError, match="choose one of .*" + attribute):
+        smiling(tmp_path, "Beard")
+
+
 def test_an_image_without_attributes(celeb, tmp_path):
     write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
     with pytest.raises(UserError, match=r"lacks images: 1, the first 000004\.jpg"):
@@ -122,7 +159,8 @@ def test_an_image_without_attributes(celeb, tmp_path):
 
 @pytest.mark.parametrize("content", [
     b"", b"4\n", b"\xff\xfe\x00", b"4\nSmiling\n000001.jpg\n", b"4\na Smiling\n000001.jpg 1\n",
-    b"4\na Smiling\n000001.jpg 1 yes\n", b"<html>Quota exceeded</html>",
+    b"4\na Smiling\n000001.jpg 1 yes\n", b"<html>Quota exceeded</html>", b"Wavy Hair Smiling\n000001.jpg 1 1\n",
+    "4\nSmiling\n000001.jpg 1\n".encode("utf-16"), b"," + b"x" * 200_000,
 ])  # fmt: skip
 def test_a_damaged_list_of_attributes_is_one_line(celeb, tmp_path, content):
     (celeb.parent / "list_attr_celeba.txt").write_bytes(content)

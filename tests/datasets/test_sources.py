@@ -203,9 +203,12 @@ def test_cifar10(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz"):
         find_source("cifar10", str(tmp_path))
     write_cifar10(tmp_path)
+    with pytest.raises(UserError, match="damaged: unpack") as error:
+        find_source("cifar10", str(tmp_path))
+    assert "download" not in str(error.value)
     monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    source = find_source("cifar10", str(tmp_path))
+    source = find_source("cifar10", str(tmp_path / "cifar-10-batches-py"))
     assert len(source.items) == 20
     assert source.description == "20 images of CIFAR-10"
     assert source.decode(7, 64).size == (64, 64)
@@ -231,6 +234,20 @@ def test_lsun(tmp_path):
     expected = T.Resize((32, 32))(picture(90, 60, seed=1))  # without a crop
     for decode in (source.decode, pickle.loads(pickle.dumps(source.decode))):
         assert np.array_equal(np.asarray(decode(source.items[1], 32)), np.asarray(expected))
+
+
+def test_an_lsun_that_is_cut_off_is_one_line(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    data = tmp_path / "church_outdoor_train_lmdb" / "data.mdb"
+    with lmdb.open(str(data.parent), map_size=2**24) as database:
+        for number in range(9):
+            with database.begin(write=True) as transaction:
+                transaction.put(str(number).encode(), bytes(9000))
+    size = data.stat().st_size
+    assert len(find_source("lsun", str(tmp_path)).items) == 9
+    os.truncate(data, size - 9000)
+    with pytest.raises(UserError, match=f"cut off: {size - 9000:,} of {size:,} bytes"):
+        find_source("lsun", str(tmp_path))
 
 
 def test_lsun_without_lmdb_names_the_package(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ def test_metadata_is_text():
     assert all(isinstance(value, str) for value in metadata.values())
     assert json.loads(metadata["classes"]) == ["a cat", 'a "dog"']
     assert (metadata["num_classes"], metadata["ema"], metadata["attention"]) == ("2", "true", "full")
+    assert (metadata["dataset"], describe(dataset=None).metadata()["dataset"]) == ("toy", "")
 
 
 def test_license_of_each_dataset():
@@ -20,7 +21,7 @@ def test_license_of_each_dataset():
     assert "non-commercial research only" in describe(dataset="celeb").metadata()["data_license"]
     assert describe(dataset="toy").data.license == "mit"
     for dataset in ("folder", "another", None):
-        assert describe(dataset=dataset).data.license == "other"
+        assert describe(dataset=dataset).data.license == "unknown"
         assert "before you publish" in describe(dataset=dataset).data.terms
 
 

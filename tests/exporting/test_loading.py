@@ -54,6 +54,10 @@ def test_a_state_file_has_the_ema_generator_and_the_discriminator(tmp_path):
     assert_same(ema, load_generator(path))
     with pytest.raises(ValueError, match="no discriminator"):
         load_discriminator(path)
+    torch.save(D.state_dict(), tmp_path / "5_D.pth")
+    with pytest.raises(ValueError, match=r"no discriminator.*5_D\.pth$"):
+        load_discriminator(path)
+    assert_same(D, load_discriminator((tmp_path / "5_D.pth").as_uri()))
 
 
 def test_an_export_is_a_generator(tmp_path):

@@ -11,12 +11,12 @@ SCORES = {"step": 7, "images": 2000, "ema": True, "fid": 12.345678, "kid": 0.01,
 
 
 def card(metrics=None, formats=BOTH, maps=(), **changes):
-    return model_card("cats", describe(**changes), formats, maps, metrics)
+    return model_card("cats", describe(**changes), metrics, formats, maps)
 
 
 @pytest.mark.parametrize("dataset, license, hub_names", [
-    ("celeb", "other", ["flwrlabs/celeba"]), ("cifar10", "other", ["uoft-cs/cifar10"]), ("toy", "mit", []),
-    ("folder", "other", []), (None, "other", []),
+    ("celeb", "other", ["flwrlabs/celeba"]), ("cifar10", "unknown", ["uoft-cs/cifar10"]), ("toy", "mit", []),
+    ("folder", "unknown", []), (None, "unknown", []),
 ])  # fmt: skip
 def test_the_front_matter_that_model_hubs_read(dataset, license, hub_names):
     """A block of YAML at the start: plain words, and lists of them."""
@@ -25,6 +25,10 @@ def test_the_front_matter_that_model_hubs_read(dataset, license, hub_names):
     keys = dict(re.findall(r"^(\w+):(?: (\S+))?$", front, re.M))
     assert (keys["license"], keys["library_name"]) == (license, "pytorch")
     assert keys["pipeline_tag"] == "unconditional-image-generation"
+    assert {"license_name", "license_link"} & {*keys} == (
+        {"license_name", "license_link"} if license == "other" else set()
+    )
+    assert "pipeline_tag" not in card(model="paper", num_classes=2)  # hubs have none
     assert re.findall(r"datasets:\n((?:- \S+\n)+)", front) == ["".join(f"- {name}\n" for name in hub_names)] * bool(
         hub_names
     )
@@ -67,7 +71,8 @@ def test_the_command_that_computes_metrics_is_one_of_main_py():
 
 
 def test_only_the_files_that_there_are_are_loaded():
-    assert "onnxruntime" not in card(formats=["safetensors"]) and "read_generator" in card(formats=["safetensors"])
-    assert "onnxruntime" in card(formats=["onnx"]) and "read_generator" not in card(formats=["onnx"])
+    assert "onnxruntime" not in card(formats=["safetensors"]) and "torch.hub" in card(formats=["safetensors"])
+    assert "onnxruntime" in card(formats=["onnx"]) and "torch.hub" not in card(formats=["onnx"])
     assert "attn1, attn2 (B, queries, keys)" in card(maps=("attn1", "attn2"))
     assert "There are no attention maps" in card(attention="none")
+    assert "- self-attention\n" in card() and "self-attention" not in card(attention="none")

@@ -35,7 +35,7 @@ def test_a_file_can_be_replaced_while_its_generator_is_in_use(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"format": "pt"}, {"format_version": "2"}, {"model": "other"}, {"image_size": "48"}, {"image_size": "64"},
+    {"content": "other"}, {"content_version": "2"}, {"model": "other"}, {"image_size": "48"}, {"image_size": "64"},
     {"conv_dim": "16"}, {"conv_dim": "x"}, {"num_classes": "3"}, {"attention": "none"}, {"conv_dim": "8000000"},
 ])  # fmt: skip
 def test_metadata_that_does_not_fit_is_one_line(tmp_path, changes):
@@ -64,7 +64,8 @@ def test_the_file_is_numbers_and_text_and_nothing_else(tmp_path):
     content = (tmp_path / "G.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    assert header.pop("__metadata__")["format"] == "sagan-generator"
+    metadata = header.pop("__metadata__")
+    assert (metadata["format"], metadata["content"]) == ("pt", "sagan-generator")  # "pt": for Hugging Face's loaders
     assert {tensor["dtype"] for tensor in header.values()} == {"F32", "I64"}
     spans = sorted(tensor["data_offsets"] for tensor in header.values())
     assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]

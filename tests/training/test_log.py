@@ -120,6 +120,23 @@ def test_a_full_disk_costs_the_entry_and_leaves_no_half_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning") == 1
 
 
+def test_tensorboard_of_other_private_names_is_written_too(tmp_path, monkeypatch):
+    from tensorboardX.event_file_writer import EventFileWriter
+
+    class Renamed:
+        def __init__(self, *arguments):
+            self.inner = EventFileWriter(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, "" if name.startswith("_") else name)
+
+    monkeypatch.setattr("tensorboardX.writer.EventFileWriter", Renamed)
+    with RunLog(tmp_path, 0, use_tensorboard=True) as log:
+        log.scalars(10, {"d_loss": 1.0})
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"d_loss" in events.read_bytes()
+
+
 @pytest.mark.parametrize("method", ["write_event", "flush", "close"])
 def test_tensorboard_that_cannot_write_neither_ends_nor_stops_the_run(tmp_path, monkeypatch, capsys, method):
     """One error in tensorboardX's thread would end it: its queue fills up, and the 11th scalar waits for ever."""

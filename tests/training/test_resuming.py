@@ -101,7 +101,7 @@ def test_weights_alone_tell_the_sizes_of_their_networks(make_config):
 
 @pytest.mark.parametrize("current, line", [
     ({"images": 20, "checksum": 1}, ""), ({"images": 21, "checksum": 2}, "21 .*20"),
-    ({"images": 20, "checksum": 3}, "20 .*not those"),
+    ({"images": 20, "checksum": 3}, "20 .*not those"), ({"images": 20, "checksum": 1, "holdout": 0.2}, ""),
 ])  # fmt: skip
 def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
     warn_of_other_images({"images": 20, "checksum": 1}, current)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def test_curves_equal_what_was_logged(tmp_path_factory, entries):
     for name in "abc":
         expected = [[row["step"], row[name]] for row in rows if np.isfinite(row.get(name, np.nan))]
         assert curves[name].tolist() == expected if expected else name not in curves
+
+
+def test_a_chart_needs_no_backend():
+    code = "import numpy; from visuals.curves import line_chart; line_chart('t', {'a': numpy.eye(2)})"
+    environment = os.environ | {"MPLBACKEND": "module://no_such.backend", "MPLCONFIGDIR": os.devnull}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_importing_the_module_does_not_import_matplotlib():

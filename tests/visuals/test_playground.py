@@ -153,6 +153,11 @@ def tiles_of(grids: Grid) -> np.ndarray:
     return grids.pixels.reshape(side, side, *grids.pixels.shape[1:]).astype(int)
 
 
+def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Up to rounding: the images are of batches of other sizes."""
+    assert np.abs(actual.astype(int) - expected).max() <= 1
+
+
 def test_z_is_spherically_interpolated_between_the_corners():
     z = latent_grid(torch.randn(4, 64), 7)
     z0, z1, z2, z3 = z[[0, 6, 42, 48]].numpy()
@@ -187,7 +192,7 @@ def test_each_class_has_the_same_z(conditional_G, corners, class_grids):
     assert [tiles.class_name for tiles in class_grids] == NAMES
     z = latent_grid(corners, CLASS_SIDE)
     for tiles, number in zip(class_grids, CLASSES.values(), strict=True):
-        assert np.array_equal(tiles.pixels, to_pixels(conditional_G(z, torch.full((16,), number))))
+        assert_near(tiles.pixels, to_pixels(conditional_G(z, torch.full((16,), number))))
     assert not np.array_equal(class_grids[0].pixels, class_grids[1].pixels)
 
 
@@ -214,7 +219,7 @@ def test_the_tile_under_the_pointer_is_what_g_makes_of_its_z(page, G, corners):
     for column, row in ((0, 0), (SIDE - 1, 0), (0, SIDE - 1), (SIDE - 1, SIDE - 1), (5, 11), (11, 5)):
         page.select_tile(column, row)
         assert page.place() == (column, row)
-        assert np.array_equal(page.image(), to_pixels(G(z_of(corners, SIDE, column, row)))[0])
+        assert_near(page.image(), to_pixels(G(z_of(corners, SIDE, column, row)))[0])
         assert page.find("#position").text.startswith(f"tile: row {row + 1}, column {column + 1} of 16 × 16\n")
         assert "as generated" in page.find("#position").text
 
@@ -325,7 +330,7 @@ def test_classes_are_switched_at_the_same_z(class_page, conditional_G, corners, 
     for index in (0, 2, 1, 4, 2):
         page.choose_class(index)
         assert page.place() == (2, 1)
-        assert np.array_equal(page.image(), to_pixels(conditional_G(z, torch.tensor([CLASSES[NAMES[index]]])))[0])
+        assert_near(page.image(), to_pixels(conditional_G(z, torch.tensor([CLASSES[NAMES[index]]])))[0])
         values, attended = class_grids[index].attention["G attn1"], np.array(page.state()["layers"][0]["values"])
         assert (np.abs(attended - values[6]) <= bound(values)[6]).all()
         expected = overlay(Image.fromarray(class_grids[index].pixels[6]), attended.reshape(16, 16))

@@ -46,7 +46,7 @@ def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str
         fixed.ema.update(fixed.step)
 
     def run() -> None:
-        whole.config = dataclasses.replace(config, total_step=whole.step + run_steps)
+        whole.config = dataclasses.replace(config, total_step=whole.step + run_steps, pretrained_model="latest")
         with contextlib.redirect_stdout(io.StringIO()):
             whole.train()
 

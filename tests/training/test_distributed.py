@@ -268,7 +268,7 @@ def test_all_ranks_hold_the_same_networks(pair):
 
 def test_a_run_resumes_with_another_world_size(pair):
     folder, found = pair
-    one = make(folder / "two", version="run", pretrained_model="3", **RUN)
+    one = make(folder / "two", version="run", pretrained_model="3", overwrite=True, **RUN)
     assert one.step == 3
     saved = torch.load(folder / "two/model_save_path/run/3_state.pth", weights_only=True)
     other = torch.load(folder / "one/model_save_path/run/3_state.pth", weights_only=True)

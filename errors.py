@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -119,6 +120,27 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any], numbers: Ite
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@dataclass
+class StopRequest:
+    """The number of the first signal that asked the training to stop, 0 before it."""
+
+    signal_number: int = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first of `stop_signals` into a request to stop; a second one exits immediately."""
+    request = StopRequest()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if request.signal_number:
+            sys.exit(128 + number)
+        request.signal_number = number
+
+    with handle_signals(receive, stop_signals()):
+        yield request
 
 
 def warn(message: str) -> None:

@@ -127,7 +127,8 @@ def make_loader(config: Config, device: "torch.device", precision: str = "fp32")
                          exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,
-                  holdout=config.holdout, device=device, memory_format=conv_memory_format(device, precision))  # fmt: skip
+                  holdout=config.holdout, device=device,
+                  memory_format=conv_memory_format(device, precision))  # fmt: skip
 
 
 def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":

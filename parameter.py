@@ -71,8 +71,7 @@ CHECKPOINT = Constraint(
 )
 PATH = matches(r"[^\0]+", "a path")
 ATTRIBUTE = matches(r"[^\0\r\n]{1,100}", "a name of up to 100 characters")
-CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
-LISTS = (METRICS, AUGMENTATIONS, CORNERS)
+LISTS = (METRICS, AUGMENTATIONS)
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
@@ -167,11 +166,6 @@ class Config:
         between(1, 1_000_000),
     )
     class_name: str | None = option(None, "with --train false, the classes to generate; None: all", LIST)
-    corners: str = option(
-        "0,1,2,3",
-        "numbers of the sample images at the corners of playground.html: top left and right, bottom left and right",
-        CORNERS,
-    )
     truncation: float | None = option(
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
@@ -183,9 +177,6 @@ class Config:
     )
     metric_step: int = option(10_000, "steps between evaluations of --metrics during training", at_least(1))
     metric_num: int = option(10_000, "number of generated images per evaluation", between(10, 1_000_000))
-    feature_extractor: str | None = option(
-        None, "trusted TorchScript file instead of Inception and VGG16: uint8 (B, 3, S, S) to features (B, F)", PATH
-    )
 
     version: str = option("sagan_celeb", "name of the run; a subfolder of each folder below", NAME, group="Results")
     sample_path: str = option("./samples", "folder for sample grids", PATH)
@@ -198,7 +189,9 @@ class Config:
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
     g_num: int = option(5, "images per attention figure, at most --batch_size", at_least(1))
     keep_samples: int = option(
-        0, "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all", at_least(0)
+        500,
+        "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all",
+        at_least(0),
     )
     model_save_step: float = option(1.0, "epochs between checkpoints", EPOCHS)
     min_save_step: int = option(1000, "fewest steps between these checkpoints, for small datasets", at_least(1))
@@ -208,7 +201,6 @@ class Config:
     keep_checkpoints: int = option(
         3, "number of newest checkpoints to keep in full, of older ones only the weights; 0: all", at_least(0)
     )
-    keep_weights: int = option(0, "number of newest weights-only checkpoints to keep; 0: all", at_least(0))
     overwrite: bool = option(False, "delete earlier results of this --version; when resuming, those of later steps")
 
     def __post_init__(self):
@@ -224,10 +216,6 @@ class Config:
             raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
             raise UserError("--attribute is for --conditional true with --dataset celeb")
-
-        samples = max(self.num_samples, 4)  # as many z are drawn
-        if any(int(number) >= samples for number in self.corners.split(",")):
-            raise UserError(f"--corners {self.corners}: samples are numbered 0 to {samples - 1}; see --num_samples")
 
     @property
     def has_attention(self) -> bool:

@@ -93,9 +93,7 @@ class Generator(nn.Module):
             width //= 2
         self.last = nn.Sequential(nn.ConvTranspose2d(conv_dim, 3, 4, 2, 1), nn.Tanh())
 
-    def forward(
-        self, z: Tensor, labels: None = None, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, z: Tensor, labels: None = None, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
         """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also all maps, (B, N, N)."""
         check_labels(labels, 0)
         x, maps = z.reshape(*z.shape[:2], 1, 1), []  # (B, z_dim, 1, 1)
@@ -133,9 +131,7 @@ class Discriminator(nn.Module):
             width *= 2
         self.last = nn.Sequential(nn.Conv2d(width // 2, 1, 4))
 
-    def forward(
-        self, x: Tensor, labels: None = None, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor, labels: None = None, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
         """x (B, 3, S, S) -> logits (B,); with return_attention also the maps, (B, 64, 64) and (B, 16, 16)."""
         check_labels(labels, 0)
         maps = []

@@ -20,37 +20,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_loader import Loader, to_model_range
+from data_loader import Loader
 from datasets.labels import as_text, join_names
 from errors import UserError
 from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
-from spectral import fold_spectral_norm
-from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
-from training.models import MODELS, network_options
-from training.resuming import DATA_OPTIONS, warn_of_other_images
+from training.checkpoint import Checkpoint
+from training.previews import collect_attention
+from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images
 from training.run_folders import remove_test_results
 from training.weights import checksum
 from utils import (
     SEED_INTERPOLATION,
-    SEED_METRICS,
     SEED_SAMPLES,
     conv_memory_format,
     derive_seed,
-    eval_mode,
     evenly_spaced,
     files_by_step,
-    make_deterministic,
     progress,
-    setup_device,
-    set_precision,
 )
 from visuals.attention_stats import (
-    collect_attention,
     format_attention_stats,
     mean_attention_stats,
     uniform_attention_stats,
@@ -147,7 +140,7 @@ class Tester:
         for first in progress(range(0, len(z), size), "samples", "batch"):
             rows = slice(first, first + size)
             images = self.G(z[rows], None if labels is None else labels[rows])
-            for number, pixels in enumerate(to_uint8(images), start=first):
+            for number, pixels in enumerate(to_pixels(images), start=first):
                 Image.fromarray(pixels).save(folder / f"{number:05}.png")
 
     def _write_interpolations(self) -> None:
@@ -206,10 +199,10 @@ class Tester:
     def _write_attention_stats(self) -> None:
         """Write and print the attention statistics of each layer, averaged over generated images."""
         z, labels = self._inputs(SUMMARY_IMAGES)
-        batches = [slice(start, start + 32) for start in range(0, len(z), 32)]
+        batches = [(z[rows], None if labels is None else labels[rows]) for rows in torch.arange(len(z)).split(32)]
         layers = mean_attention_stats(
-            collect_attention(self.G, self.D, z[rows], None if labels is None else labels[rows], classes=self.classes)[0]
-            for rows in progress(batches, "attention statistics", "batch")
+            collect_attention(self.G, self.D, *batch, classes=self.classes)[0]
+            for batch in progress(batches, "attention statistics", "batch")
         )
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
@@ -250,7 +243,7 @@ class Tester:
         scores, count = compute_metrics(self.config, self.G, self.loader), self.config.metric_num
         how = ", classes as frequent as in the training images" if self.classes else ""
         print(f"metrics of {count} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation", "feature_extractor")}
+        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation")}
         protocol |= {"step": self.step, "images": count, "ema": self.is_ema}
         protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.fingerprint}
         self._write_json("metrics.json", protocol | scores)

@@ -32,6 +32,7 @@ from training.optimizers import Adam, Schedule
 from training.previews import Previews
 from training.recorder import Recorder
 from training.resuming import TrainingState, non_finite_message
+from training.run_folders import warn_of_small_disk
 from utils import (
     SEED_FIXED_Z,
     SEED_STEP,
@@ -234,6 +235,7 @@ class Trainer:
                     if self.ranks.is_rank_zero:
                         machine = f"{self.device} in {self.precision}"
                         recorder = stack.enter_context(Recorder(self.config, self.step, machine, self.loader))
+                        warn_of_small_disk(self.config, (self.G, self.D))
                         recorder.real_images("real", self.previews.real_images())
                         if self.augmentations:
                             recorder.real_images("augmented", self.previews.augmented_images())

@@ -1,6 +1,5 @@
 """Devices, precision, memory, seeds, the EMA generator, stop signals, files named by step, progress bars."""
 
-import copy
 import ctypes
 import errno
 import os
@@ -9,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import UserError, handle_signals, stop_signals, warn, warn_once
+from errors import UserError, warn, warn_once
 
 # What `derive_seed` is given beside the run's seed, so that each use has random numbers of its own: training steps,
 # the fixed z of sample grids, --metrics, the samples and interpolations of --train false, the classes of --metrics, and
@@ -182,6 +180,11 @@ def flush_to_disk(descriptor: int) -> None:
 def derive_seed(*numbers: int) -> int:
     """Return one well-mixed seed in [0, 2^63) from several numbers, such as a run's seed and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images (B, 3, S, S) in [-1, 1] to the pixels of a saved image, uint8."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
 @contextmanager

@@ -116,6 +116,4 @@ def _metrics_section(metrics: Mapping[str, Any]) -> str:
         f"Protocol: {metrics['images']:,} generated images, {z}, against as many of the training images, or all if "
         "there are fewer, cropped and resized as in training (docs/metrics.md of the program's repository)."
     )
-    if metrics.get("feature_extractor"):
-        protocol += " Features of a network of the author's own instead of Inception and VGG16: not comparable."
     return "\n".join(["| metric | value |", "|---|---|", *rows, "", protocol])

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from networks.latents import as_arguments
 from networks.paper_models import UpsampledConv2d
 from spectral import replace_layers
 
@@ -37,7 +36,7 @@ class _Images(nn.Module):
         self.G, self.with_maps = G, with_maps
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        outputs = self.G(z, *as_arguments(labels), return_attention=True)
+        outputs = self.G(z, labels, return_attention=True)
         return outputs if self.with_maps else outputs[:1]
 
 

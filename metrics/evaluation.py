@@ -18,10 +18,10 @@ def check_metrics(config: Config, device: torch.device) -> None:
     """Check, before any work, that `compute_metrics` will find its libraries and weights; downloads missing weights.
 
     Raises:
-        UserError: a library, weights or the feature extractor is missing or unusable.
+        UserError: a library, or weights are missing or unusable.
     """
     if config.metrics:
-        check_requirements(config.metrics.split(","), config.imsize, device, _feature_extractor(config))
+        check_requirements(config.metrics.split(","), device)
 
 
 def compute_metrics(
@@ -59,10 +59,5 @@ def compute_metrics(
         device=device,
         cache_path=Path(os.path.expanduser(config.cache_path)),
         real_name=f"{loader.source.name}_{loader.source.fingerprint}",
-        feature_extractor=_feature_extractor(config),
         should_stop=should_stop,
     )
-
-
-def _feature_extractor(config: Config) -> Path | None:
-    return Path(os.path.expanduser(config.feature_extractor)) if config.feature_extractor else None

@@ -1,4 +1,4 @@
-"""Feature extractors for FID and related scores: torch-fidelity's Inception and VGG16, or a TorchScript file.
+"""torch-fidelity's feature extractors for FID and related scores, Inception and VGG16: their weights and input.
 
 torch-fidelity is an optional dependency: import this module only for metrics that need it.
 """
@@ -7,17 +7,15 @@ import hashlib
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity import FeatureExtractorBase, GenerativeModelBase
+from torch_fidelity import GenerativeModelBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD
 from torch_fidelity.metric_prc import KEY_METRIC_F_SCORE, KEY_METRIC_PRECISION, KEY_METRIC_RECALL  # new in 0.4
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
@@ -60,63 +58,16 @@ class ImageSource(GenerativeModelBase):
         return images
 
 
-def prepare_extractor(
-    metrics: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None
-) -> str | None:
-    """Return the name in torch-fidelity's registry of the TorchScript file `feature_extractor`.
-
-    Without one, return None, for torch-fidelity's defaults, and download those of their weights that are missing.
+def fetch_weights(metrics: Sequence[str]) -> None:
+    """Download those weights of torch-fidelity's extractors that are missing.
 
     Raises:
-        UserError: weights are damaged or cannot be downloaded, or the TorchScript file is unusable.
+        UserError: weights are damaged or cannot be downloaded.
     """
-    if feature_extractor is not None:
-        return _register_torchscript(feature_extractor, image_size, device)
     if "prc" in metrics:
         _fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, metrics)
     if set(metrics) - {"prc"}:
         _fetch_weights(URL_INCEPTION_V3, metrics)
-    return None
-
-
-def _register_torchscript(path: Path, image_size: int, device: torch.device) -> str:
-    device = device if device.type == "cuda" else torch.device("cpu")  # torch-fidelity supports no others
-    name = f"torchscript-{_sha256(path)[:16]}"  # also in the names of cached features
-    _check_torchscript(path, image_size, device)
-
-    class TorchScriptExtractor(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **options: Any):  # all options of calculate_metrics
-            super().__init__(name, features_list)
-            self.script = torch.jit.load(str(path), map_location=device)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "features"
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (self.script(images).float(),)
-
-    FEATURE_EXTRACTORS_REGISTRY[name] = TorchScriptExtractor  # register_feature_extractor accepts a name only once
-    return name
-
-
-def _check_torchscript(path: Path, image_size: int, device: torch.device) -> None:
-    """Load the file, which runs the code in it, and try it on two images."""
-    images = torch.arange(2 * 3 * image_size**2, device=device).byte().view(2, 3, image_size, image_size)
-    try:
-        features = torch.jit.load(str(path), map_location=device).eval()(images)
-    except (ValueError, RuntimeError, torch.jit.Error) as error:
-        reason = str(error).strip().splitlines()[-1].split(". ")[0]  # without TorchScript's stack and torch's advice
-        raise UserError(f"--feature_extractor {path} does not load or run: {reason}") from error
-    is_matrix = isinstance(features, Tensor) and features.dim() == 2 and len(features) == 2 and features.shape[1] >= 2
-    if not (is_matrix and features.isfinite().all()):
-        raise UserError(
-            f"--feature_extractor {path} must return features (B, F), F >= 2, all finite, of images (B, 3, S, S) uint8"
-        )
 
 
 def _fetch_weights(url: str, metrics: Sequence[str]) -> None:

@@ -15,10 +15,6 @@ real images. Arithmetic is float32 for any `--precision`. torch-fidelity compute
 
 The weights of both are downloaded once, into torch.hub's folder (`$TORCH_HOME/hub/checkpoints`).
 
-With `--feature_extractor`, a TorchScript file, all of these use it instead: images (B, 3, S, S) uint8 in, features
-(B, F) out, F >= 2; isc takes the features as logits. Loading such a file runs the code in it: use only files that you
-trust.
-
 faces is the face-detection rate: the fraction of generated images in which OpenCV's frontal-face cascade finds a face.
 faces_real is that of the real images, as a reference, because the detector misses some faces: it finds 0.96 on CelebA
 at 64x64, and 0 on noise.
@@ -49,7 +45,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, warn_once
-from utils import progress
+from utils import progress, to_uint8
 
 OPENCV_METRICS = ("faces", "hog")
 DISTANCES = ("fid", "kid", "hog")  # the lower the better
@@ -79,7 +75,6 @@ def compute_scores(
     device: torch.device,
     cache_path: Path,
     real_name: str,
-    feature_extractor: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Compare generated images with real ones. Saves and restores RNG state and backend flags.
@@ -95,7 +90,6 @@ def compute_scores(
         cache_path: what is computed from the real images, except for hog, is cached in its folder `metrics`, if that
             can be written.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
-        feature_extractor: a TorchScript file to use instead of Inception and VGG16.
         should_stop: asked before each batch of images.
 
     Returns:
@@ -103,7 +97,7 @@ def compute_scores(
         `names` ask for.
 
     Raises:
-        UserError: a library, weights or the extractor is missing or unusable, there are too few images, the disk is
+        UserError: a library or weights are missing or unusable, there are too few images, the disk is
             full, generated images are not finite, or it was told to stop.
     """
 
@@ -119,7 +113,7 @@ def compute_scores(
     if fewest < MIN_IMAGES:
         raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
-    fakes = Images(stoppable(lambda start, count: _to_uint8(generate(start, count))), num_images)
+    fakes = Images(stoppable(lambda start, count: _pixels_of(generate(start, count))), num_images)
     reals = Images(
         stoppable(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous()), fewest
     )
@@ -132,25 +126,23 @@ def compute_scores(
             scores |= _hog_scores(fakes, reals, batch_size)
         if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
             extractors = _import_optional("metrics.extractors", feature_metrics)
-            extractor = extractors.prepare_extractor(feature_metrics, real.shape[1], device, feature_extractor)
-            scores |= _feature_scores(feature_metrics, extractor, fakes, reals, batch_size, device, cache, key)
+            extractors.fetch_weights(feature_metrics)
+            scores |= _feature_scores(feature_metrics, fakes, reals, batch_size, device, cache, key)
     return scores
 
 
-def check_requirements(
-    names: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None = None
-) -> None:
+def check_requirements(names: Sequence[str], device: torch.device) -> None:
     """Check that `compute_scores` will find all it needs, before hours of training; downloads missing weights.
 
     Raises:
-        UserError: a library, weights or the extractor is missing or unusable.
+        UserError: a library or weights are missing or unusable.
     """
     with preserve_global_state(device):
         if opencv_metrics := [name for name in names if name in OPENCV_METRICS]:
             _import_optional("metrics.opencv", opencv_metrics)
         if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
             extractors = _import_optional("metrics.extractors", feature_metrics)
-            extractors.prepare_extractor(feature_metrics, image_size, device, feature_extractor)
+            extractors.fetch_weights(feature_metrics)
 
 
 @contextmanager
@@ -208,12 +200,11 @@ def _import_optional(module: str, names: Sequence[str]) -> ModuleType:
         raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
 
 
-def _to_uint8(images: Tensor) -> Tensor:
-    """Round generated images in [-1, 1] to the pixels that a saved sample has."""
-    images = images.float()
+def _pixels_of(images: Tensor) -> Tensor:
+    """Return the pixels that saved samples have."""
     if not images.isfinite().all():
         raise UserError("the generator returns NaN or Inf: use an earlier checkpoint")
-    return images.add(1).mul(127.5).round().clamp(0, 255).byte().contiguous()
+    return to_uint8(images).contiguous()
 
 
 def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) -> dict[str, float]:
@@ -239,7 +230,6 @@ def _hog_scores(fakes: Images, reals: Images, batch_size: int) -> dict[str, floa
 
 def _feature_scores(
     names: Sequence[str],
-    extractor: str | None,
     fakes: Images,
     reals: Images,
     batch_size: int,
@@ -270,7 +260,6 @@ def _feature_scores(
             isc_splits=ISC_SPLITS,
             kid_subset_size=kid_subset_size,
             prc_batch_size=PRC_BATCH_SIZE,
-            feature_extractor=extractor,
             cuda=device.type == "cuda",
             batch_size=batch_size,
             cache_root=str(cache),

@@ -4,7 +4,6 @@ A loss of D is returned in two parts, of real and of fake logits; their sum is m
 """
 
 from collections.abc import Callable
-
 from typing import NamedTuple
 
 import torch

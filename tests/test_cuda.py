@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, build_trainer
 from PIL import Image
+from training.divergence import iter_tensors
 
 import data_loader
 import tester
@@ -22,7 +23,6 @@ from networks import attention
 from networks.attention import attend, attention_map
 from networks.losses import gradient_penalty
 from training.background import Background
-from training.divergence import iter_tensors
 from training.resuming import load_test_checkpoint
 from visuals.figures import sample_grid
 

@@ -22,9 +22,9 @@ from utils import (
     files_by_step,
     memory_mib,
     no_param_grads,
-    setup_device,
-    set_precision,
     set_learning_rate,
+    set_precision,
+    setup_device,
 )
 
 

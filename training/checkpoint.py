@@ -12,11 +12,10 @@ like weights saved by the reference.
 """
 
 import io
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,12 +54,11 @@ def save(
     *,
     export: bool = True,
     keep_checkpoints: int = 0,
-    keep_weights: int = 0,
 ) -> None:
     """Write a checkpoint, and its exports on request, then remove old ones.
 
-    All but the newest `keep_checkpoints` lose their state file, unless a kill cost them their exports, and of those all
-    but the newest `keep_weights` lose their exports too; 0 keeps all. Checkpoints after `name` and "best" stay.
+    All but the newest `keep_checkpoints` lose their state file and keep their exports; 0 keeps all. The state file also
+    stays where a kill cost a checkpoint its exports, and where the checkpoint is of a later step or the best one.
 
     Args:
         folder: where the checkpoints are; created if it is missing.
@@ -75,14 +73,14 @@ def save(
     contents = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
     temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in contents}
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
+        folder.mkdir(parents=True, exist_ok=True)
         for part, content in contents.items():
             _write(temporary[part], content)
         for part in contents:
             os.replace(temporary[part], _path(folder, name, part))
         _sync_folder(folder)
         if name != "best":
-            _prune(folder, name, keep_checkpoints, keep_weights)
+            _prune(folder, name, keep_checkpoints)
     except OSError as error:
         raise UserError(
             f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Earlier checkpoints are intact: "
@@ -252,14 +250,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _prune(folder: Path, newest: int, keep_checkpoints: int, keep_weights: int) -> None:
-    """Remove old state files and exports up to step `newest`, see `save`."""
+def _prune(folder: Path, newest: int, keep_checkpoints: int) -> None:
+    """Remove old state files up to step `newest`, see `save`."""
     full, weights = ([step for step in steps if step <= newest] for steps in _full_and_weights(folder))
     kept = full[: keep_checkpoints or None]
     for step in set(full) - set(kept):
         if step in weights or not peek(_path(folder, step, "state")).get("exported", True):
             _path(folder, step, "state").unlink()
-    if keep_weights:
-        for step in [step for step in weights if step not in kept][keep_weights:]:
-            for part in ("G", "D"):
-                _path(folder, step, part).unlink()

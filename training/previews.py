@@ -27,7 +27,14 @@ class Previews:
     """
 
     def __init__(
-        self, config: Config, loader: Loader, G: nn.Module, ema: nn.Module, D: nn.Module, fixed_z: Tensor, precision: str
+        self,
+        config: Config,
+        loader: Loader,
+        G: nn.Module,
+        ema: nn.Module,
+        D: nn.Module,
+        fixed_z: Tensor,
+        precision: str,
     ):
         self.config, self.loader, self.precision = config, loader, precision
         self.G, self.ema, self.D, self.fixed_z = G, ema, D, fixed_z

@@ -46,8 +46,8 @@ REPORT_SECONDS = 60  # between two reports at least, longer where they take long
 class Recorder:
     """Record a run from `step` on, as a context that holds the run's folders and ends when everything is written.
 
-    `step` is the number of finished steps. Tensors may be on any device; those passed to `checkpoint` are copied, others
-    must not change afterwards.
+    Steps are finished ones. Tensors may be on any device; those passed to `checkpoint` are copied, others must not
+    change afterwards.
 
     Args:
         step: at the start; log entries of later ones are dropped.
@@ -66,7 +66,8 @@ class Recorder:
         self.config, self.loader, self.saved_step = config, loader, step
         self._row_names = [shorten(name) for name in loader.classes[:CLASS_ROWS]]
         self._run = _report_run(config, machine, loader.classes)
-        self._overfitting = OverfittingCheck(epoch=len(loader) // config.n_critic)
+        epoch, has_augment = len(loader) // config.n_critic, config.augment != "none"
+        self._overfitting = OverfittingCheck(epoch, config.holdout > 0, has_augment)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
@@ -102,7 +103,7 @@ class Recorder:
         self._bar.update(step - self._bar.n)
 
     def log(self, step: int, tensors: Mapping[str, Tensor], lr_factor: float) -> None:
-        """Write a log entry: 0-d tensors, which leave the device here in one transfer, learning rates, speed, memory."""
+        """Write a log entry: 0-d tensors, which leave the device in one transfer, learning rates, speed and memory."""
         numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
         numbers |= {"lr/g": self.config.g_lr * lr_factor, "lr/d": self.config.d_lr * lr_factor}
         now, (then, step_then) = time.perf_counter(), self._logged_at
@@ -172,7 +173,6 @@ class Recorder:
 
     def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         folder, config = self.config.sample_folder, self.config
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         for name, batch in images.items():
             grid = sample_grid(batch, row_names=self._row_names)
             grid.save(folder / f"{step}_{name}.png")
@@ -182,7 +182,6 @@ class Recorder:
 
     def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         folder, config = self.config.attn_folder, self.config
-        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in attention_figures(samples, step).items():
             figure.save(folder / f"{step}_{name}.png")
             self._log.image(step, f"attention/{name}", figure)
@@ -190,7 +189,6 @@ class Recorder:
                 thin_results(folder, f"{name}.png", config.attn_step, config.keep_samples, step)
 
     def _write_explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
-        self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         write_explorer(self.config.attn_folder, self.config.version, step, samples)
 
     def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool) -> None:
@@ -201,7 +199,6 @@ class Recorder:
             state,
             export=export,
             keep_checkpoints=self.config.keep_checkpoints,
-            keep_weights=self.config.keep_weights,
         )
         if name != "best":
             self._written_step = name

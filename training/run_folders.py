@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import nn
 
 from errors import UserError, warn
 from parameter import Config
@@ -48,6 +50,14 @@ def check_folders(config: Config, step: int) -> None:
             f"--version {config.version} has results after step {step}, such as {later[0]}: remove them with "
             f"--overwrite true, or keep them and go on in another --version with --pretrained_model {saved}"
         )
+
+
+def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
+    """Warn if the disk of the checkpoints has no room for three: networks, EMA and the moments of both optimizers."""
+    with suppress(OSError):  # a file system that does not tell
+        size = 4 * sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+        if shutil.disk_usage(config.model_folder).free < 3 * size:
+            warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.0f} MiB")
 
 
 @contextmanager

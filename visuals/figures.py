@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils import to_uint8
 from visuals.attention_stats import AttentionSample, grid_sides
 
 QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one per query
@@ -26,7 +27,7 @@ TEXT, MUTED, BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Convert (B, 3, S, S) in [-1, 1] to (B, S, S, 3) uint8."""
-    return images.permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[str] = ()) -> Image.Image:

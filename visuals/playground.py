@@ -1,7 +1,7 @@
 """The playground: an HTML page to walk through a grid of latent interpolations.
 
     grids = generate_grids(G, z, [("", None)])  # z (4, z_dim)
-    Path("playground.html").write_text(playground_page(grids, "step 1000", [0, 1, 2, 3]), encoding="utf-8")
+    Path("playground.html").write_text(playground_page(grids, "step 1000"), encoding="utf-8")
 
 The four corners of the grid are given, everything between them is slerp. The page is a single file and works offline.
 Its template is `playground.html` in this folder.
@@ -68,13 +68,12 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(grids: Sequence[Grid], title: str, corners: Sequence[int]) -> str:
+def playground_page(grids: Sequence[Grid], title: str) -> str:
     """Return the page as HTML.
 
     Args:
         grids: one for each class.
         title: plain text.
-        corners: numbers of the samples at the corners.
     """
     count, size = grids[0].pixels.shape[:2]
     entries = [
@@ -88,7 +87,7 @@ def playground_page(grids: Sequence[Grid], title: str, corners: Sequence[int]) -
         }
         for grid in grids
     ]
-    data = {"side": math.isqrt(count), "size": size, "corners": [*corners], "classes": entries}
+    data = {"side": math.isqrt(count), "size": size, "classes": entries}
     return fill_template("playground", title, data)
 
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from training.divergence import NonFiniteError, NonFiniteGuard
 
 ONE = torch.tensor(1.0)

@@ -1,5 +1,4 @@
 import pytest
-
 from training.overfitting import OverfittingCheck
 
 

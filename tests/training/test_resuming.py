@@ -3,12 +3,12 @@ import re
 import shutil
 
 import pytest
+from training.divergence import NonFiniteError
 
 from errors import UserError
 from parameter import Config
 from sagan_models import Discriminator, Generator
 from training import checkpoint
-from training.divergence import NonFiniteError
 from training.resuming import (
     changed_options,
     load_resume_checkpoint,

@@ -1,5 +1,4 @@
 import pytest
-
 from training.schedule import Schedule
 
 EXPONENTIAL = Schedule("exponential", 0.5, total_step=100, epoch_steps=10)

@@ -152,7 +152,7 @@ class Loader:
         pixels = self._fetch(numbers)
         if self.hflip:
             pixels = torch.where(self._flip[rows], pixels.flip(2), pixels)
-        return self._to_model_range(pixels), self._labels_of(numbers)
+        return to_model_range(pixels).contiguous(memory_format=self.memory_format), self._labels_of(numbers)
 
     def held_out(self, index: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
@@ -170,11 +170,7 @@ class Loader:
 
     def images_at(self, numbers: Tensor) -> Tensor:
         """Return images by their numbers (B,): (B, 3, S, S) float32 in [-1, 1], on the device."""
-        return self._to_model_range(self.images[numbers.to(self.images.device)].to(self.device))
-
-    def _to_model_range(self, pixels: Tensor) -> Tensor:
-        """Convert (B, S, S, 3) uint8 to (B, 3, S, S) float32 in [-1, 1]."""
-        images = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        images = to_model_range(self.images[numbers.to(self.images.device)].to(self.device))
         return images.contiguous(memory_format=self.memory_format)
 
     def _labels_of(self, numbers: Tensor) -> Tensor | None:
@@ -242,6 +238,11 @@ def _find_labels(source: Source) -> Labels:
 def _name(item: str | int | bytes) -> bytes:
     """Return an item of a source as bytes, the same on any system and for any locale."""
     return item if isinstance(item, bytes) else os.fsencode(str(item).replace(os.sep, "/"))
+
+
+def to_model_range(pixels: Tensor) -> Tensor:
+    """Convert (B, S, S, 3) uint8 to (B, 3, S, S) float32 in [-1, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _check_size(images: int, batch_size: int, held_out: int = 0) -> None:

@@ -74,6 +74,9 @@ def exit_code(error: BaseException) -> int:
         print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         print("error: no more threads can be started: raise ulimit -u, or the container's pids limit", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}: free space, or choose other folders (see --help)", file=sys.stderr)
     elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:

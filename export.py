@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -34,9 +35,11 @@ from errors import UserError, exit_code, make_output_robust, warn
 from parameter import EXPORT_PATH, Config, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from exporting.description import Description
-    from tester import Tester
     from training.checkpoint import Checkpoint
+    from training.resuming import TestNetworks
 
 PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 FORMATS = subset_of(*PACKAGES)
@@ -94,34 +97,35 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         UserError: the checkpoint cannot be loaded, or another export of this step is there already.
     """
     from datasets.labels import as_text
-    from exporting.model_card import model_card
-    from tester import Tester
-    from training.resuming import load_test_checkpoint
-    from utils import check_writable, eval_mode
+    from exporting.model_card import metrics_command, model_card
+    from tester import samples_grid
+    from training.resuming import load_test_checkpoint, load_test_networks
+    from utils import check_writable
 
     if config.metrics:
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     folder = Path(os.path.expanduser(own.export_path)) / config.version / str(saved.step)
-    tester = Tester(config, None, saved)
-    description = describe(tester, saved, given)
+    networks = load_test_networks(saved, config)
+    description = describe(networks, config, saved, given)
     if own.maps and not description.has_attention:
         raise UserError("--maps true: this generator has no attention layers")
     others = read_other_formats(folder, own.format, description.metadata())
     other_maps = others.get("onnx", {}).get("maps", "").split()
-    card = partial(model_card, as_text(config.version), description, read_metrics(tester, description, saved))
+    command = metrics_command(config, saved.step, networks.is_ema)
+    metrics = read_metrics(config, description, saved, command)
+    card = partial(model_card, as_text(config.version), description, metrics, command)
     if not config.overwrite:
         check_folder(folder, own.format, card(others, other_maps) if others else None)
     check_writable(folder)
-    contents = generator_files(own, tester, description.metadata())
-    maps = [name for name, _ in tester.G.named_children() if name.startswith("attn")] if own.maps else other_maps
+    contents = generator_files(own, networks.G, description)
+    maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")] if own.maps else other_maps
     contents["model_card.md"] = card({*own.format, *others}, maps).encode("utf-8", "replace")
     if config.overwrite or not (folder / "samples.png").exists():
-        with eval_mode(tester.G):
-            tester.grid().save(png := io.BytesIO(), "png")
+        samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
         contents["samples.png"] = png.getvalue()
     write_files(folder, contents, keep=[f"generator.{name}" for name in others])
-    print(f"{'EMA ' * tester.uses_ema}generator, step {saved.step}, in {folder}:")
+    print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
     return 0
@@ -143,35 +147,35 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
 def check_folder(folder: Path, formats: Sequence[str], card: str | None) -> None:
     """Raise `UserError` if an export would replace a file, other than the card of this generator in another format."""
     found = [name for name in FILES if (folder / name).exists()]
-    path = folder / "model_card.md"
-    is_card = card is not None and (not path.exists() or path.read_text("utf-8", "replace") == card)
-    if found and not (is_card and f"generator.{formats[0]}" not in found):
-        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
+    path, section = folder / "model_card.md", re.compile("## Metrics\n.*?\n## ", re.DOTALL)  # computed since, maybe
+    is_edited = card is not None and path.exists()
+    is_edited = is_edited and section.sub("", path.read_text("utf-8", "replace")) != section.sub("", card)
+    if found and (card is None or is_edited or f"generator.{formats[0]}" in found):
+        reason = " (model_card.md was changed)" if is_edited else ""
+        raise UserError(
+            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
+        )
 
 
-def generator_files(own: argparse.Namespace, tester: "Tester", metadata: Mapping[str, str]) -> dict[str, bytes]:
+def generator_files(own: argparse.Namespace, G: "nn.Module", description: "Description") -> dict[str, bytes]:
     """Return the contents of the generator's files by name."""
-    import torch
-
     from exporting.onnx_file import onnx_bytes
     from exporting.safetensors_file import safetensors_bytes
     from spectral import fold_spectral_norm
 
-    G = fold_spectral_norm(copy.deepcopy(tester.G).to("cpu", memory_format=torch.contiguous_format)).eval()
-    contents = {}
+    G, metadata, contents = fold_spectral_norm(copy.deepcopy(G)), description.metadata(), {}
     if "safetensors" in own.format:
         contents["generator.safetensors"] = safetensors_bytes(G, metadata)
     if "onnx" in own.format:
-        contents["generator.onnx"] = onnx_bytes(G, tester.config.z_dim, len(tester.classes), own.maps, metadata)
+        contents["generator.onnx"] = onnx_bytes(G, description.z_dim, len(description.classes), own.maps, metadata)
     return contents
 
 
-def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Description":
+def describe(networks: "TestNetworks", config: Config, saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
     from exporting.description import Description
     from training.weights import checksum
 
-    config = tester.config
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
     if saved.metadata:
         trained = {"dataset": saved.metadata["dataset"] or None, **trained}
@@ -180,20 +184,20 @@ def describe(tester: "Tester", saved: "Checkpoint", given: set[str]) -> "Descrip
     num_images = data.get("training_images", None if trained.get("holdout") else data["images"]) if data else None
     return Description(
         model=config.model, image_size=config.imsize, z_dim=config.z_dim, conv_dim=config.g_conv_dim,
-        has_attention=config.attention == "full", classes=tester.classes, step=tester.step, is_ema=tester.uses_ema,
+        has_attention=config.has_attention, classes=networks.classes, step=saved.step, is_ema=networks.is_ema,
         dataset=trained.get("dataset"), num_images=num_images, batch_size=trained.get("batch_size"),
-        checksum=int(saved.metadata["checksum"]) if saved.metadata else checksum(tester.G.state_dict()),
+        checksum=int(saved.metadata["checksum"]) if saved.metadata else checksum(networks.G.state_dict()),
     )  # fmt: skip
 
 
-def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoint") -> dict[str, Any] | None:
+def read_metrics(
+    config: Config, description: "Description", saved: "Checkpoint", command: str
+) -> dict[str, Any] | None:
     """Return what `main.py --train false --metrics` wrote for this generator and its training images.
 
     None if there is nothing; with a warning if it is of something else.
     """
-    from exporting.model_card import metrics_command
-
-    path, data = tester.folder / "metrics.json", (saved.state or {}).get("data") or {}
+    path, data = config.sample_folder / f"test_{saved.step}" / "metrics.json", (saved.state or {}).get("data") or {}
     if not path.exists():  # not computed
         return None
     reason = "is damaged or of an older version"
@@ -205,7 +209,7 @@ def read_metrics(tester: "Tester", description: "Description", saved: "Checkpoin
             reason = "is of other images than those that the checkpoint names"
         elif metrics["images"]:
             return metrics
-    how = f": compute them by {metrics_command(tester.config.version, description)}" if data else ""
+    how = f": compute them by {command}" if data else ""
     warn(f"{path} {reason}, so the model card has no metrics{how}")
     return None
 

@@ -16,6 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  before the imports, whose syntax 
     sys.exit("error: Python 3.10 or newer is needed; this is Python " + sys.version.split()[0])
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH and python -I leave out
@@ -136,7 +137,8 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
     from training.checkpoint import check_classes
 
     try:
-        loader = make_loader(config, device)
+        # Without --metrics, which take no batches, only the first g_num images of one are shown.
+        loader = make_loader(replace(config, batch_size=min(config.batch_size, config.g_num)), device)
         check_classes(saved, loader.classes)
         return loader.open()
     except UserError as error:

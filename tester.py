@@ -265,6 +265,7 @@ class Tester:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+@torch.no_grad()
 def samples_grid(G: nn.Module, config: Config, classes: Sequence[str]) -> Image.Image:
     """Return a grid of G's first samples, at most `--batch_size`, or with a row for each class of `--class_name`."""
     device, rows = next(G.parameters()).device, select_classes(config.class_name, classes)[:CLASS_ROWS]

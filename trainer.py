@@ -256,9 +256,17 @@ class Trainer:
         intervals |= {"metrics": config.metric_step} if config.metrics else {}
         due = {name for name, steps in intervals.items() if self._is_due(steps)}
 
-        with ranks.raise_together():  # of a run that was stopped while it computed metrics, after its checkpoint
-            if recorder and self.step and "metrics" in due and not recorder.has_scores(self.step):
-                self._evaluate(recorder, stop)
+        with ranks.raise_together():  # what a resumed run may lack: a branch its checkpoint, and what follows one
+            if recorder and self.step:
+                is_branch = config.pretrained_file is not None
+                if is_branch:
+                    recorder.checkpoint(self.step, self._saved_state())
+                if is_branch or "samples" in due:
+                    recorder.samples(self.step, previews.samples())
+                if "attention" in due:
+                    recorder.attention(self.step, previews.attention())
+                if "metrics" in due and not recorder.has_scores(self.step):
+                    self._evaluate(recorder, stop)
         signal_number = ranks.max(stop.signal_number)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()

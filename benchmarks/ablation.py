@@ -36,10 +36,10 @@ from errors import UserError, exit_code, handle_signals, make_output_robust, sto
 from main import make_loader
 from parameter import NAME, Config, Parser, get_parameters, given_options, option_text
 from training import checkpoint
-from training.models import MODELS, network_options
+from training.models import build_networks
 from training.resuming import changed_options
 from training.run_folders import lock_folders
-from utils import setup_device
+from utils import check_writable, setup_device
 from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
 PROGRAM = "benchmarks/ablation.py"
@@ -70,8 +70,9 @@ NAMES = {  # of the curves that are compared, in the table and in the figure
 NOTE = """\
 Mean over the seeds and, in brackets, the lowest and the highest value. Gap of D: its mean logit on training images
 minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the last tenth of
-the steps, ms per step is a median over all, the metrics are of the last step. In the curves, lines are means over the
-seeds and bands reach from the lowest to the highest.
+the steps, ms per step is a median over all (runs are trained one after the other: compare it on an idle machine only),
+the metrics are of the last step. In the curves, lines are means over the seeds and bands reach from the lowest to the
+highest, at the steps that all seeds have.
 
 Runs of the same seed have the same z and order of images, unless what varies decides these, and start from the same
 weights wherever these have the same name and shape."""
@@ -105,13 +106,18 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
         UserError: an option cannot be varied or given, or has fewer than two values.
         SystemExit: main.py does not allow an option or a value, which is said in one line on stderr.
     """
-    given, names = given_options([*arguments], PROGRAM), [name for name, *_ in vary]
+    names = [name for name, *_ in vary]
+    if unknown := [name for name in names if name not in Config.__dataclass_fields__]:
+        raise UserError(f"--vary {unknown[0]}: there is no such option of main.py")
+    given = given_options([*arguments], PROGRAM)
     words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
     if set_here := sorted(given & OWN_OPTIONS):
         raise UserError(f"--{set_here[0]} is set for each run: use --seeds and --out")
     for name in names:
-        if name in OWN_OPTIONS | given or names.count(name) > 1:
-            raise UserError(f"--vary {name}: it is given twice, or differs in more than the training")
+        if name in OWN_OPTIONS:
+            raise UserError(f"--vary {name}: it is set for each run; use --seeds and --out")
+        if name in given or names.count(name) > 1:
+            raise UserError(f"--vary {name}: it is given twice, by --vary and by --{name} or a second --vary")
     every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
     words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
     words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
@@ -170,11 +176,10 @@ def share_weights(runs: Sequence[Run]) -> None:
             start = checkpoint.load(folder, "0")
             networks = {"G": start.G, "D": start.D}
         else:
-            model, classes = MODELS[config.model], make_loader(config, CPU).classes if config.conditional else ()
-            options = network_options(len(classes), config.attention)
+            classes = make_loader(config, CPU).classes if config.conditional else ()
             torch.manual_seed(config.seed)
-            networks = {"G": model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options).state_dict(),
-                        "D": model.make_D(config.imsize, config.d_conv_dim, **options).state_dict()}  # fmt: skip
+            G, D = build_networks(config, len(classes))
+            networks = {"G": G.state_dict(), "D": D.state_dict()}
         for part, own in networks.items():
             weights = {key: pool.setdefault((part, key, value.shape), value) for key, value in own.items()}
             if not steps:
@@ -214,6 +219,8 @@ def read_run(run: Run) -> Curves:
     if "d_holdout" in curves:
         curves["d_gap"] = curves["d_train"] - curves["d_holdout"] * (0, 1)
     curves["ms"] = curves["images_per_s"] ** (1, -1) * (1, 1000 * config.batch_size)
+    if config.adv_loss == "wgan-gp":
+        del curves["d_sign"]  # its critic has no zero
     return {name: curves[name] for name in NAMES if name in curves}
 
 
@@ -231,7 +238,7 @@ def names_in(results: Results) -> list[str]:
 
 
 def table(results: Results) -> str:
-    """Return the table in Markdown; what a variant has no curve of is empty, as the gap of D without --holdout."""
+    """Return the table in Markdown; a dash where a variant has no curve, as of the gap of D without --holdout."""
     shown = names_in(results)
     rows = [["variant", "seeds", *(NAMES[name] for name in shown)], ["---"] * (len(shown) + 2)]
     for variant, by_seed in results.items():
@@ -239,7 +246,7 @@ def table(results: Results) -> str:
         for name in shown:
             values = [final_value(name, curves[name]) for curves in by_seed.values() if name in curves]
             spread = f" ({_format(min(values))} to {_format(max(values))})" if len(values) > 1 else ""
-            row.append(_format(np.mean(values)) + spread if values else "")
+            row.append(_format(np.mean(values)) + spread if values else "\N{EN DASH}")
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -264,17 +271,21 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
         for axes, variant in zip(row, results, strict=True):
             axes.axis("off")
             if (variant, seed) in grids and grids[variant, seed].exists():
-                axes.set_title(f"{variant}, seed {seed}")
+                axes.set_title(f"{variant}, seed {seed}".replace(",", "\n"), fontsize="small")
                 axes.imshow(Image.open(grids[variant, seed]))
-    for axes, name in zip(bottom.subplots(rows, 2, squeeze=False).flat, shown, strict=False):
+    for axes, name in itertools.zip_longest(bottom.subplots(rows, 2, squeeze=False).flat, shown):
+        if name is None:  # an odd number of curves
+            axes.axis("off")
+            continue
         axes.set(title=NAMES[name], xlabel="step")
         for (variant, by_seed), color in zip(results.items(), itertools.cycle(COLORS)):
-            curves = [running_mean(curves[name]) for curves in by_seed.values() if name in curves]
-            if not curves:
+            found = [curves[name] for curves in by_seed.values() if name in curves]
+            shared = set.intersection(*({*points[:, 0]} for points in found)) if found else ()
+            if not shared:
                 continue
-            steps = curves[0][:, 0]
-            values = [np.interp(steps, *points.T) for points in curves]
-            axes.plot(steps, np.mean(values, 0), color=color, label=variant)
+            curves = [running_mean(points[np.isin(points[:, 0], [*shared])]) for points in found]
+            steps, values = curves[0][:, 0], [points[:, 1] for points in curves]
+            axes.plot(steps, np.mean(values, 0), color=color, label=variant, marker="o" if len(steps) < 20 else None)
             axes.fill_between(steps, np.min(values, 0), np.max(values, 0), color=color, alpha=0.2, linewidth=0)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -313,10 +324,14 @@ def main() -> int:
     make_output_robust()
     parser = Parser(usage=f"python {PROGRAM} [--option value] ...", allow_abbrev=False, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
+    parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
+                        help="an option of main.py and the values to compare")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
     parser.add_argument("--out", default="./ablation", help="folder of all results")
     own, arguments = parser.parse_known_args()
+    if not own.out:
+        raise UserError("--out must be a folder")
+    check_writable(Path(os.path.expanduser(own.out)))
     runs = make_runs(own.vary, own.seeds, own.out, arguments)
     for run in runs:
         check_run(run)

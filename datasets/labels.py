@@ -120,7 +120,7 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
     present = dict(_presence(path, chain([first], rows), attributes.index(attribute)))
     stems = [Path(name).stem for name in names]
     if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in present]:
-        raise UserError(f"{path} lacks images: {len(missing):,}, the first {missing[0]}")
+        raise UserError(f"{path} lacks images: {len(missing):,}, the first {missing[0]}: add a line for each")
     return Labels((f"not_{attribute}", attribute), [present[stem] for stem in stems])
 
 
@@ -144,4 +144,5 @@ def _presence(path: Path, rows: Iterable[list[str]], column: int) -> Iterator[tu
         try:
             yield Path(row[0]).stem, int(int(row[1 + column]) > 0)
         except (IndexError, ValueError) as error:
-            raise UserError(f"{path} is damaged: a line is {' '.join(row)[:80]!r}") from error
+            line = " ".join(row)[:80]
+            raise UserError(f"{path} is damaged: a line is {line!r}, not a file name and 1 or -1 each") from error

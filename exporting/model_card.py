@@ -1,10 +1,12 @@
 """model_card.md: front matter that model hubs read, what the generator is, its data, metrics, and how to load it."""
 
+import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from exporting.description import Description
+from parameter import Config
 
 NETWORKS = {
     "sagan": "the network of [heykeetae's repository](https://github.com/heykeetae/Self-Attention-GAN)",
@@ -54,13 +56,19 @@ with torch.no_grad():
 
 
 def model_card(
-    title: str, description: Description, metrics: dict | None, formats: Collection[str], maps: Sequence[str] = ()
+    title: str,
+    description: Description,
+    metrics: dict | None,
+    command: str,
+    formats: Collection[str],
+    maps: Sequence[str] = (),
 ) -> str:
     """Return the card in Markdown.
 
     Args:
         title: the `--version` of the run.
         metrics: content of `metrics.json` of `--train false` for this generator and its training images, if any.
+        command: from `metrics_command`.
         formats: of the files beside the card: "safetensors", "onnx" or both.
         maps: names of the attention maps that generator.onnx returns.
     """
@@ -70,13 +78,16 @@ def model_card(
     front += ["datasets:", f"- {data.hub_name}"] if data.hub_name else []
     front += [f"license_name: {data.title.lower()}", f"license_link: {data.license_link}"] if data.license_link else []
     front += [] if count else ["pipeline_tag: unconditional-image-generation"]  # hubs have none for images of a class
-    classes = ", ".join(f"{number}: {name}" for number, name in enumerate(this.classes[:100])) + ", ..." * (count > 100)
+    classes = ", ".join(f"{number}: {_escape(name)}" for number, name in enumerate(this.classes[:100]))
+    classes += ", ..." * (count > 100)
+    if this.classes == tuple(map(str, range(count))):  # weights alone have no names
+        classes = f"{count} classes"
     outputs = f" generator.onnx returns them: {', '.join(maps)} (B, queries, keys)." if maps else ""
     sizes = {"z_dim": this.z_dim, "size": this.image_size}
     numpy_labels = f', "labels": np.arange(16, dtype=np.int64) % {count}' if count else ""
     torch_labels = f", torch.arange(16) % {count}" if count else ""
     return "\n".join([
-        "---", *front, "---", "", f"# {title}", "", "![samples](samples.png)", "",
+        "---", *front, "---", "", f"# {_escape(title)}", "", "![samples](samples.png)", "",
         f"A {'self-attention ' * this.has_attention}GAN ([arXiv 1805.08318](https://arxiv.org/abs/1805.08318)) that "
         f"generates RGB images of {this.image_size}×{this.image_size} pixels from z of {this.z_dim} normal numbers"
         f"{f' and a class ({classes})' if count else ''}: {NETWORKS[this.model]}, width {this.conv_dim}, "
@@ -88,7 +99,7 @@ def model_card(
         "generator shows what it learned from these images: their terms may bind it too.",
         "", "## Metrics", "",
         _metrics_section(metrics) if metrics else "Not computed. Before the export, with the training images:\n\n    "
-        + metrics_command(title, this),
+        + command,
         "", "## Limitations", "",
         "The images have the biases of the training images and often visible artifacts; single ones may resemble "
         "training images. " + (
@@ -101,11 +112,19 @@ def model_card(
     ])  # fmt: skip
 
 
-def metrics_command(version: str, description: Description) -> str:
-    """Return the command that computes metrics for the next export."""
-    words = ["python", "main.py", "--train", "false", "--version", version, "--pretrained_model", f"{description.step}"]
-    words += [*([] if description.is_ema else ["--use_ema", "false"]), "--metrics", "fid,kid,isc,prc"]
+def metrics_command(config: Config, step: int, is_ema: bool) -> str:
+    """Return the command that computes metrics for the next export of a checkpoint."""
+    wanted = config.pretrained_model if config.pretrained_file else f"{step}"
+    words = ["python", "main.py", "--train", "false", "--version", config.version, "--pretrained_model", wanted]
+    if config.model_save_path != Config.model_save_path:
+        words += ["--model_save_path", config.model_save_path]
+    words += [*([] if is_ema else ["--use_ema", "false"]), "--metrics", "fid,kid,isc,prc"]
     return shlex.join(words)
+
+
+def _escape(text: str) -> str:
+    """Escape text for Markdown and HTML, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
 def _metrics_section(metrics: Mapping[str, Any]) -> str:

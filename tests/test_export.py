@@ -134,7 +134,7 @@ def test_a_conditional_generator(run, tmp_path, monkeypatch, trained):
 def test_numpy_pillow_and_onnxruntime_are_all_that_the_first_way_needs():
     from exporting.model_card import model_card
 
-    (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), None, ["onnx"]), re.S)
+    (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), None, "", ["onnx"]), re.S)
     assert {*re.findall(r"^(?:import|from) (\w+)", block, re.M)} == {"numpy", "onnxruntime", "PIL"}
 
 
@@ -191,10 +191,13 @@ def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_pat
     assert run(*words, "onnx", "--maps", "true")[0] == 0
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "already has" in fail(*words, "safetensors", "--use_ema", "false")
-    card.write_text("mine")
-    assert "already has" in fail(*words, "safetensors")
-    assert card.read_text() == "mine"
-    card.write_bytes(written["model_card.md"])
+    text = card.read_text()
+    card.write_text(text.replace("Not computed.", "Computed later."))  # as after --train false --metrics
+    assert "onnx" in fail(*words, "onnx") and "changed" not in fail(*words, "onnx")
+    card.write_text(text + "mine")
+    assert "model_card.md was changed" in fail(*words, "safetensors")
+    assert card.read_text() == text + "mine"
+    card.write_text(text.replace("Not computed.", "Computed later."))
     assert run(*words, "safetensors", "--seed", "5")[0] == 0
     assert {path.name for path in folder.iterdir()} == FILES
     assert all((folder / name).read_bytes() == written[name] for name in ("generator.onnx", "samples.png"))
@@ -243,7 +246,7 @@ def test_names_that_are_no_utf_8(trained, run, tmp_path):
     train_in(trained, *SMALL[:-4], *RUNS["classes"], *images)
     assert run("--version", version, "--format", "safetensors")[0] == 0
     export = tmp_path / "exports" / version / "1"
-    assert r"(0: a, 1: caf\xe9)" in (export / "model_card.md").read_text(encoding="utf-8")
+    assert r"(0: a, 1: caf\\xe9)" in (export / "model_card.md").read_text(encoding="utf-8")
     copy = tmp_path / "copy.safetensors"  # the library opens no path that is no UTF-8
     copy.write_bytes((export / "generator.safetensors").read_bytes())
     assert json.loads(read_metadata(copy)["classes"]) == ["a", r"caf\xe9"]

@@ -256,10 +256,10 @@ def test_checkpoints_of_a_small_dataset_are_at_least_min_save_step_apart(make_tr
 
 def test_old_results_are_thinned_as_the_options_say(make_trainer):
     trainer = make_trainer(total_step=9, sample_step=1, attn_step=2, keep_samples=3, model_save_step=0.2,
-                           keep_checkpoints=2, keep_weights=4)  # fmt: skip
+                           keep_checkpoints=2)  # fmt: skip
     trainer.train()
     assert list(files_by_step(trainer.config.model_folder, "state.pth")) == [8, 9]
-    assert list(files_by_step(trainer.config.model_folder, "G.pth")) == [4, 5, 6, 7, 8, 9]
+    assert list(files_by_step(trainer.config.model_folder, "G.pth")) == [*range(1, 10)]
     assert list(files_by_step(trainer.config.sample_folder, "ema.png")) == [4, 8, 9]
     assert list(files_by_step(trainer.config.attn_folder, "G_attn1.png")) == [4, 8, 9]
 
@@ -432,6 +432,8 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
     branch.train()
     assert_same_weights(whole, branch)
     assert [entry["step"] for entry in log(branch.config.log_folder)] == [4, 5, 6]
+    assert checkpoint.list_steps(branch.config.model_folder)[-1] == 3  # it can go on before the first one of its own
+    assert (branch.config.sample_folder / "3_ema.png").exists()
     assert checkpoint.list_steps(whole.config.model_folder)[0] == 6
     with pytest.raises(UserError, match="--overwrite true"):
         make_trainer(version="branch", total_step=9, pretrained_model=str(state)).train()

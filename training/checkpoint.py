@@ -96,8 +96,8 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
 
     Args:
         folder: where the checkpoints are.
-        wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged; or the path of a
-            `*_state.pth`, of a `*_G.pth`, beside which its `*_D.pth` is, or of an export.
+        wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged, the best one if that is
+            all there is; or the path of a `*_state.pth`, of a `*_G.pth` with its `*_D.pth` beside it, or of an export.
         needs_D: do not return a generator alone.
 
     Raises:
@@ -140,6 +140,11 @@ def reraise_load_errors(name: Name | str) -> Iterator[None]:
         raise UserError(f"checkpoint {name} is incomplete or incompatible: {one_line(error)}") from error
 
 
+def has_any(folder: Path) -> bool:
+    """Return whether "latest" finds a checkpoint in a folder: one of a step or, if there is none, the best one."""
+    return bool(list_steps(folder)) or _path(folder, "best", "state").exists()
+
+
 def path_of(folder: Path, name: Name | str) -> Path:
     """Return the file that holds a checkpoint: its state, or the weights of G where there is none."""
     state = _path(folder, name, "state")
@@ -169,6 +174,8 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     found = steps if wanted == "latest" else [step for step in steps if step == int(wanted)]
     if found:
         return found
+    if wanted == "latest" and has_any(folder):
+        return ["best"]
     if needs_D and (alone := [step for step in list_steps(folder, needs_D=False) if step not in steps]):
         missing = _path(folder, alone[0], "D")
         raise UserError(f"--pretrained_model {wanted}: {missing} is missing; only --train false can do without")

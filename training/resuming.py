@@ -33,7 +33,7 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
     """
     wanted = config.pretrained_file or config.pretrained_model
     if wanted == "auto":
-        wanted = "latest" if checkpoint.list_steps(config.model_folder) else None
+        wanted = "latest" if checkpoint.has_any(config.model_folder) else None
     if wanted is None:
         return None
     saved = checkpoint.load(config.model_folder, wanted)

@@ -47,17 +47,17 @@ def check_folders(config: Config, step: int) -> None:
     elif later := [path.name for path in _later_results(config, step, ("checkpoints", "tests"))]:
         saved = file or checkpoint.path_of(config.model_folder, config.pretrained_model)
         raise UserError(
-            f"--version {config.version} has results after step {step}, such as {later[0]}: remove them with "
+            f"--version {config.version} has results after step {step}, such as {later[-1]}: remove them with "
             f"--overwrite true, or keep them and go on in another --version with --pretrained_model {saved}"
         )
 
 
 def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
     """Warn if the disk of the checkpoints has no room for three: networks, EMA and the moments of both optimizers."""
+    size = 4 * sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
     with suppress(OSError):  # a file system that does not tell
-        size = 4 * sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
         if shutil.disk_usage(config.model_folder).free < 3 * size:
-            warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.0f} MiB")
+            warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.1f} MiB each")
 
 
 @contextmanager

@@ -27,8 +27,12 @@ def read_dict(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise TypeError(f"it contains a {type(content).__name__}, not a dict")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}") from error
     except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
-        raise ValueError(f"{path} is damaged or not a checkpoint: {one_line(error)}") from error
+        # torch's messages are long, and advise to switch off `weights_only`.
+        reason = str(error) if isinstance(error, (OSError, TypeError, ValueError)) else "torch cannot read it"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(reason.split())})") from error
     return content
 
 

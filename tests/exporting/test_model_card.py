@@ -1,17 +1,18 @@
 import re
+import shlex
 
 import pytest
 from conftest import describe
 
-from exporting.model_card import METRICS, model_card
-from parameter import get_parameters
+from exporting.model_card import METRICS, metrics_command, model_card
+from parameter import Config, get_parameters
 
 BOTH = ("safetensors", "onnx")
 SCORES = {"step": 7, "images": 2000, "ema": True, "fid": 12.345678, "kid": 0.01, "kid_std": 0.002}
 
 
-def card(metrics=None, formats=BOTH, maps=(), **changes):
-    return model_card("cats", describe(**changes), metrics, formats, maps)
+def card(metrics=None, formats=BOTH, maps=(), title="cats", **changes):
+    return model_card(title, describe(**changes), metrics, "python main.py", formats, maps)
 
 
 @pytest.mark.parametrize("dataset, license, hub_names", [
@@ -62,12 +63,23 @@ def test_every_metric_has_a_name():
     assert re.findall(r"\w+", names) == [*METRICS]
 
 
-def test_the_command_that_computes_metrics_is_one_of_main_py():
-    for is_ema in (True, False):
-        (words,) = re.findall(r"^    python main\.py (.*)$", card(is_ema=is_ema), re.M)
-        config = get_parameters(words.split())
-        assert (config.train, config.version, config.pretrained_model) == (False, "cats", "7")
-        assert config.use_ema == is_ema
+@pytest.mark.parametrize("wanted, found", [("latest", "7"), ("a b/3_state.pth", "a b/3_state.pth")])
+@pytest.mark.parametrize("is_ema", [True, False])
+def test_the_command_that_computes_metrics_is_one_of_main_py(wanted, found, is_ema):
+    config = Config(version="cats", pretrained_model=wanted, model_save_path="else where")
+    python, main, *words = shlex.split(metrics_command(config, 7, is_ema))
+    config = get_parameters(words)
+    assert (python, main, config.train, config.version) == ("python", "main.py", False, "cats")
+    assert (config.pretrained_model, config.use_ema, config.model_save_path) == (found, is_ema, "else where")
+    assert "--model_save_path" not in metrics_command(Config(), 7, is_ema)
+
+
+def test_names_are_text():
+    hostile = "</script><img src=x onerror=alert(1)>\n# `*_|&amp;"
+    text = card(title=hostile, classes=(hostile, "b"), model="paper")
+    assert "<img" not in text.replace("\\<img", "") and "\n# `" not in text
+    assert "&amp;amp;" in text and text.count("\\`\\*\\_\\|") == 2
+    assert "a class (2 classes)" in card(classes=("0", "1"), model="paper")
 
 
 def test_only_the_files_that_there_are_are_loaded():

@@ -313,12 +313,12 @@ def test_a_kill_loses_no_weights_when_older_checkpoints_are_pruned(tmp_path, mon
 
 def test_old_checkpoints_are_pruned(tmp_path):
     for step in range(1, 8):
-        checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=2, keep_weights=3)
+        checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=2)
     left = {
         part: sorted(int(path.name.split("_")[0]) for path in tmp_path.glob(f"*_{part}.pth"))
         for part in ("G", "D", "state")
     }
-    assert left == {"G": [3, 4, 5, 6, 7], "D": [3, 4, 5, 6, 7], "state": [6, 7]}
+    assert left == {"G": [*range(1, 8)], "D": [*range(1, 8)], "state": [6, 7]}
 
 
 def test_pruning_keeps_later_checkpoints(tmp_path):
@@ -393,10 +393,10 @@ def test_the_best_checkpoint_is_kept_beside_the_others(tmp_path):
     with pytest.raises(UserError, match="--pretrained_model best"):
         checkpoint.load(tmp_path, "best")
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=1, keep_weights=1)
-    checkpoint.save(tmp_path, "best", make_state(2), keep_checkpoints=1, keep_weights=1)
+        checkpoint.save(tmp_path, step, make_state(step), keep_checkpoints=1)
+    checkpoint.save(tmp_path, "best", make_state(2), keep_checkpoints=1)
     assert_is(checkpoint.load(tmp_path, "best"), 2)
-    assert checkpoint.list_steps(tmp_path) == [3, 2]
+    assert checkpoint.list_steps(tmp_path) == [3, 2, 1]
     checkpoint.save(tmp_path, "best", make_state(3))
     assert_is(checkpoint.load(tmp_path, "best"), 3)
     os.truncate(tmp_path / "best_state.pth", 1000)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from training.log import RunLog
 
@@ -55,6 +56,22 @@ def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     assert b"d_loss" in content
     assert b"samples/fake" in content
     assert b"PNG" in content
+
+
+def test_a_run_that_goes_back_drops_later_tensorboard_entries(tmp_path):
+    """A new file that starts a session at the next step lets TensorBoard hide them."""
+    with RunLog(tmp_path, 10, use_tensorboard=False):
+        assert not list(tmp_path.glob("events.out.tfevents.*"))
+    (tmp_path / "events.out.tfevents.1.host").touch()
+    with RunLog(tmp_path, 5, use_tensorboard=False) as log:
+        log.scalars(6, {"d_loss": 1.5})
+    _, events = sorted(tmp_path.glob("events.out.tfevents.*"))
+    content, found = events.read_bytes(), []
+    while content:  # records: the length in 8 bytes, a checksum of 4, the event, a checksum of 4
+        end = 12 + int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12:end]))
+        content = content[end + 4 :]
+    assert (found[-1].step, found[-1].session_log.status) == (6, SessionLog.START)
 
 
 @pytest.mark.parametrize("use_tensorboard", [False, True])

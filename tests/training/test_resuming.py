@@ -112,6 +112,15 @@ def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
     assert not capsys.readouterr().err
 
 
+def test_the_best_checkpoint_alone_is_resumed(make_config):
+    folder = make_config().model_folder
+    save(make_config(), 5)
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("5_", "best_"))
+    for wanted in ("latest", "auto"):
+        assert load_resume_checkpoint(make_config(pretrained_model=wanted)).step == 5
+
+
 @pytest.mark.parametrize("name, version", [("cats/5_state.pth", "cats"), ("cats/12/5_G.pth", "cats")])
 def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name, version):
     """So that results of other weights are not among those of the default version."""
@@ -126,7 +135,7 @@ def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, 
 
 
 @pytest.mark.parametrize("name, line", [
-    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth or _G\.pth"), ("alone_G.pth", r"alone_D\.pth is missing"),
+    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth, _G\.pth"), ("alone_G.pth", r"alone_D\.pth is missing"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_resumed_is_one_line(make_config, name, line):
     save(make_config(), 5)

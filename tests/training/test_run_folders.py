@@ -2,12 +2,15 @@ import errno
 import json
 import os
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from errors import UserError
 from training import checkpoint
-from training.run_folders import check_folders, init_folders, lock_folders, thin_results
+from training.run_folders import check_folders, init_folders, lock_folders, thin_results, warn_of_small_disk
 from utils import files_by_step
 
 # Names that resemble those of results, and are the user's.
@@ -221,3 +224,10 @@ def test_the_configuration_and_skipped_images_are_written(make_config, capsys):
         init_folders(config, 0, [], 1000)
         assert not path.exists()
         assert not (config.model_folder / "5_G.tmp").exists()
+
+
+@pytest.mark.parametrize("free, warns", [(11_999, True), (12_000, False)])
+def test_a_disk_without_room_for_three_checkpoints_is_a_warning(make_config, monkeypatch, capsys, free, warns):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    warn_of_small_disk(make_config(), [torch.nn.Linear(10, 25, bias=False)])  # 1,000 bytes
+    assert ("three checkpoints" in capsys.readouterr().err) == warns

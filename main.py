@@ -134,7 +134,7 @@ def make_loader(config: Config, device: "torch.device", precision: str = "fp32")
 
 def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":
     """Return the opened loader, or None without images of the checkpoint's classes, if no --metrics need them."""
-    from training.checkpoint import check_classes
+    from training.resuming import check_classes
 
     try:
         # Without --metrics, which take no batches, only the first g_num images of one are shown.

@@ -112,7 +112,7 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         raise UserError("--maps true: this generator has no attention layers")
     others = read_other_formats(folder, own.format, description.metadata())
     other_maps = others.get("onnx", {}).get("maps", "").split()
-    command = metrics_command(config, saved.step, networks.is_ema)
+    command = metrics_command(config, saved.step, networks.is_ema) if saved.state else ""
     metrics = read_metrics(config, description, saved, command)
     card = partial(model_card, as_text(config.version), description, metrics, command)
     if not config.overwrite:
@@ -151,7 +151,7 @@ def check_folder(folder: Path, formats: Sequence[str], card: str | None) -> None
     is_edited = card is not None and path.exists()
     is_edited = is_edited and section.sub("", path.read_text("utf-8", "replace")) != section.sub("", card)
     if found and (card is None or is_edited or f"generator.{formats[0]}" in found):
-        reason = " (model_card.md was changed)" if is_edited else ""
+        reason = " (model_card.md differs from that of this export)" if is_edited else ""
         raise UserError(
             f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
         )
@@ -200,6 +200,9 @@ def read_metrics(
     path, data = config.sample_folder / f"test_{saved.step}" / "metrics.json", (saved.state or {}).get("data") or {}
     if not path.exists():  # not computed
         return None
+    if not data:
+        warn(f"{path} is not used: only a {{step}}_state.pth tells which images its generator was trained on")
+        return None
     reason = "is damaged or of an older version"
     with suppress(ValueError, KeyError, TypeError):
         metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -209,8 +212,7 @@ def read_metrics(
             reason = "is of other images than those that the checkpoint names"
         elif metrics["images"]:
             return metrics
-    how = f": compute them by {command}" if data else ""
-    warn(f"{path} {reason}, so the model card has no metrics{how}")
+    warn(f"{path} {reason}, so the model card has no metrics: compute them by {command}")
     return None
 
 

@@ -68,7 +68,7 @@ def model_card(
     Args:
         title: the `--version` of the run.
         metrics: content of `metrics.json` of `--train false` for this generator and its training images, if any.
-        command: from `metrics_command`.
+        command: from `metrics_command`; "" for weights whose training images are not known.
         formats: of the files beside the card: "safetensors", "onnx" or both.
         maps: names of the attention maps that generator.onnx returns.
     """
@@ -98,8 +98,9 @@ def model_card(
         f"Trained on {data.title}{f' ({this.num_images:,} images)' if this.num_images else ''}. {data.terms} The "
         "generator shows what it learned from these images: their terms may bind it too.",
         "", "## Metrics", "",
-        _metrics_section(metrics) if metrics else "Not computed. Before the export, with the training images:\n\n    "
-        + command,
+        _metrics_section(metrics) if metrics
+        else f"Not computed. Before the export, with the training images:\n\n    {command}" if command
+        else "Not known: these weights come without their training state, which tells the training images.",
         "", "## Limitations", "",
         "The images have the biases of the training images and often visible artifacts; single ones may resemble "
         "training images. " + (

@@ -37,19 +37,24 @@ def check_folders(config: Config, step: int) -> None:
         check_writable(folder)
     if config.overwrite or config.pretrained_model in ("latest", "auto"):
         return
-    file = config.pretrained_file
-    if config.pretrained_model is None or (file and file.resolve().parent != config.model_folder.resolve()):
+    if _starts_course(config):
         if _is_nonempty(config.log_folder / "metrics.jsonl") or any(_later_results(config, 0, KINDS)):
             raise UserError(
                 f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
                 "another --version, or delete them with --overwrite true"
             )
     elif later := [path.name for path in _later_results(config, step, ("checkpoints", "tests"))]:
-        saved = file or checkpoint.path_of(config.model_folder, config.pretrained_model)
+        saved = config.pretrained_file or checkpoint.path_of(config.model_folder, config.pretrained_model)
         raise UserError(
             f"--version {config.version} has results after step {step}, such as {later[-1]}: remove them with "
             f"--overwrite true, or keep them and go on in another --version with --pretrained_model {saved}"
         )
+
+
+def _starts_course(config: Config) -> bool:
+    """Return whether a run does not continue what its folders have: a new one, or a checkpoint from elsewhere."""
+    file = config.pretrained_file
+    return config.pretrained_model is None or bool(file and file.resolve().parent != config.model_folder.resolve())
 
 
 def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
@@ -103,10 +108,13 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
     """Prepare the locked folders for a run that starts after `step` steps, and write `config.json`.
 
     Removes unfinished checkpoints and, as `RunLog` does with log entries, the sample grids and figures of later steps,
-    which the run takes again; under `--overwrite` all results of later steps. `skipped` names the images that could not
-    be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
+    which the run takes again; under `--overwrite` all results of later steps, and all of another course. `skipped`
+    names the images that could not be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
+    if config.overwrite and config.pretrained_file and _starts_course(config):
+        step = 0
+        (config.log_folder / "metrics.jsonl").unlink(missing_ok=True)
     for path in list(_later_results(config, step, KINDS if config.overwrite else ["pictures"])):
         if path.is_dir():
             remove_test_results(path)

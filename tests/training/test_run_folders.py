@@ -76,6 +76,11 @@ def test_a_checkpoint_from_elsewhere_starts_in_a_folder_without_results(make_con
         (config.sample_folder / "1_ema.png").touch()  # earlier than the checkpoint: of another course all the same
     with pytest.raises(UserError, match="another --version"):
         check_folders(config, 2)
+    (config.log_folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    checkpoint.save(config.model_folder, 1, {"step": 1, "G": {}, "D": {}})
+    init_folders(make_config(pretrained_model="backup/2_state.pth", overwrite=True), 2, [], 1000)
+    names = {path.name for path in files(config)}
+    assert not names & {"1_ema.png", "metrics.jsonl", "1_state.pth", "1_G.pth", "1_D.pth"}
 
 
 def test_pictures_after_the_newest_checkpoint_go_when_a_run_resumes(make_config):

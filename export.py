@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -114,13 +113,14 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
     other_maps = others.get("onnx", {}).get("maps", "").split()
     command = metrics_command(config, saved.step, networks.is_ema) if saved.state else ""
     metrics = read_metrics(config, description, saved, command)
-    card = partial(model_card, as_text(config.version), description, metrics, command)
-    if not config.overwrite:
-        check_folder(folder, own.format, card(others, other_maps) if others else None)
+    card = partial(model_card, as_text(config.version), description)
+    if not config.overwrite:  # metrics may have been computed since
+        cards = [card(scores, command, others, other_maps) for scores in (metrics, None)] if others else []
+        check_folder(folder, own.format, cards)
     check_writable(folder)
     contents = generator_files(own, networks.G, description)
     maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")] if own.maps else other_maps
-    contents["model_card.md"] = card({*own.format, *others}, maps).encode("utf-8", "replace")
+    contents["model_card.md"] = card(metrics, command, {*own.format, *others}, maps).encode("utf-8", "replace")
     if config.overwrite or not (folder / "samples.png").exists():
         samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
         contents["samples.png"] = png.getvalue()
@@ -144,16 +144,16 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     return found
 
 
-def check_folder(folder: Path, formats: Sequence[str], card: str | None) -> None:
-    """Raise `UserError` if an export would replace a file, other than the card of this generator in another format."""
+def check_folder(folder: Path, formats: Sequence[str], cards: Sequence[str]) -> None:
+    """Raise `UserError` if an export would replace a file, other than one of the cards of the other formats there."""
     found = [name for name in FILES if (folder / name).exists()]
-    path, section = folder / "model_card.md", re.compile("## Metrics\n.*?\n## ", re.DOTALL)  # computed since, maybe
-    is_edited = card is not None and path.exists()
-    is_edited = is_edited and section.sub("", path.read_text("utf-8", "replace")) != section.sub("", card)
-    if found and (card is None or is_edited or f"generator.{formats[0]}" in found):
-        reason = " (model_card.md differs from that of this export)" if is_edited else ""
+    path, lacking = folder / "model_card.md", [name for name in formats if f"generator.{name}" not in found]
+    is_edited = bool(cards) and path.exists() and path.read_text("utf-8", "replace") not in cards
+    if found and (not cards or is_edited or lacking != formats):
+        reason = " (model_card.md was changed)" if is_edited and lacking == formats else ""
+        way = f"; --format {lacking[0]} adds to an export of this generator" if 0 < len(lacking) < len(formats) else ""
         raise UserError(
-            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
+            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true{way}"
         )
 
 
@@ -219,7 +219,7 @@ def read_metrics(
 def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
     """Write files under temporary names, then rename them, so that none is ever incomplete.
 
-    Of `FILES`, generators that are not among them and not in `keep` are removed: they are of another export.
+    Of `FILES`, generators that are not among them and not in `keep` are removed, and named in a line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f"{name}.tmp" for name in contents}
@@ -229,7 +229,9 @@ def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[st
         for name in contents:
             os.replace(temporary[name], folder / name)
         for name in {*FILES[:2]} - {*contents, *keep}:
-            (folder / name).unlink(missing_ok=True)
+            if (folder / name).exists():
+                (folder / name).unlink()
+                print(f"removed {folder / name}: it was not of this generator, or not readable")
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -22,7 +23,8 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
         checkpoint: path or URL of a file; one on the web is downloaded once.
 
     Raises:
-        ValueError: the file is missing, damaged or has no generator of this program; the message is one line.
+        ValueError: the file is missing, damaged, not to be downloaded, or has no generator of this program; the message
+            is one line.
     """
     path = _local(checkpoint)
     if path.suffix == ".safetensors":
@@ -55,7 +57,10 @@ def _local(checkpoint: str | os.PathLike) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(text, str(path))
+        try:
+            torch.hub.download_url_to_file(text, str(path))
+        except (OSError, HTTPException) as error:
+            raise ValueError(f"{text} cannot be downloaded: {one_line(error)}") from error
     return path
 
 
@@ -66,5 +71,7 @@ def _network(path: Path, kind: Literal["generator", "discriminator"], weights: d
         network = build_empty(kind, *recognize(kind, weights))
         network.load_state_dict(weights, assign=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} has no {kind} of this program: {one_line(error)}") from error
+        is_other = any(key.endswith("running_mean") for key in weights) != (kind == "generator")  # G has BatchNorm
+        reason = "these look like weights of the other network" if is_other else one_line(error)
+        raise ValueError(f"{path} has no {kind} of this program: {reason}") from error
     return network.float().eval()

@@ -184,7 +184,7 @@ def test_weights_that_somebody_shares(run, tmp_path, trained):
     assert "faces drawn by" in card.read_text() and "at batch size 4" in card.read_text()
 
 
-def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_path):
+def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_path, trained, monkeypatch):
     """And only there: not where another generator is, nor over a card that somebody edited."""
     folder = tmp_path / "exports" / "plain" / "2"
     card, words = folder / "model_card.md", ["--version", "plain", "--format"]
@@ -192,19 +192,24 @@ def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_pat
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "already has" in fail(*words, "safetensors", "--use_ema", "false")
     text = card.read_text()
-    card.write_text(text.replace("Not computed.", "Computed later."))  # as after --train false --metrics
-    assert "onnx" in fail(*words, "onnx") and "differs" not in fail(*words, "onnx")
-    card.write_text(text + "mine")
-    assert "model_card.md differs" in fail(*words, "safetensors")
-    assert card.read_text() == text + "mine"
-    card.write_text(text.replace("Not computed.", "Computed later."))
-    assert run(*words, "safetensors", "--seed", "5")[0] == 0
+    assert "was changed" not in fail(*words, "onnx") and "--format" not in fail(*words, "onnx")
+    assert "--format safetensors adds" in fail(*words, "onnx,safetensors")
+    for edited in (text + "mine", text.replace("Not computed.", "My own FID is 12.")):
+        card.write_text(edited)
+        assert "model_card.md was changed" in fail(*words, "safetensors")
+        assert card.read_text() == edited
+    card.write_text(text)
+    monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
+    train_in(trained, "--train", "false", "--version", "plain", "--metrics", "hog", "--metric_num", "12")
+    assert run(*words, "safetensors", "--seed", "5")[0] == 0 and "Fréchet" in card.read_text(encoding="utf-8")
+    (trained / "samples/plain/test_2/metrics.json").unlink()
     assert {path.name for path in folder.iterdir()} == FILES
     assert all((folder / name).read_bytes() == written[name] for name in ("generator.onnx", "samples.png"))
     assert all(word in card.read_text() for word in ("attn1, attn2", "onnxruntime", "torch.hub.load"))
     assert run(*words, "safetensors", "--overwrite", "true")[0] == 0
     assert {path.name for path in folder.iterdir()} == FILES
-    assert run(*words, "safetensors", "--overwrite", "true", "--use_ema", "false")[0] == 0
+    code, out, _ = run(*words, "safetensors", "--overwrite", "true", "--use_ema", "false")
+    assert code == 0 and f"removed {folder / 'generator.onnx'}" in out
     assert {path.name for path in folder.iterdir()} == FILES - {"generator.onnx"}
 
 

@@ -153,7 +153,7 @@ def test_a_list_of_one_s_own(celeb, tmp_path, name, text, attribute):
 
 def test_an_image_without_attributes(celeb, tmp_path):
     write_txt(celeb.parent / "list_attr_celeba.txt", {name: ROWS[name] for name in [*ROWS][:3]})
-    with pytest.raises(UserError, match=r"lacks images: 1, the first 000004\.jpg"):
+    with pytest.raises(UserError, match=r"lacks images: 1, the first 000004\.jpg: add a line"):
         smiling(tmp_path)
 
 

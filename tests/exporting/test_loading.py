@@ -77,7 +77,8 @@ def test_the_other_network_is_refused(tmp_path, network):
     for load, name, kind in ((load_generator, "D.pth", "generator"), (load_discriminator, "G.pth", "discriminator")):
         with pytest.raises(ValueError, match=f"{name} has no {kind} of this program") as caught:
             load(tmp_path / name)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "conv_dim" not in str(caught.value)
+        assert "size mismatch" not in str(caught.value) and "loading state_dict" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [{}, {"a": 1}, {1: 2}, {"ema": []}, {"G": {"l1.0.module.weight_bar": 3}}, [1]])
@@ -132,3 +133,5 @@ def test_a_url_is_downloaded_once(tmp_path, served, monkeypatch, capfd):
     assert len(requests) == 2
     torch.save(G["a"].state_dict(), folder / "5_G.pth")
     assert_same(G["a"], load_generator(f"{url}/5_G.pth"))
+    with pytest.raises(ValueError, match=rf"^{url}/none\.pth cannot be downloaded: .*404"):
+        load_generator(f"{url}/none.pth")

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ContextDecorator, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,11 @@ def exit_code(error: BaseException) -> int:
     else:
         raise error
     return 2
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the message of an error, at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _other_module() -> ModuleType | None:
@@ -180,17 +185,5 @@ class Tolerate(ContextDecorator):
             return False
         if (found := (kind, getattr(error, "errno", None))) not in self._seen:
             self._seen.add(found)
-            cause = " ".join(f"{kind.__name__}: {error}".splitlines())
-            warn(f"{self._what} cannot be written ({cause}); the run goes on without")
+            warn(f"{self._what} cannot be written ({one_line(error)}); the run goes on without")
         return True
-
-
-@contextmanager
-def silence_other_ranks(rank: int) -> Iterator[None]:
-    """Discard what is printed inside, unless this is rank 0."""
-    with ExitStack() as stack:
-        if rank:
-            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(null))
-        yield

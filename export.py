@@ -99,7 +99,7 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
     from exporting.model_card import metrics_command, model_card
     from tester import samples_grid
     from training.resuming import load_test_checkpoint, load_test_networks
-    from utils import check_writable
+    from utils import check_writable, write_atomically
 
     if config.metrics:
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
@@ -124,7 +124,10 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
     if config.overwrite or not (folder / "samples.png").exists():
         samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
         contents["samples.png"] = png.getvalue()
-    write_files(folder, contents, keep=[f"generator.{name}" for name in others])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically({folder / name: content for name, content in contents.items()})
+    for name in {*PACKAGES} - {*own.format, *others}:  # it is of another export
+        (folder / f"generator.{name}").unlink(missing_ok=True)
     print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
@@ -174,7 +177,7 @@ def generator_files(own: argparse.Namespace, G: "nn.Module", description: "Descr
 def describe(networks: "TestNetworks", config: Config, saved: "Checkpoint", given: set[str]) -> "Description":
     """Return what the generator is. Its data and batch size are the checkpoint's, or those on the command line."""
     from exporting.description import Description
-    from training.weights import checksum
+    from training.models import checksum
 
     trained = saved.state["config"] if saved.state else {name: getattr(config, name) for name in given}
     if saved.metadata:
@@ -197,7 +200,7 @@ def read_metrics(
 
     None if there is nothing; with a warning if it is of something else.
     """
-    path, data = config.sample_folder / f"test_{saved.step}" / "metrics.json", (saved.state or {}).get("data") or {}
+    path, data = config.test_folder(saved.step) / "metrics.json", (saved.state or {}).get("data") or {}
     if not path.exists():  # not computed
         return None
     if not data:
@@ -214,27 +217,6 @@ def read_metrics(
             return metrics
     warn(f"{path} {reason}, so the model card has no metrics: compute them by {command}")
     return None
-
-
-def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
-    """Write files under temporary names, then rename them, so that none is ever incomplete.
-
-    Of `FILES`, generators that are not among them and not in `keep` are removed, and named in a line.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f"{name}.tmp" for name in contents}
-    try:
-        for name, content in contents.items():
-            temporary[name].write_bytes(content)
-        for name in contents:
-            os.replace(temporary[name], folder / name)
-        for name in {*FILES[:2]} - {*contents, *keep}:
-            if (folder / name).exists():
-                (folder / name).unlink()
-                print(f"removed {folder / name}: it was not of this generator, or not readable")
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH and python -I leave out
 
-from errors import UserError, exit_code, handle_signals, make_output_robust, silence_other_ranks, stop_signals, warn
+from errors import UserError, exit_code, handle_signals, make_output_robust, stop_signals, warn
 from parameter import Config, get_parameters, given_options
 
 if TYPE_CHECKING:
@@ -37,10 +37,11 @@ def main() -> int:
     """Run this process's command line. Returns the exit code."""
     make_output_robust()
     try:
-        from training.environment import read_launch
-
         with ExitStack() as stack:
-            stack.enter_context(silence_other_ranks(read_launch().rank))
+            if "WORLD_SIZE" in os.environ:  # imports torch, for which --help need not wait
+                from training.distributed import silence_other_ranks
+
+                stack.enter_context(silence_other_ranks())
             config = get_parameters()
             # Outside of the training loop, a signal ends the process at once, which cleans up.
             signals = [number for number in stop_signals() if number.name != "SIGINT"]  # that is KeyboardInterrupt

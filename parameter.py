@@ -56,7 +56,16 @@ FRACTION = Constraint(lambda value: 0 <= value < 1, "at least 0 and less than 1"
 DECAY = Constraint(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 EPOCHS = Constraint(lambda value: 0 < value <= 1e6, "greater than 0 and at most 1000000")
 SEED = Constraint(lambda value: 0 <= value < 2**63, "at least 0 and less than 2^63")
-METRICS = subset_of("fid", "kid", "isc", "prc", "faces", "hog")
+METRIC_RESULTS = {  # the names of what each metric computes, in the log and in metrics.json
+    "fid": ("fid",),
+    "kid": ("kid", "kid_std"),
+    "isc": ("isc", "isc_std"),
+    "prc": ("precision", "recall", "f_score"),
+    "faces": ("faces", "faces_real"),
+    "hog": ("hog", "hog_real"),
+}
+DISTANCES = ("fid", "kid", "hog")  # the lower the better
+METRICS = subset_of(*METRIC_RESULTS)
 AUGMENTATIONS = Constraint(
     lambda value: value == "none" or subset_of("color", "translation", "cutout").check(value),
     "none, or one or more of color, translation, cutout, separated by commas",
@@ -242,6 +251,10 @@ class Config:
     @property
     def log_folder(self) -> Path:
         return Path(os.path.expanduser(self.log_path)) / self.version
+
+    def test_folder(self, step: int) -> Path:
+        """Return where `--train false` writes for a checkpoint."""
+        return self.sample_folder / f"test_{step}"
 
     @property
     def folders(self) -> dict[str, Path]:

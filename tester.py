@@ -30,10 +30,10 @@ from metrics.nearest import nearest_images
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint
+from training.models import checksum
 from training.previews import collect_attention
 from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images
 from training.run_folders import remove_test_results
-from training.weights import checksum
 from utils import (
     SEED_INTERPOLATION,
     SEED_SAMPLES,
@@ -94,7 +94,7 @@ class Tester:
         self.selected_classes = select_classes(config.class_name, self.classes)
         for network in filter(None, (self.G, self.D)):
             network.to(device, memory_format=conv_memory_format(device, "fp32"))
-        self.folder = config.sample_folder / f"test_{self.step}"
+        self.folder = config.test_folder(self.step)
 
     @torch.no_grad()
     def test(self) -> int:

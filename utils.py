@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,6 +175,34 @@ def flush_to_disk(descriptor: int) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         warn_once("this file system cannot flush to the disk: a power failure may lose the newest results")
+
+
+def write_atomically(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Write files of one folder under temporary names and flush them to the disk, then rename them in their order.
+
+    Whatever interrupts it, each file is as it was before or complete, and none is there before those in front of it.
+
+    Raises:
+        OSError: a file cannot be written; none is changed then.
+    """
+    temporary = {path: path.with_name(f"{path.name}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                flush_to_disk(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
+        if os.name == "posix":  # Windows cannot open folders; a power failure could undo a rename otherwise
+            descriptor = os.open(next(iter(contents)).parent, os.O_RDONLY)
+            try:
+                flush_to_disk(descriptor)
+            finally:
+                os.close(descriptor)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def derive_seed(*numbers: int) -> int:

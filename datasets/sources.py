@@ -22,7 +22,7 @@ from PIL import Image
 from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
 from datasets.labels import Labels, celeb_labels, folder_labels
 from datasets.toy_faces import HAIR_LENGTHS, draw_face, hair_length
-from errors import UserError, warn
+from errors import UserError, one_line, warn
 
 CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
 CELEB_CROP = 160  # pixels, as in the reference
@@ -116,7 +116,7 @@ def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | N
         try:
             CelebA(str(root), split="all", download=True)
         except Exception as error:  # Google Drive's quota, no network, gdown missing: the advice is the same
-            raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
+            raise UserError(f"the download of CelebA failed ({one_line(error)}). {by_hand}") from error
         found = _first_with_images(layouts, find)
     if found is None:
         raise UserError(
@@ -230,7 +230,7 @@ def _cifar10(root: Path, download: bool) -> Source:
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
         found = (root / CIFAR10_FOLDER).is_dir()
         state = f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged" if found else f"no CIFAR-10 in {root}"
-        reason = "" if "not found or corrupted" in str(error) else f" ({_first_line(error)})"  # torchvision's advice
+        reason = "" if "not found or corrupted" in str(error) else f" ({one_line(error)})"  # torchvision's advice
         advice = "" if found or download else "use --download true, or "
         raise UserError(f"{state}{reason}: {advice}unpack cifar-10-python.tar.gz in {root}") from error
     # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
@@ -264,7 +264,3 @@ def _toy_labels(seed: int, toy_num: int) -> Labels:
 def _digest(parts: Iterable[Any]) -> str:
     text = "".join(f"{part!r}\n" for part in parts)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

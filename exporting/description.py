@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from training.weights import EXPORT_CONTENT, EXPORT_VERSION
+from training.checkpoint import EXPORT_CONTENT, EXPORT_VERSION
 
 
 class Data(NamedTuple):
@@ -64,7 +64,7 @@ class Description:
         dataset: value of `--dataset`; None for unknown images.
         num_images: number of training images; None if it is not known.
         batch_size: of training; None if it is not known.
-        checksum: `training.weights.checksum` of the generator before its spectral norm is folded.
+        checksum: `training.models.checksum` of the generator before its spectral norm is folded.
     """
 
     model: str

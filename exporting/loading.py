@@ -11,9 +11,10 @@ from urllib.request import url2pathname
 import torch
 from torch import nn
 
+from errors import one_line
 from exporting.safetensors_file import read_generator
+from training.checkpoint import read_dict, strip_dataparallel_prefix
 from training.models import build_empty, recognize
-from training.weights import one_line, read_dict, strip_dataparallel_prefix
 
 
 def load_generator(checkpoint: str | os.PathLike) -> nn.Module:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from errors import one_line
 from spectral import fold_spectral_norm
+from training.checkpoint import read_export
 from training.models import build_empty, export_sizes
-from training.weights import one_line, read_export
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:

@@ -48,7 +48,6 @@ from errors import UserError, warn_once
 from utils import progress, to_uint8
 
 OPENCV_METRICS = ("faces", "hog")
-DISTANCES = ("fid", "kid", "hog")  # the lower the better
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
 OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.opencv": "opencv-python-headless<5"}

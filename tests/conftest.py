@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from parameter import Config
 from spectral import fold_spectral_norm
 from trainer import Trainer
 from training import recorder
-from training.models import MODELS, network_options
-from utils import setup_device
+from training.distributed import Ranks
+from training.models import MODELS
+from utils import set_backends, setup_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 Tolerate.tolerated = OSError  # so that a bug in what draws and reports fails a test
@@ -46,16 +46,40 @@ BROWSER_FLAGS = (
 )
 
 
-class SmallExtractor(torch.nn.Module):
-    """16 features of color and edges, from fixed random weights: a stand-in for Inception."""
+def use_small_extractor(patch: pytest.MonkeyPatch) -> None:
+    """In place of Inception and VGG16, which are downloads: 16 features of color and edges, of fixed random weights."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    def __init__(self):
-        super().__init__()
-        self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
-        self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    from metrics import extractors
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.filters(images.float() / 255)).mean((2, 3))
+    class SmallExtractor(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
+            self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "features"
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.relu(self.filters(images.float() / 255)).mean((2, 3)),)
+
+    for name in ("inception-v3-compat", "vgg16"):
+        patch.setitem(FEATURE_EXTRACTORS_REGISTRY, name, SmallExtractor)
+    patch.setattr(extractors, "fetch_weights", lambda names: None)
+
+
+@pytest.fixture
+def small_extractor(monkeypatch):
+    """See `use_small_extractor`."""
+    pytest.importorskip("torch_fidelity")
+    use_small_extractor(monkeypatch)
 
 
 @pytest.fixture
@@ -84,9 +108,12 @@ def make_trainer(make_config, no_report):
     return lambda **changes: build_trainer(make_config(**changes))
 
 
-def build_trainer(config: Config) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B008  it is immutable
+    """As `main.run` does."""
+    device = setup_device(config.device)
+    precision = set_backends(device, config.precision, config.deterministic)
     torch.manual_seed(config.seed)
-    return Trainer(main.make_loader(config, setup_device(config.device)).open(), config)
+    return main.make_trainer(config, device, precision, ranks)
 
 
 def train_in(folder: Path, *words: str) -> None:
@@ -109,7 +136,7 @@ def toy(tmp_path):
 def random_generator(model: str, imsize: int, num_classes: int = 0, attention: str = "full") -> torch.nn.Module:
     """A small generator, z (B, 16), in evaluation mode, of which nothing is as it was initialized."""
     torch.manual_seed(0)
-    G = MODELS[model].make_G(imsize, 16, 8, **network_options(num_classes, attention))
+    G = MODELS[model].Generator(imsize, 16, 8, num_classes=num_classes, has_attention=attention == "full")
     with torch.no_grad():
         for layer in G.modules():
             if hasattr(layer, "gamma"):
@@ -151,18 +178,6 @@ def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
 def cache_folder(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     return folder
-
-
-def save_script(module: torch.nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def extractor(tmp_path_factory) -> Path:
-    return save_script(SmallExtractor(), tmp_path_factory.mktemp("extractor") / "small.pt")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ like weights saved by the reference.
 import io
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from errors import UserError, warn
-from training.weights import one_line, read_dict, read_export, strip_dataparallel_prefix
-from utils import files_by_step, flush_to_disk
+from errors import UserError, one_line, warn
+from utils import files_by_step, write_atomically
 
+EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of generator.safetensors
 PARTS = ("state", "G", "D")  # in the order in which the files are renamed
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 
@@ -70,15 +71,10 @@ def save(
         UserError: the disk is full, or the folder cannot be written. Earlier checkpoints are intact.
     """
     state = tree_map_only(Tensor, Tensor.cpu, {**state})  # so that the files load on machines without a GPU
-    contents = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
-    temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in contents}
+    parts = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part, content in contents.items():
-            _write(temporary[part], content)
-        for part in contents:
-            os.replace(temporary[part], _path(folder, name, part))
-        _sync_folder(folder)
+        write_atomically({_path(folder, name, part): _to_bytes(content) for part, content in parts.items()})
         if name != "best":
             _prune(folder, name, keep_checkpoints)
     except OSError as error:
@@ -86,9 +82,6 @@ def save(
             f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Earlier checkpoints are intact: "
             "free space or permit writing, then resume with --pretrained_model latest"
         ) from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoint:
@@ -127,7 +120,7 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of a process killed while it saved. No other may be writing to the folder."""
     for path in folder.iterdir():
-        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.tmp", path.name):
+        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.pth\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -162,6 +155,56 @@ def peek(path: Path) -> dict[str, Any]:
 def peek_best(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's best checkpoint; see `peek`."""
     return peek(_path(folder, "best", "state"))
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    """Return the dict that a file of torch.save contains, on the CPU, read with `weights_only=True`.
+
+    Raises:
+        ValueError: the file is missing, damaged or contains something else; the message is one line.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums in its own zip files
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"wrong checksum of {broken}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it contains a {type(content).__name__}, not a dict")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}") from error
+    except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
+        # torch's messages are long, and advise to switch off `weights_only`.
+        reason = str(error) if isinstance(error, (OSError, TypeError, ValueError)) else "torch cannot read it"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(reason.split())})") from error
+    return content
+
+
+def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the weights and the metadata of a generator.safetensors, see `exporting.description`.
+
+    Raises:
+        ValueError: the file is missing, damaged or not an export of this program; the message is one line.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
+        if (metadata.get("content"), metadata.get("content_version")) != (EXPORT_CONTENT, EXPORT_VERSION):
+            raise ValueError(f"its metadata does not say {EXPORT_CONTENT}, version {EXPORT_VERSION}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
+    return weights, metadata
+
+
+def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the "module." that the reference's `--parallel` puts before every key."""
+    if all(key.startswith("module.") for key in weights):
+        return {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights
 
 
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
@@ -237,24 +280,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file and flush it to the disk."""
+def _to_bytes(content: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()  # torch.save to a file would turn a full disk's OSError into a RuntimeError
     torch.save(dict(content), buffer)
-    with open(path, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        flush_to_disk(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk: a power failure could undo a rename otherwise."""
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            flush_to_disk(descriptor)
-        finally:
-            os.close(descriptor)
+    return buffer.getbuffer()
 
 
 def _prune(folder: Path, newest: int, keep_checkpoints: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from errors import UserError
+from errors import UserError, one_line
 
 WARM_UP = 3  # eager steps before the capture, in which libraries do their lazy initialization; they count as steps
 
@@ -96,13 +96,13 @@ class GraphedStep:
             torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
             if not self.fallback:
                 raise
-            print(f"CUDA graph disabled, running eagerly: {_first_cause(error)}")
+            print(f"CUDA graph disabled, running eagerly: {one_line(_first_cause(error))}")
         else:
             self.graph = graph
 
 
-def _first_cause(error: BaseException) -> str:
-    """Return the first line of what went wrong first: leaving a failed capture raises further, less specific errors."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Return what went wrong first: leaving a failed capture raises further, less specific errors."""
     while error.__context__:
         error = error.__context__
-    return str(error).split("\n")[0]
+    return error

@@ -8,13 +8,12 @@ statistics are averaged over all. A single process is a `Ranks()`, all of whose 
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from errors import PeerFailed, RankLost, UserError, stop_signals
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from spectral import replace_layers
-from training.environment import read_launch
 
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(seconds=60)  # of the collectives of a step, which all ranks reach at about the same time
 WAIT_TIMEOUT = timedelta(days=7)  # while rank 0 works alone: builds the cache, computes metrics, writes
 BUCKET_MB = 4  # of gradients per all-reduce: torch's 25 hold most of a network's, so that nothing overlaps backward
-SYNC_SECONDS = 1  # between two syncs; a signal to stop waits for the next one
+# Set by torchrun, Slurm's srun, Open MPI, and MPICH or Intel MPI.
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 @dataclass(frozen=True)
@@ -151,25 +150,54 @@ class Ranks:
         return value.item()
 
 
-class SyncSchedule:
-    """The steps after which ranks exchange signals and errors: about once a second, for a single process each one.
+class Launch(NamedTuple):
+    """This process among those of its run: its rank, the number of ranks, and its rank on its machine."""
 
-    Between many machines, an exchange may take as long as a step on a GPU.
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def read_launch() -> Launch:
+    """Return what the environment says; a single process without a WORLD_SIZE above 1, whatever else is set.
+
+    Raises:
+        UserError: a variable is missing, or is no number in its range.
     """
+    size = _read_number("WORLD_SIZE", 1, 2**20) if "WORLD_SIZE" in os.environ else 1
+    if size == 1:
+        return Launch()
+    local = next((name for name in LOCAL_RANKS if name in os.environ), "LOCAL_RANK")
+    missing = [name for name in ("RANK", local, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the environment has WORLD_SIZE={size} and no {', '.join(missing)}: start the processes with torchrun, "
+            "or unset WORLD_SIZE for a single one"
+        )
+    _read_number("MASTER_PORT", 1, 2**16 - 1)
+    return Launch(_read_number("RANK", 0, size - 1), size, _read_number(local, 0, size - 1))
 
-    def __init__(self, ranks: Ranks, step: int):
-        self._ranks = ranks
-        self._last_step, self._last_time, self._next = step, time.perf_counter(), step + 1
 
-    def is_due(self, step: int) -> bool:
-        return self._ranks.size == 1 or step >= self._next
+def _read_number(name: str, low: int, high: int) -> int:
+    text = os.environ[name]
+    if not (text.isdecimal() and low <= int(text) <= high):
+        raise UserError(f"the environment variable {name} must be a number from {low} to {high}, not '{text}'")
+    return int(text)
 
-    def done(self, step: int) -> None:
-        """Schedule the next sync. All ranks must call this after each sync, also after one that was not due."""
-        now = time.perf_counter()
-        steps_per_second = (step - self._last_step) / (now - self._last_time)  # too low for once if this sync was slow
-        self._last_step, self._last_time = step, now
-        self._next = step + self._ranks.max(max(1, round(SYNC_SECONDS * steps_per_second)))
+
+@contextmanager
+def silence_other_ranks() -> Iterator[None]:
+    """Discard what is printed inside, unless this is rank 0.
+
+    Raises:
+        UserError: see `read_launch`.
+    """
+    with ExitStack() as stack:
+        if read_launch().rank:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(null))
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The networks that `--model` chooses from: built from options, and recognized by their weights."""
 
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -43,3 +44,11 @@ def export_sizes(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Return what `recognize` does of an exported generator, by the metadata of its file."""
     sizes: dict[str, Any] = {name: int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim", "num_classes")}
     return metadata["model"], {**sizes, "has_attention": metadata["attention"] == "full"}
+
+
+def checksum(weights: Mapping[str, Tensor]) -> int:
+    """Return a CRC32 of the numbers of a state dict, whatever device and memory format they are in."""
+    value = 0
+    for tensor in weights.values():
+        value = zlib.crc32(tensor.cpu().contiguous().numpy(), value)
+    return value

@@ -6,7 +6,6 @@ The trainer passes tensors and goes on; whatever takes time happens in a backgro
 import copy
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,15 +20,14 @@ from tqdm import tqdm
 
 from data_loader import Loader
 from errors import Tolerate
-from metrics.scores import DISTANCES
 from networks.losses import LOSSES
-from parameter import Config, option_groups
+from parameter import DISTANCES, METRIC_RESULTS, Config, option_groups
 from training import checkpoint
 from training.background import Background
 from training.guards import OverfittingCheck
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
-from utils import LINE_SECONDS, bar_options, memory_mib
+from utils import LINE_SECONDS, bar_options, memory_mib, write_atomically
 from visuals.attention_stats import AttentionSample
 from visuals.curves import read_curves
 from visuals.explorer import write_explorer
@@ -139,7 +137,7 @@ class Recorder:
 
     def has_scores(self, step: int) -> bool:
         """Return whether the log has metrics of a step."""
-        name = self.config.metrics.split(",")[0].replace("prc", "precision")
+        name = METRIC_RESULTS[self.config.metrics.split(",")[0]][0]
         return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
 
     def real_images(self, name: str, images: Tensor) -> None:
@@ -212,8 +210,7 @@ class Recorder:
         path = self.config.log_folder / "report.html"
         with self._tolerate["the report"]:
             page = report_page(self._run, self._written_step, command, datetime.now(), state, self.best)
-            path.with_suffix(".tmp").write_text(page, encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
+            write_atomically({path: page.encode()})  # a browser may reload it at any time
         end = time.monotonic()
         self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))
 

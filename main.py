@@ -57,6 +57,8 @@ def run(config: Config) -> int:
     import torch
 
     from training.distributed import launch, process_group, processes_to_start
+    from training.guards import NonFiniteError
+    from training.resuming import non_finite_message
     from utils import set_backends, setup_device, tune_malloc
 
     if config.parallel and (processes := processes_to_start(config.device, config.train)) > 1:
@@ -73,7 +75,10 @@ def run(config: Config) -> int:
         trainer = make_trainer(config, device, precision, ranks)
         print(config.summary())
         print(f"data: {trainer.loader.source.description}")
-        signal_number = trainer.train()
+        try:
+            signal_number = trainer.train()
+        except NonFiniteError as error:
+            raise UserError(non_finite_message(config, error)) from error
         print_outcome(config, trainer.step, signal_number)
         return 128 + signal_number if signal_number else 0
 
@@ -83,7 +88,7 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
     from metrics.evaluation import check_metrics
     from trainer import Trainer
     from training import resuming
-    from training.run_folders import check_folders
+    from training.run_folders import check_folders, warn_of_small_disk
 
     loader = ranks.rank_zero_first(lambda: make_loader(config, device, precision))
     saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config, loader.classes)
@@ -92,6 +97,7 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
     ranks.rank_zero_first(loader.open)
     resuming.check_same_images(ranks, loader.fingerprint)
     trainer = Trainer(config, loader, device, precision, ranks, saved)
+    ranks.on_rank_zero(warn_of_small_disk, config, (trainer.G, trainer.D))
     if saved:
         ranks.on_rank_zero(resuming.print_differences, saved, config, loader.fingerprint)
     return trainer

@@ -296,27 +296,14 @@ class Config:
         --overwrite is left out as well: running the command again must not delete the results.
         """
         changed = dataclasses.replace(self, overwrite=False, **changes)
-        words = [*_launcher(self.parallel), "main.py"]
+        size = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
+        words = ["python"] if size is None or self.parallel else ["torchrun", f"--nproc_per_node={size}"]
+        words.append("main.py")
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:
                 words += ["--" + field.name, option_text(value)]
         return shlex.join(words)
-
-
-def _launcher(parallel: bool) -> list[str]:
-    """Return what starts as many processes as this run has: python, or torchrun with the options it was given."""
-    environment = os.environ
-    is_torchrun = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"} <= environment.keys()
-    nodes = environment.get("GROUP_WORLD_SIZE", "1")
-    if not is_torchrun or (parallel and nodes == "1"):  # --parallel starts torchrun itself
-        return ["python"]
-    words = ["torchrun", f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}"]
-    if (restarts := environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
-        words.append(f"--max_restarts={restarts}")
-    if nodes != "1":
-        words += [f"--nnodes={nodes}", "..."]  # the rendezvous endpoint is not in the environment
-    return words
 
 
 def option_groups() -> dict[str, list[dataclasses.Field]]:

@@ -6,11 +6,7 @@ All random numbers of a step come from one generator seeded with (seed, step), a
 position): a run that was stopped and resumed takes the same steps as one that was not.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +22,13 @@ from parameter import Config
 from training.checkpoint import Checkpoint
 from training.cuda_graph import GraphedStep, can_capture
 from training.distributed import Ranks
-from training.guards import NonFiniteError, NonFiniteGuard
+from training.guards import NonFiniteGuard
 from training.models import build_networks
 from training.optimizers import Adam, Schedule
 from training.previews import Previews
 from training.recorder import Recorder
-from training.resuming import TrainingState, non_finite_message
-from training.run_folders import warn_of_small_disk
-from utils import (
-    SEED_FIXED_Z,
-    SEED_STEP,
-    autocast,
-    derive_seed,
-    eval_mode,
-    no_param_grads,
-)
+from training.resuming import TrainingState
+from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
 
@@ -75,7 +63,6 @@ class Trainer:
         self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
         self.precision = precision
         use_graph = can_capture(device, config.cuda_graph, ranks.size)
-
         # Networks
         G, D = build_networks(config, len(loader.classes))
         self.G = ranks.convert_sync_batchnorm(G, device).to(device, memory_format=loader.memory_format)
@@ -169,7 +156,7 @@ class Trainer:
         self.g_optimizer.step()
         return {"g_loss": loss.detach()}
 
-    def _updates(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _updates(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Make the updates with these inputs: all of D but the last, of G. Draws no numbers, so it can be captured."""
         *of_D, of_G = inputs
         for given in of_D:
@@ -180,10 +167,10 @@ class Trainer:
         """Return the inputs of the step's updates: `n_critic` of D, and one of G."""
         config, loader = self.config, self.loader
 
-        def draw(distribution: Any, *shape: int) -> Tensor:
+        def draw(distribution, *shape: int, limits: tuple = ()) -> Tensor:
             # Every rank draws the numbers of the whole batch and uses its shard: the same for any number of ranks.
             shape = config.batch_size, *shape
-            return distribution(shape, device=self.device, generator=self.rng)[self.shard]
+            return distribution(*limits, shape, device=self.device, generator=self.rng)[self.shard]
 
         self.rng.manual_seed(derive_seed(config.seed, SEED_STEP, self.step))
         inputs = [{"z": draw(torch.randn, config.z_dim)} for _ in range(config.n_critic + 1)]
@@ -196,7 +183,8 @@ class Trainer:
                 given["alpha"] = draw(torch.rand, 1, 1, 1)
         if loader.classes:
             for given in inputs:  # those of random training images: as frequent as among the real ones
-                given["fake_labels"] = loader.training_labels[draw(partial(torch.randint, len(loader.training_labels)))]
+                rows = draw(torch.randint, limits=(0, len(loader.training_labels)))
+                given["fake_labels"] = loader.training_labels[rows]
         if self.augmentations:
             for given in of_D:
                 given["aug_noise"] = draw(torch.rand, 2, RANDOM_NUMBERS)
@@ -225,28 +213,24 @@ class Trainer:
             The number of the signal, or 0.
 
         Raises:
-            UserError: a result folder cannot be written or is in use, or the run diverged.
+            UserError: a result folder cannot be written or is in use.
+            NonFiniteError: the run diverged; by then, all earlier checkpoints are on the disk.
         """
-        try:
-            with ExitStack() as stack:
-                stop = stack.enter_context(stop_on_signals())
-                recorder = None
-                with self.ranks.raise_together():
-                    if self.ranks.is_rank_zero:
-                        machine = f"{self.device} in {self.precision}"
-                        recorder = stack.enter_context(Recorder(self.config, self.step, machine, self.loader))
-                        warn_of_small_disk(self.config, (self.G, self.D))
-                        recorder.real_images("real", self.previews.real_images())
-                        if self.augmentations:
-                            recorder.real_images("augmented", self.previews.augmented_images())
-                print(
-                    f"training {self.config.model} at {self.config.imsize}x{self.config.imsize} on {self.device} in "
-                    f"{self.precision}, world size {self.ranks.size}, global batch {self.config.batch_size}, "
-                    f"{len(self.loader)} batches per epoch"
-                )
-                return self._loop(recorder, stop)
-        except NonFiniteError as error:  # by now, all earlier checkpoints are on the disk
-            raise UserError(non_finite_message(self.config, error)) from error
+        config, previews, recorder = self.config, self.previews, None
+        with ExitStack() as stack:
+            stop = stack.enter_context(stop_on_signals())
+            with self.ranks.raise_together():
+                if self.ranks.is_rank_zero:
+                    machine = f"{self.device} in {self.precision}"
+                    recorder = stack.enter_context(Recorder(config, self.step, machine, self.loader))
+                    recorder.real_images("real", previews.real_images())
+                    if self.augmentations:
+                        recorder.real_images("augmented", previews.augmented_images())
+            print(
+                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, world "
+                f"size {self.ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
+            )
+            return self._loop(recorder, stop)
 
     def _loop(self, recorder: Recorder | None, stop: StopRequest) -> int:
         """Take steps until `total_step`, or a signal to any rank, whose number is returned. Rank 0 has the recorder."""
@@ -324,7 +308,7 @@ class Trainer:
             if recorder.scores(self.step, scores):
                 recorder.checkpoint("best", self._saved_state())
 
-    def _saved_state(self) -> dict[str, Any]:
+    def _saved_state(self) -> dict:
         """Return what a checkpoint has: all that the next step depends on, the options, and which images these are.
 
         Raises:
@@ -333,4 +317,4 @@ class Trainer:
         state = self.state.state_dict()
         self.guard.check(state)
         data, classes = self.loader.fingerprint, list(self.loader.classes)
-        return state | {"config": dataclasses.asdict(self.config), "data": data, "classes": classes}
+        return state | {"config": vars(self.config), "data": data, "classes": classes}

@@ -60,6 +60,9 @@ def _starts_course(config: Config) -> bool:
 def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
     """Warn if the disk of the checkpoints has no room for three: networks, EMA and the moments of both optimizers."""
     size = 4 * sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    folder = next(
+        path for path in (config.model_folder.absolute(), *config.model_folder.absolute().parents) if path.exists()
+    )
     with suppress(OSError):  # a file system that does not tell
         if shutil.disk_usage(config.model_folder).free < 3 * size:
             warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.1f} MiB each")

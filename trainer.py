@@ -227,8 +227,8 @@ class Trainer:
                     if self.augmentations:
                         recorder.real_images("augmented", previews.augmented_images())
             print(
-                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, world "
-                f"size {self.ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
+                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+                f"world size {self.ranks.size}, batch {config.batch_size}, {len(self.loader)} batches per epoch"
             )
             return self._loop(recorder, stop)
 

@@ -234,6 +234,14 @@ def wait_for(happened, process, seconds=150):
         time.sleep(0.05)
 
 
+def wait_until(happened, seconds=20):
+    """Wait until something happened in another thread."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def log_lines(folder):
     """The lines of a run's log that are written so far."""
     path = folder / "metrics.jsonl"

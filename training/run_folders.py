@@ -64,7 +64,9 @@ def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
         path for path in (config.model_folder.absolute(), *config.model_folder.absolute().parents) if path.exists()
     )
     with suppress(OSError):  # a file system that does not tell
-        if shutil.disk_usage(config.model_folder).free < 3 * size:
+        folder = config.model_folder.absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if shutil.disk_usage(existing).free < 3 * size:
             warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.1f} MiB each")
 
 

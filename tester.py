@@ -126,7 +126,7 @@ class Tester:
 
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
-        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
+        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", folder_names(self.classes)
         for number in self.selected_classes:
             self._write_images(folder / names[number], z, torch.full((len(z),), number, device=self.device))
         if not self.classes:
@@ -291,7 +291,7 @@ def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
     return [classes.index(name) for name in names]
 
 
-def _folder_names(classes: Sequence[str]) -> list[str]:
+def folder_names(classes: Sequence[str]) -> list[str]:
     """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
 
     Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.

@@ -273,6 +273,20 @@ def assert_same_weights(first, second):
         assert torch.equal(value, expected[key]), key
 
 
+def inputs_of(trainer, steps):
+    """What the updates of some steps are given, those of D and then that of G; they are not run."""
+    seen, zero = [], torch.zeros(())
+    trainer.updates = lambda inputs: seen.append(inputs) or {"d_loss": zero, "g_loss": zero}
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def assert_same_inputs(first, second, names=("real", "z")):
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in names if name in one)
+
+
 def page_data(path):
     """What the script of an explorer or a playground reads."""
     text = path.read_text(encoding="utf-8")

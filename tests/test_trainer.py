@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import D_STATS, weights_of
+from conftest import D_STATS, assert_same_inputs, inputs_of, weights_of
 from torch import nn
 
 from sagan_models import SelfAttention
@@ -105,20 +105,6 @@ def test_every_image_that_d_sees_is_augmented(make_trainer, monkeypatch):
     torch.testing.assert_close(given[2], given[0])  # the penalty's, here at the real images
     trainer.g_step(z, aug_noise=noise[:, 0])
     assert torch.equal(given[3], seen[2][0] * 0.5) and seen[2][0].requires_grad
-
-
-def inputs_of(trainer, steps):
-    """What the updates of some steps are given, those of D and then that of G; they are not run."""
-    seen, zero = [], torch.zeros(())
-    trainer.updates = lambda inputs: seen.append(inputs) or {"d_loss": zero, "g_loss": zero}
-    for _ in range(steps):
-        trainer.train_step()
-    return seen
-
-
-def assert_same_inputs(first, second, names=("real", "z")):
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in names if name in one)
 
 
 def test_augmentation_is_drawn_last_for_each_update(make_trainer):

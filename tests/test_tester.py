@@ -173,5 +173,5 @@ def test_a_generator_alone_is_enough(trained, make_config):
 def test_other_images_than_those_of_the_checkpoint_are_pointed_out(trained, make_config, make_trainer, capsys):
     make_tester(make_config(), trained.loader)
     assert not capsys.readouterr().err
-    make_tester(make_config(), make_trainer(toy_num=24).loader)
+    make_tester(make_config(), make_trainer(toy_num=24, version="other").loader)
     assert re.search("24 images; it had 20", capsys.readouterr().err)

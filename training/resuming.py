@@ -97,9 +97,9 @@ def check_classes(saved: checkpoint.Checkpoint, classes: Sequence[str]) -> None:
     theirs = saved_classes(saved)
     if not (saved.state or saved.metadata) and len(theirs) == len(classes):  # their names are not known
         return
-    only = [("the checkpoint", [name for name in theirs if name not in classes])]
-    only += [("the images", [name for name in classes if name not in theirs])]
-    if different := [f"only {which} has {join_names(names)}" for which, names in only if names]:
+    only = [("the checkpoint has", [name for name in theirs if name not in classes])]
+    only += [("the images have", [name for name in classes if name not in theirs])]
+    if different := [f"only {which} {join_names(names)}" for which, names in only if names]:
         raise UserError(f"checkpoint {saved.step} is of other classes than the images: {'; '.join(different)}")
     if theirs != tuple(classes):  # such as those of toy and of folders with their names
         raise UserError(f"checkpoint {saved.step} has the classes in another order: {join_names(theirs)}")

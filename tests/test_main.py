@@ -287,6 +287,15 @@ def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, star
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_the_weights_of_a_run_depend_on_its_seed(tmp_path):
+    weights = {}
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        (tmp_path / name).mkdir()
+        train_in(tmp_path / name, *TOY, "--seed", seed, "--total_step", "1")
+        weights[name] = torch.load(tmp_path / name / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"]
+    assert torch.equal(weights["first"], weights["again"]) and not torch.equal(weights["first"], weights["other"])
+
+
 def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd, no_report):
     monkeypatch.chdir(tmp_path)
     for steps in ("1", "2"):

@@ -107,8 +107,13 @@ def test_output_names_every_file(trained, make_config, capsys):
 
 
 def test_contents_of_the_files(trained, make_config):
-    tested = make_tester(make_config(num_samples=5, truncation=0.7), trained.loader)
+    tested, norms = make_tester(make_config(num_samples=5, truncation=0.7), trained.loader), []
+    shutil.copy(trained.config.sample_folder / "3_ema.png", trained.config.sample_folder / "4_ema.png")  # a later step
+    hook = tested.G.register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=1)))
     tested.test()
+    hook.remove()
+    ends = next(index for index, norm in enumerate(norms) if len(norm) == 5)  # the first of the interpolations' columns
+    assert (torch.stack(norms[ends : ends + 10]) > 0.8 * torch.minimum(norms[ends], norms[ends + 9])).all()  # slerp's
     z = tested.sample_z(5)
     assert z.abs().max() <= 0.7
     with torch.no_grad():

@@ -147,6 +147,15 @@ def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_
     assert 0 <= alpha.min() < 0.01 and 0.99 < alpha.max() < 1 and abs(alpha.mean() - 0.5) < 0.05
 
 
+def test_the_first_step_of_the_ema(make_trainer):
+    """Its decay is ramped up from 0.1."""
+    trainer = make_trainer()
+    before = [parameter.detach().clone() for parameter in trainer.G.parameters()]
+    trainer.train_step()
+    for old, new, ema in zip(before, trainer.G.parameters(), trainer.ema.network.parameters(), strict=True):
+        torch.testing.assert_close(ema, 0.1 * old + 0.9 * new)
+
+
 def test_ema_does_not_change_training(make_trainer):
     first, second = make_trainer(version="a", ema_decay=0.0), make_trainer(version="b", ema_decay=0.999)
     first.train()

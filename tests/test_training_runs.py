@@ -218,10 +218,11 @@ def test_resuming_a_finished_run_takes_no_step(make_trainer):
     assert all(torch.equal(value, before[key]) for key, value in weights_of(resumed).items())
 
 
-def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer):
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer, batch_size):
     first = make_trainer()
     first.train()
-    resumed = make_trainer(pretrained_model="latest", batch_size=8, total_step=4, sample_step=4)
+    resumed = make_trainer(pretrained_model="latest", batch_size=batch_size, g_num=2, total_step=4, sample_step=4)
     assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     resumed.train()
     samples = [Image.open(first.config.sample_folder / f"{step}_ema.png").size for step in (3, 4)]

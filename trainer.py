@@ -106,18 +106,11 @@ class Trainer:
         alpha: Tensor | None = None,
         aug_noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Update D once.
+        """Update D once on real images (B, 3, S, S) in [-1, 1], and on those that G makes of latents z (B, z_dim).
 
-        Args:
-            real: images (B, 3, S, S) in [-1, 1].
-            z: latents (B, z_dim).
-            real_labels, fake_labels: classes (B,) of the real images, also for the penalty, and of those to generate.
-            alpha: interpolation coefficients (B, 1, 1, 1) of the gradient penalty.
-            aug_noise: random numbers in [0, 1) for `--augment` (B, 2, 7), of the real and of the generated images.
-
-        Returns:
-            d_loss_real, d_loss_fake, d_loss (their sum, and the weighted d_penalty), the mean logits d_real and d_fake,
-            the mean sign of those of real images d_sign: detached 0-d tensors on the device.
+        Labels are (B,); alpha (B, 1, 1, 1) is for the gradient penalty, aug_noise (B, 2, 7) in [0, 1), for real and
+        generated images, for `augment`. Returns detached 0-d tensors: d_loss_real, d_loss_fake, d_loss (their sum, and
+        the weighted d_penalty), the mean logits d_real and d_fake, and d_sign, the mean sign of those of real images.
         """
         with autocast(self.device, self.precision):
             with torch.no_grad():

@@ -62,14 +62,8 @@ def test_a_batch_equals_the_images_one_at_a_time(policy, memory_format):
 @pytest.mark.parametrize("name", ["color", "translation"])
 def test_the_neutral_numbers_change_nothing(name):
     images, u = example(dtype=torch.float32)
-    assert torch.equal(augment(images, torch.full_like(u, 0.5), [name]), images) or name == "color"
     torch.testing.assert_close(augment(images, torch.full_like(u, 0.5), [name]), images, rtol=0, atol=1e-6)
     assert not torch.allclose(augment(images, u, [name]), images, atol=0.01)
-
-
-def test_no_policy_returns_the_images():
-    images, u = example()
-    assert torch.equal(augment(images, u, []), images)
 
 
 @pytest.mark.parametrize("policy", [("color",), ("translation",), ("cutout",), tuple(PLAIN)])
@@ -78,30 +72,6 @@ def test_gradients_are_exact_twice(policy):
     small = images[:, :, :8, :8].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: augment(x, u, policy), small)
     assert torch.autograd.gradgradcheck(lambda x: augment(x.square(), u, policy), small)
-
-
-def test_the_mean_effect_of_many_draws():
-    """Color keeps the mean; a translation keeps all but the border; cutout removes what its squares cover."""
-    count = 20_000
-    u = torch.rand(count, RANDOM_NUMBERS, generator=torch.Generator().manual_seed(0))
-    images = torch.full((count, 3, SIZE, SIZE), 0.5)
-    images[:, 0] = 0.8
-    assert abs(augment(images, u, ["color"]).mean() - 0.6) < 0.01
-    ones = torch.ones(count, 1, SIZE, SIZE)
-    moved = augment(ones, u, ["translation"]).mean(0)[0]
-    inside = [1 - max(0, MOST - min(i, SIZE - 1 - i)) / (2 * MOST + 1) for i in range(SIZE)]
-    torch.testing.assert_close(moved, torch.tensor(inside).outer(torch.tensor(inside)), rtol=0, atol=0.015)
-    covered = [sum(c - 4 <= i < c + 4 for c in range(SIZE + 1)) / (SIZE + 1) for i in range(SIZE)]
-    left = augment(ones, u, ["cutout"]).mean(0)[0]
-    torch.testing.assert_close(left, 1 - torch.tensor(covered).outer(torch.tensor(covered)), rtol=0, atol=0.015)
-
-
-def test_each_image_has_numbers_of_its_own():
-    images, u = example()
-    images = images[:1].expand(6, -1, -1, -1)
-    changed = augment(images, u, tuple(PLAIN))
-    assert all(not torch.allclose(changed[0], other) for other in changed[1:])
-    torch.testing.assert_close(augment(images[2:3], u[2:3], tuple(PLAIN))[0], changed[2])
 
 
 def test_the_largest_number_below_1_is_within_the_image():

@@ -41,10 +41,9 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N) if asked for, else None; N = H * W.
+        """x (B, C, H, W) -> out (B, C, H, W) and, by `self_attention`, the map A (B, N, N) or None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i attends to position j. The path without the map is faster; the path with
-        it can be differentiated twice.
+        ``A[b, i, j]`` is how much position i attends to position j.
         """
         batch, channels, height, width = x.shape
         convolutions = (self.query_conv, self.key_conv, self.value_conv)
@@ -110,9 +109,8 @@ class Discriminator(nn.Module):
     """Images to logits: the mirror image of the generator, with attention at 8x8 and 4x4.
 
     Args:
-        image_size: 32, 64, 128 or 256.
         conv_dim: width of the first block, a multiple of 8; widths double from there.
-        num_classes, has_attention: as in `Generator`.
+        image_size, num_classes, has_attention: as in `Generator`.
 
     Raises:
         ValueError: an argument is none of these.

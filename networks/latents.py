@@ -27,14 +27,9 @@ def check_labels(labels: Tensor | None, num_classes: int) -> None:
 
 
 def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a grid with a row for each class, of the same z in each.
+    """Return z (R * K, z_dim) and labels (R * K,) of a grid with a row for each of R classes.
 
-    Args:
-        z: (B, z_dim), of which the first are used.
-        classes: numbers of R classes.
-
-    Returns:
-        z (R * K, z_dim) and labels (R * K,), row by row, of K columns.
+    The K columns are the first of z (B, z_dim), the same in each row.
     """
     z = z[: class_columns(len(classes), len(z))]
     return z.repeat(len(classes), 1), torch.tensor(classes, device=z.device).repeat_interleave(len(z))

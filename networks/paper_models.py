@@ -45,10 +45,9 @@ class PooledAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N/4) if asked for, else None; N = H * W.
+        """x (B, C, H, W) -> out (B, C, H, W) and, by `self_attention`, the map A (B, N, N/4) or None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i attends to the j-th 2x2 square. The path without the map is faster; the
-        path with it can be differentiated twice.
+        ``A[b, i, j]`` is how much position i attends to the j-th 2x2 square.
         """
         projected = (self.query_conv(x), F.max_pool2d(self.key_conv(x), 2), F.max_pool2d(self.value_conv(x), 2))
         query, key, value = (tensor.flatten(2).transpose(1, 2) for tensor in projected)  # (B, N or N/4, channels)
@@ -177,16 +176,11 @@ class Generator(nn.Module):
     def forward(
         self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Generate images.
+        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also the map (B, 1024, 256).
 
         Args:
-            z: (B, z_dim).
             labels: (B,), integers below num_classes, or (B, num_classes), floats: weights by which the scales and
                 shifts of the classes are averaged, to interpolate between classes. None in an unconditional network.
-            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
-
-        Returns:
-            images (B, 3, S, S) in [-1, 1], or the images and the map, if there is an attention layer.
         """
         check_labels(labels, self.num_classes)
         x, maps = self.linear(z).unflatten(1, (-1, 4, 4)), []
@@ -203,10 +197,8 @@ class Discriminator(nn.Module):
     """Images to logits: residual blocks, five at size 64 and six at 128, with attention at 32x32.
 
     Args:
-        image_size: 64 or 128.
         conv_dim: width of the first block, a multiple of 8.
-        num_classes: 0 for an unconditional network.
-        has_attention: False for a network without its attention layer.
+        image_size, num_classes, has_attention: as in `Generator`.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
@@ -229,15 +221,10 @@ class Discriminator(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Judge images.
+        """x (B, 3, S, S) -> logits (B,); with return_attention also the map (B, 1024, 256).
 
         Args:
-            x: (B, 3, S, S).
             labels: (B,), integers below num_classes; None in an unconditional network.
-            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
-
-        Returns:
-            logits (B,), or the logits and the map, if there is an attention layer.
         """
         check_labels(labels, self.num_classes)
         maps = []

@@ -302,16 +302,3 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def shapes_of(network, x):
-    """The shape of each child's result."""
-    shapes = {}
-    for name, layer in network.named_children():
-        layer.register_forward_hook(
-            lambda _, __, out, name=name: shapes.update(
-                {name: tuple((out[0] if isinstance(out, tuple) else out).shape)}
-            )
-        )
-    network(x)
-    return shapes

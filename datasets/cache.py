@@ -2,9 +2,9 @@
 
     images, skipped = open_cache(find_source("toy"), 64, Path("cache"))     # (N, 64, 64, 3) uint8, memory-mapped
 
-A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and which items could
-not be read). It is written under a temporary name and renamed when complete, so that a killed build leaves no cache. It
-has no labels: one cache serves any of them.
+A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and which could not
+be read). It is written under a temporary name and renamed when complete, so that a killed build leaves no cache. It has
+no labels: one cache serves any of them.
 """
 
 import json

@@ -37,8 +37,7 @@ def find_images(
         exclude: folders to leave out; none may be `root`.
 
     Returns:
-        (name relative to root, bytes, modification time in ns) of each image, sorted; how many other files there are
-        of each ending.
+        (name relative to root, bytes, modification time in ns) of each image, sorted; the other files by ending.
 
     Raises:
         UserError: the images are where the program writes, or `root` cannot be listed.

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data_loader import Loader
-from datasets.labels import Labels, folder_labels, join_names, list_classes
+from datasets.labels import Labels, folder_labels, join_names
 from datasets.sources import find_source
 from datasets.toy_faces import HAIR_LENGTHS
 from errors import UserError
@@ -55,7 +55,6 @@ def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them
     assert list(labels.classes) == expected.classes == ["C", "a", "b"]
     targets = {str(tmp_path / item): target for item, target in zip(source.items, labels.targets, strict=True)}
     assert targets == dict(expected.samples)
-    assert list_classes(labels) == "C (2), a (2), b (2)"
 
 
 def test_a_folder_whose_name_is_no_utf8_is_a_class_that_can_be_printed():
@@ -165,7 +164,7 @@ def test_a_dataset_without_classes():
 
 
 @pytest.mark.parametrize("labels, words", [
-    (Labels(("cat",), [0, 0, 0]), "two classes or more; the only one is cat \\(3\\)"),
+    (Labels(("cat",), [0, 0, 0]), "two classes or more; the only one is cat"),
     (Labels(("cat", "dog", "fox"), [0, 0, 1]), "two images or more of each class: dog has 1, fox has 0"),
 ])  # fmt: skip
 def test_too_few_classes_or_images_are_an_error_before_any_image_is_decoded(labels, words):
@@ -192,4 +191,3 @@ def test_many_classes_are_listed_in_part():
     names = [f"class{number}" for number in range(100)]
     assert join_names(names[:3]) == "class0, class1, class2"
     assert join_names(names).endswith("class7, ... (100 in all)")
-    assert list_classes(Labels(("a", "b"), [0, 1, 1])) == "a (1), b (2)"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -98,16 +97,6 @@ def test_a_signal_while_processes_start_ends_them_too(start, count):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-
-
-def test_a_signal_that_reaches_a_worker_alone_does_nothing(decoding):
-    process, workers = decoding
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        os.kill(workers[0], number)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.terminate()
-    assert process.communicate(timeout=60)[1] == ""
 
 
 def test_workers_end_when_the_program_is_killed(decoding):

@@ -242,6 +242,7 @@ def test_unusual_images_are_decoded(tmp_path, name, write):
     ("zero_bytes.png", lambda path: path.touch()),
     ("cut.jpg", lambda path: (noise(40, 40, 3).save(path), os.truncate(path, 400))),
     ("cut.png", lambda path: (noise(40, 40, 3).save(path), os.truncate(path, 2000))),
+    ("cut.jp2", lambda path: (decode_rotated(path), os.truncate(path, path.stat().st_size // 2))),
     ("dangling.jpg", lambda path: path.symlink_to("nowhere")),
     ("text named \udcff\n.png", lambda path: path.write_text("not an image")),
     ("pipe.png", lambda path: os.mkfifo(path)),

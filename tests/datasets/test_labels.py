@@ -137,6 +137,7 @@ def test_a_damaged_list_of_attributes_is_one_line(celeb, tmp_path, content):
     with pytest.raises(UserError, match=r"list_attr_celeba\.txt") as error:
         smiling(tmp_path)
     assert "\n" not in str(error.value)
+    assert ("UTF-16" in str(error.value)) == (b"\0" in content)
 
 
 def test_toy_faces_are_drawn_with_the_hair_of_their_class():

@@ -31,20 +31,17 @@ class Loader:
     no batch.
 
     Args:
-        source: the images.
-        image_size: height and width of the batches in pixels.
-        batch_size: images per batch.
-        cache_path: folder of the caches.
+        image_size: height and width S in pixels.
+        cache_path: folder of all caches.
         num_workers: decoding processes while the cache is built; 0 decodes in this process.
-        seed: determines the order of the images and which are flipped.
+        seed: determines the order of the images, and which are flipped and held out.
         hflip: flip half of the images horizontally.
         conditional: with labels.
         holdout: probability of each image to be held out, in [0, 1). A hash of the seed and its file name, number or
             key decides, whatever the other images are; if all are above it and it is not 0, the lowest is held out.
-        device, memory_format: of the batches.
 
     Attributes, of which all but `classes` are empty before `open`:
-        classes: the names of the classes; empty without labels.
+        classes: their names; empty without labels.
         images: all images (N, S, S, 3) in uint8, held out or not, on the GPU where they fit, otherwise memory-mapped.
         labels: the class of each image, (N,) int64 below `len(classes)`, on the device.
         training_labels: those of the images that are not held out.
@@ -79,7 +76,7 @@ class Loader:
         self.images: Tensor = torch.empty(0)
         self.labels = self.training_labels = torch.empty(0, dtype=torch.long)
         self.skipped: list[str] = []
-        self._epoch: int | None = None  # whose order and flips these are
+        self._epoch: int | None = None  # of `_order` and `_flip`
         self._order = self._flip = torch.empty(0)
         self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
         self._limit, self._held_out_checksum = 0.0, 0
@@ -89,8 +86,8 @@ class Loader:
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch, or than two of a class, could be read, or fewer than one batch, or
-                than one of a class, are not held out, or the cache cannot be read or written.
+            UserError: the cache cannot be read or written, or the images that could be read, or are not held out, are
+                too few for a batch or lack a class.
         """
         if len(self.images):
             return self
@@ -135,10 +132,7 @@ class Loader:
         return len(self._training) // self.batch_size
 
     def batch(self, batch_index: int, shard: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
-        """Return a batch by its number, counted from the start of training.
-
-        Args:
-            shard: the rows of the batch to return.
+        """Return the rows `shard` of a batch, whose number is counted from the start of training.
 
         Returns:
             images (B, 3, S, S) float32 in [-1, 1], and labels (B,) or None if there are no classes.
@@ -155,11 +149,7 @@ class Loader:
         return to_model_range(pixels).contiguous(memory_format=self.memory_format), self._labels_of(numbers)
 
     def held_out(self, index: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
-
-        Returns:
-            images (B, 3, S, S) and labels as `batch`.
-        """
+        """Return batch number `index` of up to `count` held-out images, as `batch`; after the last come the first."""
         rows = np.arange(min(count, len(self._held_out))) + index * count
         numbers = torch.from_numpy(self._held_out[rows % len(self._held_out)])
         return self.images_at(numbers), self._labels_of(numbers)
@@ -204,22 +194,21 @@ class Loader:
                 "another --seed"
             )
 
-    def _fetch(self, rows: Tensor) -> Tensor:
-        """Return the images of these rows, (B, S, S, 3) uint8, on the device."""
+    def _fetch(self, numbers: Tensor) -> Tensor:
+        """Return images by their numbers (B,): (B, S, S, 3) uint8, on the device."""
         if not self._staging:
-            return self.images[rows].to(self.device)
+            return self.images[numbers].to(self.device)
         # Two pinned buffers in turn: one is filled while the GPU still copies from the other.
         self._staging.reverse()
         buffer, copied = self._staging[0]
         copied.synchronize()
-        buffer = buffer[: len(rows)]
-        torch.index_select(self.images, 0, rows, out=buffer)
+        buffer = buffer[: len(numbers)]
+        torch.index_select(self.images, 0, numbers, out=buffer)
         batch = buffer.to(self.device, non_blocking=True)
         copied.record()
         return batch
 
     def _shuffle(self, epoch: int) -> None:
-        """Draw the order of an epoch and its flips."""
         random = np.random.default_rng([self.seed, epoch])
         count = len(self._training)
         self._order = torch.from_numpy(self._training[random.permutation(count)]).to(self.images.device)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tester
 from errors import UserError
-from metrics.evaluation import compute_metrics
+from metrics.scores import compute_metrics
 from training import checkpoint
 from training.resuming import load_test_checkpoint
 from utils import files_by_step

@@ -12,7 +12,7 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
-from metrics import evaluation
+from metrics import scores
 from networks.latents import as_arguments, class_rows, sample_z
 from parameter import Config
 from training import checkpoint
@@ -358,9 +358,9 @@ def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
     loader = SimpleNamespace(images=None, labels=torch.tensor([0] * 60 + [1] * 30 + [2] * 10),
                              source=SimpleNamespace(name="x", fingerprint="y"))  # fmt: skip
     given = []
-    monkeypatch.setattr(evaluation, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
+    monkeypatch.setattr(scores, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
     for _ in range(2):
-        evaluation.compute_metrics(config, lambda z, labels: given.append(labels), torch.zeros(1000, 16), loader)
+        scores.compute_metrics(config, lambda z, labels: given.append(labels), torch.zeros(1000, 16), loader)
     assert torch.equal(torch.cat(given[:2]), torch.cat(given[2:]))
     frequencies = torch.cat(given[:2]).bincount() / 1000
     assert (frequencies - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.06

@@ -20,10 +20,10 @@ class BrowserPage:
 
     Args:
         pointable: id of the element on which a position is chosen.
-        state: the page's function that returns its state, of which `ready` is there once all is decoded.
+        state: the page's function that returns its state, if it has one, of which `ready` is there once it is decoded.
     """
 
-    def __init__(self, browser: webdriver.Chrome, address: str, pointable: str, state: str, ready: str):
+    def __init__(self, browser: webdriver.Chrome, address: str, pointable: str, state: str = "", ready: str = ""):
         self.browser, self._state, self.ready = browser, state, ready
         self.command("Emulation.clearDeviceMetricsOverride")  # of an earlier test
         self.command("Emulation.setTouchEmulationEnabled", enabled=False)
@@ -36,7 +36,7 @@ class BrowserPage:
         return self.browser.execute_script(f"return window.{self._state}()")
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: (self.state() or {}).get(self.ready) is not None)
+        self.wait_for(lambda: not self.ready or (self.state() or {}).get(self.ready) is not None)
 
     def wait_for(self, condition: Any) -> None:
         WebDriverWait(self.browser, 20, poll_frequency=0.02).until(lambda _: condition())

@@ -94,14 +94,6 @@ class BrowserPage:
         assert self.browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def assert_quiet(browser: webdriver.Chrome) -> None:
-    """Check that the page has logged no error and requested nothing."""
-    log = browser.get_log("browser")
-    assert log == [], log
-    names = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
-    assert browser.execute_script(names) == []
-
-
 def bound(maps: np.ndarray) -> np.ndarray:
     """Largest error of the page in each value of a map (N, M), as stated by `quantize`."""
     peaks = maps.max(axis=1, keepdims=True)

@@ -3,12 +3,12 @@
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from page_tools import MARKUP, BrowserPage, Keys, assert_quiet, bound
+from page_tools import MARKUP, BrowserPage, Keys, bound
 from PIL import Image
 
 from visuals.attention_stats import AttentionSample, grid_sides
@@ -56,15 +56,14 @@ class Page(BrowserPage):
 
 
 @pytest.fixture
-def show(browser, tmp_path) -> Iterator[Callable[..., Page]]:
-    """A function that opens the page of some samples; after the test, check that it is quiet."""
+def show(quiet_browser, tmp_path) -> Callable[..., Page]:
+    """A function that opens the page of some samples."""
 
     def open_page(samples: Sequence[AttentionSample], title: str = "A title") -> Page:
         (tmp_path / "page.html").write_text(explorer_page(samples, title), encoding="utf-8")
-        return Page(browser, (tmp_path / "page.html").as_uri(), "image", "explorer", "layers")
+        return Page(quiet_browser, (tmp_path / "page.html").as_uri(), "image", "explorer", "layers")
 
-    yield open_page
-    assert_quiet(browser)
+    return open_page
 
 
 def test_maps_of_any_dtype_are_accepted_with_gradients():

@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_generator
-from page_tools import MARKUP, BrowserPage, Keys, assert_quiet, bound
+from page_tools import MARKUP, BrowserPage, Keys, bound
 from PIL import Image
 
 from networks.latents import slerp
@@ -96,15 +96,14 @@ class Page(BrowserPage):
 
 
 @pytest.fixture
-def show(browser, tmp_path) -> Iterator[Callable[..., Page]]:
-    """A function that opens the page of some grids; after the test, check that it is quiet."""
+def show(quiet_browser, tmp_path) -> Callable[..., Page]:
+    """A function that opens the page of some grids."""
 
     def open_page(grids: Sequence[Grid], title: str = "A title") -> Page:
         (tmp_path / "page.html").write_text(playground_page(grids, title), encoding="utf-8")
-        return Page(browser, (tmp_path / "page.html").as_uri(), "grid", "playground", "column")
+        return Page(quiet_browser, (tmp_path / "page.html").as_uri(), "grid", "playground", "column")
 
-    yield open_page
-    assert_quiet(browser)
+    return open_page
 
 
 def z_of(corners: torch.Tensor, side: int, column: int, row: int) -> torch.Tensor:

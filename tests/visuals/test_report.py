@@ -7,65 +7,58 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
 from conftest import SMALL
-from page_tools import BrowserPage, Keys, assert_quiet
+from page_tools import BrowserPage, Keys
 from PIL import Image
 
 import main
-from parameter import Config, option_groups
+from parameter import Config
 from training import recorder
 from visuals.curves import GRAY
 from visuals.report import FIGURE_SIZE, FRAMES, SAMPLE_SIZE, Run, picture, report_page
 
 NOW = datetime(2026, 11, 24, 14, 40)
-PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 HOSTILE = "</script><b>\"'&\udcff $data ${x}"
 NOISE = np.random.default_rng(0).integers(0, 256, (946, 768, 3), np.uint8)
 
 
-def run_of(config) -> Run:
-    groups = {title: {field.name: getattr(config, field.name) for field in fields}
-              for title, fields in option_groups().items()}  # fmt: skip
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    folders = (config.log_folder, config.sample_folder, config.attn_folder)
-    sizes = (config.total_step, config.imsize, config.batch_size)
-    return Run(config.version, *sizes, "cpu in fp32", *folders, groups, defaults)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Config:
-    """The configuration of a real run of 6 steps."""
-    root = tmp_path_factory.mktemp("run")
-    paths = {name: str(root / name) for name in PATHS}
+def finished(tmp_path_factory) -> tuple[Path, Run]:
+    """The folder of a real run of 6 steps, and what its recorder gave to the report."""
+    root, runs = tmp_path_factory.mktemp("run"), []
+    paths = {
+        name: str(root / name) for name in ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
+    }
     steps = {"total_step": 6, "log_step": 1, "sample_step": 2, "attn_step": 3}
-    config = Config(**SMALL, **paths, **steps, device="cpu", tune_malloc=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "report_page", lambda *_: "")
-        assert main.run(config) == 0
-    return config
+        patch.setattr(recorder, "report_page", lambda run, *_: runs.append(run) or "")
+        assert main.run(Config(**SMALL, **paths, **steps, device="cpu", tune_malloc=False)) == 0
+    return root, runs[-1]
 
 
 @pytest.fixture
-def toy_run(finished, tmp_path) -> Run:
-    """That run, with a copy of its results that a test may change."""
-    for name in PATHS:
-        shutil.copytree(getattr(finished, name), tmp_path / name)
-    return run_of(dataclasses.replace(finished, **{name: str(tmp_path / name) for name in PATHS}))
-
-
-@pytest.fixture
-def empty_run(make_config) -> Run:
-    """A run without results."""
-    run = run_of(make_config(total_step=100))
-    for folder in (run.log_folder, run.sample_folder, run.attn_folder):
+def empty_run(finished, tmp_path) -> Run:
+    """That run of 100 steps before it has results."""
+    root, run = finished
+    names = ("log_folder", "sample_folder", "attn_folder")
+    folders = {name: tmp_path / getattr(run, name).relative_to(root) for name in names}
+    for folder in folders.values():
         folder.mkdir(parents=True)
-    return run
+    return dataclasses.replace(run, total_step=100, **folders)
+
+
+@pytest.fixture
+def toy_run(finished, empty_run, tmp_path) -> Run:
+    """That run, with a copy of its results that a test may change."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(empty_run, total_step=6)
 
 
 def data_of(page):
@@ -214,20 +207,19 @@ def test_hostile_names(empty_run):
 
 
 @pytest.fixture
-def open_page(browser) -> Iterator[Callable[..., BrowserPage]]:
-    """A function that opens a page of a run; after the test, check that it is quiet."""
+def open_page(quiet_browser) -> Callable[..., BrowserPage]:
+    """A function that opens a page of a run."""
 
     def show(run: Run, page: str, width: int = 1280, scheme: str = "light") -> BrowserPage:
         path = run.log_folder / "report.html"
         path.write_text(page, encoding="utf-8")
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        shown = BrowserPage(browser, path.as_uri(), "slider")
+        quiet_browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        shown = BrowserPage(quiet_browser, path.as_uri(), "slider")
         shown.resize(width)
         return shown
 
-    yield show
-    assert_quiet(browser)
+    return show
 
 
 @pytest.mark.browser

@@ -2,29 +2,9 @@
 
     scores = compute_metrics(config, G, loader)  # those of --metrics
 
-Protocol. `num_images` images of the EMA generator (of G with `--use_ema false`) in evaluation mode, of z drawn from
-the seed, rounded to uint8, are compared with `num_images` real images from all over the training set (the first of
-every N // num_images images of N, in the order of the files; all if there are fewer), cropped and resized as in
-training, without flips. The classes of a conditional generator are drawn from the seed, as frequent as those of the
-real images. Arithmetic is float32 for any `--precision`. torch-fidelity computes
-
-- fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation, left out where each subset
-  would be all images) and isc (mean over 10 splits; isc_std) from the Inception network of the original FID, with its
-  own resize to 299x299;
-- precision, recall and f_score (prc) from VGG16, with its own resize to 224x224, by 3 nearest neighbors.
-
-faces is the face-detection rate: the fraction of generated images in which OpenCV's frontal-face cascade finds a face.
-faces_real is that of the real images, as a reference, because the detector misses some faces: it finds 0.96 on CelebA
-at 64x64, and 0 on noise.
-
-hog is the Fréchet distance of histograms of oriented gradients, of the shapes in the gray images: a measure without any
-network, which needs no download. hog_real is that between two halves of the real images, which are half as many, so
-that it is about twice what images as good as real ones would get.
-
-FID and hog fall as the number of images grows: compare values of equal `num_images` only. 10,000 or more are customary;
-below 2,048, the number of Inception features, prefer KID, which is unbiased.
-
-torch-fidelity and opencv-python-headless are optional dependencies, imported only for the metrics that need them.
+docs/metrics.md describes the metrics and their protocol. Compare values of equal `--metric_num` only: FID and the HOG
+distance fall as the number of images grows. torch-fidelity and opencv-python-headless are optional dependencies,
+imported only for the metrics that need them.
 """
 
 import importlib

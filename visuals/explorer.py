@@ -37,24 +37,19 @@ def _entries(sample: AttentionSample) -> list[dict]:
     """Return what the page's script reads, per image."""
     layers = {name: maps.detach().float().cpu().numpy() for name, maps in sample.maps.items()}  # (B, N, M)
     first = next(iter(layers.values()))
-    return [
-        {
+    side, _ = grid_sides(first)
+    entries = []
+    for index, pixels in enumerate(to_pixels(sample.images.float())):
+        row, column = divmod(query_points(first[index], 1)[0], side)  # the most distinctive query
+        entries.append({
             "group": sample.name,
             "class": sample.classes[index] if sample.classes else "",
             "size": pixels.shape[0],
             "pixels": compress(pixels.tobytes()),
-            "query": _initial_query(first[index]),
+            "query": ((column + 0.5) / side, (row + 0.5) / side),  # x and y of its center, as fractions of the image
             "layers": [_layer_entry(name, maps[index]) for name, maps in layers.items()],
-        }
-        for index, pixels in enumerate(to_pixels(sample.images.float()))
-    ]
-
-
-def _initial_query(maps: np.ndarray) -> tuple[float, float]:
-    """Return the most distinctive query of maps (N, M): x and y of its center, as fractions of the image."""
-    side, _ = grid_sides(maps)
-    row, column = divmod(query_points(maps, 1)[0], side)
-    return (column + 0.5) / side, (row + 0.5) / side
+        })  # fmt: skip
+    return entries
 
 
 def _layer_entry(name: str, maps: np.ndarray) -> dict:

@@ -85,7 +85,7 @@ def run(config: Config) -> int:
 
 def make_trainer(config: Config, device: "torch.device", precision: str, ranks: "Ranks") -> "Trainer":
     """Check all that a training needs before any work, open its data, and return its trainer."""
-    from metrics.evaluation import check_metrics
+    from metrics.scores import check_metrics
     from trainer import Trainer
     from training import resuming
     from training.run_folders import check_folders, warn_of_small_disk

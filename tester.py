@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from data_loader import Loader
 from datasets.labels import as_text, join_names
 from errors import UserError
-from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
+from metrics.scores import check_metrics, compute_metrics
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint

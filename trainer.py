@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_loader import Loader
 from errors import StopRequest, UserError, stop_on_signals, warn
-from metrics.evaluation import compute_metrics
+from metrics.scores import compute_metrics
 from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.ema import EMA
 from networks.latents import sample_z

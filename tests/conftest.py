@@ -204,6 +204,15 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
+def quiet_browser(browser):
+    """The browser. After the test, its page must have logged nothing and requested nothing."""
+    yield browser
+    log = browser.get_log("browser")
+    assert log == [], log
+    assert browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
+
+
+@pytest.fixture
 def start_process():
     """A function that starts a program in a session of its own. What still runs of it after the test is ended."""
     started = []

@@ -12,7 +12,7 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
-from metrics import evaluation
+from metrics import scores
 from networks.latents import class_rows, sample_z
 from parameter import Config
 from training import checkpoint
@@ -295,9 +295,9 @@ def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
     loader = SimpleNamespace(images=None, labels=labels, device=CPU,
                              source=SimpleNamespace(name="x", fingerprint="y"))  # fmt: skip
     given = []
-    monkeypatch.setattr(evaluation, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
+    monkeypatch.setattr(scores, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
     for _ in range(2):
-        evaluation.compute_metrics(config, lambda *inputs: given.append(inputs), loader)
+        scores.compute_metrics(config, lambda *inputs: given.append(inputs), loader)
     assert all(torch.equal(*pair) for old, new in zip(given[:2], given[2:], strict=True)
                for pair in zip(old, new, strict=True))  # fmt: skip
     frequencies = torch.cat([labels for _, labels in given[:2]]).bincount() / 1000

@@ -14,7 +14,7 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
-from metrics.evaluation import compute_metrics
+from metrics.scores import compute_metrics
 from training import checkpoint
 from training.guards import NonFiniteError
 from training.resuming import load_test_checkpoint

@@ -1,4 +1,4 @@
-"""Attention maps of both networks, and statistics of them: distance, entropy, non-local share.
+"""Statistics of attention maps: distance, entropy, non-local share.
 
 A map is (N, M): N queries and M keys on square grids over the same image, each row summing to 1. Where keys are pooled,
 a key's cell covers several queries; otherwise M = N.
@@ -80,7 +80,10 @@ def uniform_attention_stats(query_side: int, key_side: int) -> AttentionStats:
 
 def format_attention_stats(layers: Mapping[str, LayerStats]) -> str:
     """Format the result of `mean_attention_stats` as a table; numbers in brackets are those of uniform attention."""
-    grids = {layer: _grid_text(*sides) for layer, (sides, _) in layers.items()}
+    grids = {  # one side if queries and keys have the same grid
+        layer: " over ".join(f"{side} x {side}" for side in dict.fromkeys(sides))
+        for layer, (sides, _) in layers.items()
+    }
     width = max([7, *map(len, grids.values())]) + 3
     lines = [f"{'':<10}{'grid':<{width}}{'mean distance':<20}{'effective positions':<22}outside 3 x 3"]
     for layer, (sides, stats) in layers.items():
@@ -90,8 +93,3 @@ def format_attention_stats(layers: Mapping[str, LayerStats]) -> str:
         outside = f"{stats.non_local_share:.0%} ({uniform.non_local_share:.0%})"
         lines.append(f"{layer:<10}{grids[layer]:<{width}}{distance:<20}{positions:<22}{outside}")
     return "\n".join(lines)
-
-
-def _grid_text(query_side: int, key_side: int) -> str:
-    queries, keys = f"{query_side} x {query_side}", f"{key_side} x {key_side}"
-    return queries if queries == keys else f"{queries} over {keys}"

@@ -1,7 +1,6 @@
 """Figures as Pillow images: sample grids, animations, nearest training images, attention maps.
 
-Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), row i holding the attention of query i to
-all M keys, with queries and keys on square grids over the image.
+Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), see `visuals/attention_stats.py`.
 """
 
 import math
@@ -37,7 +36,7 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
 
     Args:
         columns: images per row; by default B / R for R named rows, otherwise as near to a square as B allows.
-        row_names: to write at the left of the rows; see `shorten`.
+        row_names: written at the left of the rows; see `shorten`.
     """
     pixels, gap = to_pixels(images), 2
     count, size = pixels.shape[:2]
@@ -87,10 +86,9 @@ def nearest_figure(samples: Tensor, neighbors: Tensor, distances: Tensor, footer
     """Draw a row per sample: the sample, then its nearest training images with their distances.
 
     Args:
-        samples: (K, 3, S, S) in [-1, 1].
-        neighbors: (K, M, 3, S, S) in [-1, 1], nearest first, on the device of the samples.
-        distances: (K, M).
-        footer: what the distances mean, one or more lines.
+        samples: (K, 3, S, S).
+        neighbors: (K, M, 3, S, S), nearest first, on the device of the samples.
+        distances: (K, M), which `footer` explains in one or more lines.
     """
     side, header = 96, 34
     height, lines = side + CAPTION + GAP, footer.count("\n") + 1
@@ -112,12 +110,7 @@ def nearest_figure(samples: Tensor, neighbors: Tensor, distances: Tensor, footer
 
 
 def attention_figures(samples: Sequence[AttentionSample], step: int) -> dict[str, Image.Image]:
-    """Return a figure per attention layer under names such as "G_attn1"; D's are of real images if there are any.
-
-    Args:
-        samples: from `collect_attention`.
-        step: for the titles.
-    """
+    """Return a figure per attention layer under names such as "G_attn1"; D's are of real images if there are any."""
     layers = {layer: (sample, maps) for sample in samples for layer, maps in sample.maps.items()}  # the last sample's
     return {
         layer.replace(" ", "_"): attention_figure(
@@ -136,10 +129,9 @@ def attention_figure(images: Tensor, attention: Tensor, title: str, classes: Seq
     """Draw a row per image: the image with its queries marked, then the attention map of each query.
 
     Args:
-        images: (B, 3, S, S) in [-1, 1].
-        attention: (B, N, M), rows summing to 1: sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys.
-        title: the figure's first line.
-        classes: the name of each image's class, to write below it.
+        images: (B, 3, S, S).
+        attention: (B, N, M).
+        classes: the name of each image's class, written below it.
     """
     attention = attention.cpu().numpy()
     keys = attention.shape[2]

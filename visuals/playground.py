@@ -39,7 +39,7 @@ def generate_grids(G: Generator, corners: Tensor, classes: Sequence[tuple[str, i
 
     Args:
         G: in evaluation mode.
-        corners: z (4, z_dim) at top left, top right, bottom left, bottom right.
+        corners: see `latent_grid`.
         classes: name and number of each class; [("", None)] for a network without classes.
     """
     image, *maps = G(corners[:1], _labels(classes[0][1], corners[:1]), return_attention=True)
@@ -69,12 +69,7 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
 
 
 def playground_page(grids: Sequence[Grid], title: str) -> str:
-    """Return the page as HTML.
-
-    Args:
-        grids: one for each class.
-        title: plain text.
-    """
+    """Return the page as HTML; `title` is plain text."""
     count, size = grids[0].pixels.shape[:2]
     entries = [
         {

@@ -33,7 +33,6 @@ SAMPLE_SIZE, FIGURE_SIZE = (720, 560), (768, 1200)  # pixels, at most
 PICTURE_BYTES = 70_000  # of a JPEG if possible; 4/3 of it as base64
 QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noise takes 81 kB
 
-
 LOSS_NOTE = "GAN losses do not track image quality."
 LOGIT_NOTE = "d_real is the mean of D(x), d_fake of D(G(z)): the closer they are, the less D separates real and fake."
 SIGN_NOTE = (
@@ -68,31 +67,22 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Memory", "memory_mib", "MiB", ""),
     ("Learning rates", "lr/.*", "", ""),
 )
-NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")
+NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")  # all other names have a chart
 
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change during a run.
-
-    Attributes:
-        title: its name.
-        machine: device and precision, such as "cpu in fp32".
-        log_folder: where the page will be; its links are relative to it.
-        options: the configuration by group.
-        defaults: the default of each option.
-        classes: the names of the classes, if there are any.
-    """
+    """What does not change during a run."""
 
     title: str
     total_step: int
     image_size: int
     batch_size: int
-    machine: str
-    log_folder: Path
+    machine: str  # device and precision, such as "cpu in fp32"
+    log_folder: Path  # where the page will be; its links are relative to it
     sample_folder: Path
     attn_folder: Path
-    options: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Mapping[str, Any]]  # the configuration by group
     defaults: Mapping[str, Any]
     classes: Sequence[str] = ()
 
@@ -103,15 +93,14 @@ def report_page(
     """Return the page after `step` finished steps, as HTML of less than 8 MB; files of later steps are ignored.
 
     Args:
-        command: the command line that resumes the run.
+        command: resumes the run.
         updated: the time to show.
         state: "running", or why the run ended before its last step.
         best: "step", "metric" and "score" of the best checkpoint, if there is one.
     """
     log = read_curves(run.log_folder, step)
-    frames = _frames(run.sample_folder, step)
     data = {
-        "frames": frames,
+        "frames": _frames(run.sample_folder, step),
         "real": picture(run.sample_folder / "real.png", SAMPLE_SIZE),
         "folder": _link(run.sample_folder, run.log_folder),
     }
@@ -193,7 +182,7 @@ def picture(path: Path, size: tuple[int, int]) -> str:
 
 
 def _attention(run: Run, step: int) -> str:
-    """Return the section of the newest attention figures, whatever layers there are, and the newest explorer."""
+    """Return the section of each layer's newest attention figure and of the newest explorer."""
     explorer = _newest(run.attn_folder, "explorer.html", step)
     link = f'<a href="{_link(explorer, run.log_folder)}">Open interactive viewer →</a>' if explorer else ""
     endings = {path.name.partition("_")[2] for path in run.attn_folder.glob("*_attn*.png")}

@@ -330,7 +330,7 @@ def evaluations(monkeypatch, *scores):
         return score
 
     monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
-    monkeypatch.setattr("metrics.evaluation.check_metrics", lambda *_: None)
+    monkeypatch.setattr("metrics.scores.check_metrics", lambda *_: None)
 
 
 def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):

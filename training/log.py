@@ -18,11 +18,11 @@ class RunLog:
     A failed write costs the entry: a warning.
 
     Args:
-        folder: the run's log folder.
         step: finished steps at the start; a resumed run logs the later ones again.
         use_tensorboard: write TensorBoard's event files too.
 
     Raises:
+        UserError: tensorboardX cannot be imported.
         OSError: the folder cannot be written at the start.
     """
 

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, build_trainer
+from conftest import assert_same_weights, build_trainer, log
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
@@ -309,8 +309,8 @@ def test_metrics_leave_training_unchanged(make_trainer, deterministic, small_ext
     for trainer in trainers:
         assert trainer.train() == 0
     assert_same_weights(*trainers)
-    lines = (trainers[1].config.log_folder / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 8 and all(math.isfinite(json.loads(line)["fid"]) for line in lines)
+    entries = log(trainers[1].config.log_folder, "fid")
+    assert len(entries) == 8 and all(math.isfinite(entry["fid"]) for entry in entries)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0])

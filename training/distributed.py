@@ -151,7 +151,7 @@ class Ranks:
 
 
 class Launch(NamedTuple):
-    """This process among those of its run: its rank, the number of ranks, and its rank on its machine."""
+    """This process among those of its run; `size` is their number, `local_rank` counts those of its machine."""
 
     rank: int = 0
     size: int = 1

@@ -17,25 +17,21 @@ Inputs = Sequence[dict[str, Tensor]]  # of each update
 def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
     """Return whether to capture the step; print the reason where `--cuda_graph auto` falls back to eager.
 
-    Args:
-        cuda_graph: the option: auto, true or false.
-        world_size: number of ranks; an all-reduce of gradients is not captured.
+    The all-reduce of gradients between ranks is not captured.
 
     Raises:
         UserError: `--cuda_graph true` on several ranks, or without an NVIDIA GPU.
     """
-    if cuda_graph == "false":
+    if cuda_graph == "true" and (device.type != "cuda" or world_size > 1):
+        raise UserError(
+            f"--cuda_graph true needs an NVIDIA GPU and a single process; this run has {world_size} on {device}: "
+            "use --cuda_graph auto"
+        )
+    if cuda_graph == "false" or device.type != "cuda":
         return False
-    if device.type != "cuda":
-        if cuda_graph == "true":
-            raise UserError(f"--cuda_graph true needs an NVIDIA GPU, this run is on {device}: use --cuda_graph auto")
-        return False
-    if world_size == 1:
-        return True
-    if cuda_graph == "true":
-        raise UserError("--cuda_graph true works in a single process only; use --cuda_graph auto")
-    print("CUDA graph disabled, running eagerly: gradients are all-reduced between ranks")
-    return False
+    if world_size > 1:
+        print("CUDA graph disabled, running eagerly: gradients are all-reduced between ranks")
+    return world_size == 1
 
 
 class GraphedStep:
@@ -96,13 +92,8 @@ class GraphedStep:
             torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
             if not self.fallback:
                 raise
-            print(f"CUDA graph disabled, running eagerly: {one_line(_first_cause(error))}")
+            while error.__context__:  # leaving a failed capture raises further, less specific errors
+                error = error.__context__
+            print(f"CUDA graph disabled, running eagerly: {one_line(error)}")
         else:
             self.graph = graph
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """Return what went wrong first: leaving a failed capture raises further, less specific errors."""
-    while error.__context__:
-        error = error.__context__
-    return error

@@ -151,7 +151,7 @@ class Ranks:
 
 
 class Launch(NamedTuple):
-    """This process among those of its run: its rank, the number of ranks, and its rank on its machine."""
+    """This process among those of its run; `size` is their number, `local_rank` counts those of its machine."""
 
     rank: int = 0
     size: int = 1
@@ -162,36 +162,27 @@ def read_launch() -> Launch:
     """Return what the environment says; a single process without a WORLD_SIZE above 1, whatever else is set.
 
     Raises:
-        UserError: a variable is missing, or is no number in its range.
+        UserError: a variable is missing or wrong.
     """
-    size = _read_number("WORLD_SIZE", 1, 2**20) if "WORLD_SIZE" in os.environ else 1
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return Launch()
     local = next((name for name in LOCAL_RANKS if name in os.environ), "LOCAL_RANK")
-    missing = [name for name in ("RANK", local, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"the environment has WORLD_SIZE={size} and no {', '.join(missing)}: start the processes with torchrun, "
-            "or unset WORLD_SIZE for a single one"
-        )
-    _read_number("MASTER_PORT", 1, 2**16 - 1)
-    return Launch(_read_number("RANK", 0, size - 1), size, _read_number(local, 0, size - 1))
-
-
-def _read_number(name: str, low: int, high: int) -> int:
-    text = os.environ[name]
-    if not (text.isdecimal() and low <= int(text) <= high):
-        raise UserError(f"the environment variable {name} must be a number from {low} to {high}, not '{text}'")
-    return int(text)
+    texts = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", local, "MASTER_PORT", "MASTER_ADDR")}
+    *numbers, address = texts.values()
+    if address and all(text.isdecimal() for text in numbers):
+        size, rank, local_rank, port = map(int, numbers)
+        if rank < size and local_rank < size and 0 < port < 2**16:
+            return Launch(rank, size, local_rank)
+    found = ", ".join(f"{name}='{text}'" for name, text in texts.items())
+    raise UserError(
+        f"the environment does not describe the processes of a run ({found}): start them with torchrun, or unset "
+        "WORLD_SIZE for a single one"
+    )
 
 
 @contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """Discard what is printed inside, unless this is rank 0.
-
-    Raises:
-        UserError: see `read_launch`.
-    """
+    """Discard what is printed inside, unless this is rank 0. Raises `UserError` as `read_launch` does."""
     with ExitStack() as stack:
         if read_launch().rank:
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -239,21 +230,13 @@ def process_group(device: str) -> Iterator[Ranks]:
 
 
 def processes_to_start(device: str, train: bool) -> int:
-    """Return, and print, how many processes `--parallel true` starts: one per visible GPU. 1 is this one alone."""
+    """Return how many processes `--parallel true` starts, one per visible GPU; 1 if this process runs alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ or read_launch().size > 1:  # this is one of them
         return 1
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if gpus > 1 and train:
-        print(f"--parallel true starts {gpus} processes, one per visible GPU")
-        return gpus
-    if not train:
-        reason = "--train false runs in one process"
-    elif gpus:
-        reason = "only one GPU"
-    else:
-        reason = "no GPU" if device in ("auto", "cuda") else f"--device {device}"
-    print(f"--parallel true ignored: {reason}")
-    return 1
+    gpus = torch.cuda.device_count() if train and device in ("auto", "cuda") else 0
+    if gpus <= 1:
+        print("--parallel true ignored: it needs --train true, --device auto or cuda, and more than one GPU")
+    return max(gpus, 1)
 
 
 def launch(processes: int) -> int:

@@ -54,11 +54,8 @@ class OverfittingCheck:
     def __init__(self, epoch: int, has_holdout: bool, has_augment: bool):
         self._steps = max(epoch, MIN_STEPS)
         # In a run that is going, D has seen all images: none of them can be held out any more.
-        self._test = (
-            "see d_train and d_holdout"
-            if has_holdout
-            else "--holdout 0.05 shows it, if a new run has it from the start"
-        )
+        new_run = "--holdout 0.05 shows it, if a new run has it from the start"
+        self._test = "see d_train and d_holdout" if has_holdout else new_run
         self._remedy = "More images help" + ("" if has_augment else ", or --augment color,translation,cutout")
         self._since = self._count = 0  # step of the first of the values above the limit without a break; how many
         self._warned = False

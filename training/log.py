@@ -18,11 +18,11 @@ class RunLog:
     A failed write costs the entry: a warning.
 
     Args:
-        folder: the run's log folder.
         step: finished steps at the start; a resumed run logs the later ones again.
         use_tensorboard: write TensorBoard's event files too.
 
     Raises:
+        UserError: tensorboardX cannot be imported.
         OSError: the folder cannot be written at the start.
     """
 
@@ -38,25 +38,24 @@ class RunLog:
                 from tensorboardX import SummaryWriter  # takes a second to import
             except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
                 raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # marks later entries
             # An error would end tensorboardX's thread, and `add_scalar` would wait for it without end.
             with suppress(AttributeError):  # names that are its own, which another release may change
                 events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
                 events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
                 events.close = tolerate(events.close)
-        if self._writer and not use_tensorboard:  # it has marked the entries after `step` as purged
-            self._writer.close()
-            self._writer = None
+            if not use_tensorboard:
+                self._writer.close()
+                self._writer = None
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        writer, self._writer = self._writer, None
         with self._tolerate:
-            if writer:
-                writer.close()
+            if self._writer:
+                self._writer.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a log entry. TensorBoard groups curves by the part of their name before "/"."""

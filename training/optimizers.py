@@ -43,8 +43,6 @@ class Schedule:
 
     Attributes:
         kind: constant, exponential or linear.
-        decay: factor per epoch of exponential.
-        total_step: step at which linear reaches 0.
         epoch_steps: steps per epoch.
         start_step, start_epochs, start_factor: step from which these options hold, epochs done and factor there.
     """

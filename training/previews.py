@@ -21,9 +21,9 @@ class Previews:
 
     Args:
         loader: opened.
-        G, ema, D: the networks; `ema` is the EMA generator.
+        ema: the EMA generator.
         fixed_z: latents (B, z_dim) of the sample grids.
-        precision: of the training, fp32, tf32 or bf16.
+        precision: fp32, tf32 or bf16.
     """
 
     def __init__(

@@ -5,16 +5,19 @@ The trainer passes tensors and goes on; whatever takes time happens in a backgro
 
 import copy
 import dataclasses
+import functools
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,8 +74,7 @@ class Recorder:
         self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
         self._prints_lines, self._line_due = not sys.stderr.isatty(), 0.0
-        results = ("sample grids", "attention figures", "the explorer", "the report")
-        self._tolerate = {name: Tolerate(name) for name in results}
+        self._tolerate = functools.cache(Tolerate)  # one of each name, because it warns once
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
             init_folders(config, step, loader.skipped, len(loader.source.items))
@@ -142,20 +144,21 @@ class Recorder:
 
     def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
-        with self._tolerate["sample grids"]:
+        with self._tolerate("sample grids"):
             sample_grid(images, row_names=self._row_names).save(self.config.sample_folder / f"{name}.png")
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row."""
-        self._background.submit(self._tolerate["sample grids"](self._write_samples), step, images)
+        self._background.submit(self._tolerate("sample grids")(self._write_samples), step, images)
 
     def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write a figure for each attention layer, `{step}_{layer}.png`."""
-        self._background.submit(self._tolerate["attention figures"](self._write_attention), step, samples)
+        self._background.submit(self._tolerate("attention figures")(self._write_attention), step, samples)
 
     def explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write the interactive page of the attention maps, `{step}_explorer.html`."""
-        self._background.submit(self._tolerate["the explorer"](self._write_explorer), step, samples)
+        write = self._tolerate("the explorer")(write_explorer)
+        self._background.submit(write, self.config.attn_folder, self.config.version, step, samples)
 
     def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
         """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
@@ -170,45 +173,34 @@ class Recorder:
         return 0 < self.config.save_minutes <= (time.monotonic() - self._saved_at) / 60
 
     def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
-        folder, config = self.config.sample_folder, self.config
-        for name, batch in images.items():
-            grid = sample_grid(batch, row_names=self._row_names)
-            grid.save(folder / f"{step}_{name}.png")
-            self._log.image(step, f"samples/{name}", grid)
-            if config.keep_samples:
-                thin_results(folder, f"{name}.png", config.sample_step, config.keep_samples, step)
+        grids = {name: sample_grid(batch, row_names=self._row_names) for name, batch in images.items()}
+        self._write_pictures("samples", self.config.sample_folder, step, grids, self.config.sample_step)
 
     def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
-        folder, config = self.config.attn_folder, self.config
-        for name, figure in attention_figures(samples, step).items():
-            figure.save(folder / f"{step}_{name}.png")
-            self._log.image(step, f"attention/{name}", figure)
-            if config.keep_samples:
-                thin_results(folder, f"{name}.png", config.attn_step, config.keep_samples, step)
+        figures = attention_figures(samples, step)
+        self._write_pictures("attention", self.config.attn_folder, step, figures, self.config.attn_step)
 
-    def _write_explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
-        write_explorer(self.config.attn_folder, self.config.version, step, samples)
+    def _write_pictures(self, kind: str, folder: Path, step: int, pictures: Mapping[str, Image], interval: int) -> None:
+        for name, picture in pictures.items():
+            picture.save(folder / f"{step}_{name}.png")
+            self._log.image(step, f"{kind}/{name}", picture)
+            if self.config.keep_samples:
+                thin_results(folder, f"{name}.png", interval, self.config.keep_samples, step)
 
     def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool) -> None:
         self._log.flush()  # a run that resumes here finds all log entries up to here
-        checkpoint.save(
-            self.config.model_folder,
-            name,
-            state,
-            export=export,
-            keep_checkpoints=self.config.keep_checkpoints,
-        )
+        config = self.config
+        checkpoint.save(config.model_folder, name, state, export=export, keep_checkpoints=config.keep_checkpoints)
         if name != "best":
             self._written_step = name
-            if time.monotonic() >= self._report_due and name < self.config.total_step:  # otherwise `_finish` writes it
+            if time.monotonic() >= self._report_due and name < config.total_step:  # otherwise `_finish` writes it
                 self._write_report("running")
 
     def _write_report(self, state: str) -> None:
-        """Write the report of the run up to its newest checkpoint."""
         start = time.monotonic()
         command = self.config.command_line(pretrained_model=str(self._written_step))
         path = self.config.log_folder / "report.html"
-        with self._tolerate["the report"]:
+        with self._tolerate("the report"):
             page = report_page(self._run, self._written_step, command, datetime.now(), state, self.best)
             write_atomically({path: page.encode()})  # a browser may reload it at any time
         end = time.monotonic()

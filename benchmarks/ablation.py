@@ -15,6 +15,7 @@ by side, and curves. The default metrics need OpenCV only; with torch-fidelity, 
 
 import argparse
 import ctypes
+import io
 import itertools
 import math
 import os
@@ -39,7 +40,7 @@ from training import checkpoint
 from training.models import build_networks
 from training.resuming import changed_options
 from training.run_folders import lock_folders
-from utils import check_writable, setup_device
+from utils import check_writable, setup_device, write_atomically
 from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
 PROGRAM = "benchmarks/ablation.py"
@@ -158,7 +159,7 @@ def check_run(run: Run) -> None:
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
     if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
         raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
-    if "data" in state and make_loader(config, CPU).open().fingerprint != state["data"]:
+    if make_loader(config, CPU).open().fingerprint != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
         read_run(run)
@@ -180,12 +181,14 @@ def share_weights(runs: Sequence[Run]) -> None:
             torch.manual_seed(config.seed)
             G, D = build_networks(config, len(classes))
             networks = {"G": G.state_dict(), "D": D.state_dict()}
+        contents = {}
         for part, own in networks.items():
             weights = {key: pool.setdefault((part, key, value.shape), value) for key, value in own.items()}
-            if not steps:
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.save(weights, folder / f"0_{part}.tmp")
-                os.replace(folder / f"0_{part}.tmp", folder / f"0_{part}.pth")
+            torch.save(weights, buffer := io.BytesIO())
+            contents[folder / f"0_{part}.pth"] = buffer.getbuffer()
+        if not steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(contents)
 
 
 def train(run: Run) -> int:

@@ -193,20 +193,16 @@ def share_weights(runs: Sequence[Run]) -> None:
 
 def train(run: Run) -> int:
     """Run main.py until its last step, or a signal, which is passed on. Returns its exit code, as a shell has it."""
-    received, process = [], None
-
-    def receive(number: int, _: object) -> None:
-        received.append(number)
-        if process:
-            process.send_signal(number)
-
     # In a session of its own: Ctrl-C in a terminal would reach it twice, and the second one ends it without saving.
     # PR_SET_PDEATHSIG, 1: when this process is killed, the system sends it SIGTERM, which saves a checkpoint.
     options = {"start_new_session": True, "preexec_fn": LIBC and (lambda: LIBC.prctl(1, signal.SIGTERM))}
+    process, received = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], **options), []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
     with handle_signals(receive, stop_signals()):
-        process = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], **options)
-        if received:  # before there was a process
-            process.send_signal(received[0])
         code = process.wait()
     return 128 - code if code < 0 else code or (128 + received[0] if received else 0)
 

@@ -99,8 +99,7 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     """Return all runs, seed by seed.
 
     Args:
-        vary: the name and the values of each option that differs.
-        out: the folder of the results.
+        vary: name and values of each option that differs.
         arguments: options of main.py for all runs.
 
     Raises:
@@ -128,8 +127,12 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
         variant = ",".join(varied)
         if not NAME.check(version := f"{variant},seed={seed}"):
             raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
-        own = [*(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
-        own += ["--pretrained_model=auto"]
+        own = [
+            *(f"--{option}" for option in varied),
+            f"--seed={seed}",
+            f"--version={version}",
+            "--pretrained_model=auto",
+        ]
         runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], PROGRAM)))
     for name, *values in vary:
         if len({getattr(run.config, name) for run in runs}) < max(2, len(values)):
@@ -232,7 +235,6 @@ def final_value(name: str, points: np.ndarray) -> float:
 
 
 def names_in(results: Results) -> list[str]:
-    """Return the names of all curves, in the order of `NAMES`."""
     return [name for name in NAMES if any(name in curves for seeds in results.values() for curves in seeds.values())]
 
 
@@ -255,11 +257,7 @@ def _format(value: float) -> str:
 
 
 def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], Path]) -> None:
-    """Draw the sample grids, a column for each variant and a row for each seed, and below them the curves.
-
-    Args:
-        grids: the sample grids by variant and seed, of which some may be missing.
-    """
+    """Draw the grids, if they exist, a column for each variant and a row for each seed, and below them the curves."""
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
     rows = math.ceil(len(shown) / 2)

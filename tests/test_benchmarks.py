@@ -93,20 +93,6 @@ def test_work_of_convolutions():
     assert work == Work(9 * 3 * (2 * 4 * 8 * 8 * 2 * 3), saved_bytes=9 * 4 * (4 * 2 * 8 * 8), parameters=2 * 3)
 
 
-def test_a_step_computes_no_gradients_that_are_not_used(make_trainer):
-    """By its matrix FLOP. A backward has those of the forward for the gradients of inputs, and again for weights."""
-    d, z_dim, z = 8, 16, torch.randn(2, 16)
-    trainer = make_trainer(model="paper", imsize=64, batch_size=2, z_dim=z_dim, g_conv_dim=d, d_conv_dim=d)
-    real, _ = trainer.loader.batch(0)
-    G, D = (step_work(lambda: network(x)).flop for network, x in ((trainer.G, z), (trainer.D, real)))  # noqa: B023
-    g_first = 2 * 2 * z_dim * 16 * d * 4 * 4
-    d_first = 2 * 2 * 3 * d * (9 * 64 * 64 + 32 * 32)
-    d_products = 2 * 2 * 1024 * 256 * (d // 8 + d // 2)  # of queries and keys, of maps and values: without weights
-    update_of_D = G + 2 * (3 * D - d_first)  # real and fake; no gradients of the images
-    update_of_G = 3 * G - g_first + 2 * D + d_products  # none of z, none of D's weights
-    assert step_work(lambda: trainer.updates([{"real": real, "z": z}, {"z": z}])).flop == update_of_D + update_of_G
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():

@@ -126,6 +126,12 @@ def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
             for key in one.keys() & other.keys():
                 assert one[key].shape != other[key].shape or torch.equal(one[key], other[key]), key
 
+    path = Path("out/models/g_conv_dim=8,attention=full,seed=0/0_D.pth")  # those of a run that is started stay
+    torch.save({key: value * 0 for key, value in first.items()}, path)
+    before = path.read_bytes()
+    assert run_main([["g_conv_dim", "8", "32"], ["attention", "none", "full"]], *NARROW) == 7
+    assert path.read_bytes() == before
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell that a process was killed")
 def test_a_killed_ablation_ends_its_run(start_process, tmp_path):

@@ -60,18 +60,17 @@ def test_the_step_after_waiting_for_other_contenders_is_not_counted():
 
 
 @pytest.mark.slow
-def test_step_measures_each_setting(output_of, tmp_path):
-    """In processes of their own; what cannot be measured is refused before anything is."""
+def test_step_measures_contenders(output_of, tmp_path):
+    """Each in a process of its own; what cannot be measured is refused before anything is."""
     with pytest.raises(SystemExit):
         output_of(step, "--device cpu --model sagan,paper --imsize 32")
-    words = "--device cpu --imsize 32 --batch_size 2,4 --rounds 1 --only 'ours fp32' --json"
+    words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
     lines = output_of(step, f"{words} {tmp_path / 'results.json'}")
-    assert [line for line in lines if line.startswith("cpu, ")] == [
-        "cpu, sagan, 32x32, batch 2: 1 GFLOP per step", "cpu, sagan, 32x32, batch 4: 2 GFLOP per step"]  # fmt: skip
-    records = json.loads((tmp_path / "results.json").read_text())
-    assert [(record["batch_size"], record["precision"], record["speedup"]) for record in records] == [
-        (2, "fp32", None), (4, "fp32", None)]  # fmt: skip
-    assert all(record["ms_per_step"] > 0 and record["peak_mib"] > 0 for record in records)
+    assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert (record["batch_size"], record["precision"], record["speedup"]) == (4, "fp32", None)
+    assert record["ms_per_step"] > 0 and record["peak_mib"] > 0
+    assert lines[-1].startswith(f"| this repository, fp32, eager | {record['ms_per_step']:.2f} (")
 
 
 def test_speedup_and_floor():
@@ -96,7 +95,7 @@ def test_work_of_convolutions():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():
-    assert run_trials(2) == (2, 2)
+    assert run_trials(1) == (1, 1)
 
 
 @pytest.mark.slow

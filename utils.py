@@ -1,4 +1,4 @@
-"""Devices, precision, memory, seeds, the EMA generator, stop signals, files named by step, progress bars."""
+"""Devices, precision, memory, seeds, atomic writes, files named by step, progress bars."""
 
 import ctypes
 import errno

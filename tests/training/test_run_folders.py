@@ -134,7 +134,7 @@ def test_pictures_after_the_newest_checkpoint_go_when_a_run_resumes(make_config)
 def test_overwrite_removes_the_results_of_later_steps(make_trainer):
     trainer = make_trainer(model_save_step=0.2, sample_step=1, attn_step=1)
     trainer.train()
-    config = dataclasses.replace(trainer.config, overwrite=True)
+    config = dataclasses.replace(trainer.config, overwrite=True, pretrained_model="latest")
     for name in ("test_3", "test_2", "test_x"):
         (config.sample_folder / name).mkdir()
     checkpoint.save(config.model_folder, "best", {"step": 2, "G": {}, "D": {}})

@@ -117,7 +117,7 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
     if config.overwrite and _starts_course(config):
         step = 0
         (config.log_folder / "metrics.jsonl").unlink(missing_ok=True)
-    for path in list(_later_results(config, step, KINDS if config.overwrite else ["pictures"])):
+    for path in _later_results(config, step, KINDS if config.overwrite else ["pictures"]):
         if path.is_dir():
             remove_test_results(path)
         else:

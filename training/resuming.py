@@ -46,11 +46,7 @@ class TestNetworks(NamedTuple):
 
 
 def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetworks:
-    """Return the networks of a checkpoint: the EMA generator with `--use_ema`, if it has one; D if it has one.
-
-    Raises:
-        UserError: the checkpoint is incomplete.
-    """
+    """Return the networks of a checkpoint, with `--use_ema` the EMA generator; `UserError` if it is incomplete."""
     classes = saved_classes(saved)
     is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
     G, D = build_networks(config, len(classes))
@@ -70,9 +66,9 @@ def saved_architecture(saved: checkpoint.Checkpoint) -> dict[str, int | str | bo
         UserError: these are none of `MODELS`.
     """
     model, sizes = _generator_sizes(saved)
-    options = {"model": model, "conditional": sizes["num_classes"] > 0}
-    options |= {"attention": "full" if sizes["has_attention"] else "none", "imsize": sizes["image_size"]}
-    options |= {"z_dim": sizes["z_dim"], "g_conv_dim": sizes["conv_dim"]}
+    attention = "full" if sizes["has_attention"] else "none"
+    options = {"model": model, "conditional": sizes["num_classes"] > 0, "attention": attention}
+    options |= {"imsize": sizes["image_size"], "z_dim": sizes["z_dim"], "g_conv_dim": sizes["conv_dim"]}
     if saved.D is not None:
         with checkpoint.reraise_load_errors(saved.step):
             options["d_conv_dim"] = recognize("discriminator", saved.D)[1]["conv_dim"]
@@ -120,35 +116,24 @@ def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]
 
 @dataclass
 class TrainingState:
-    """All that the next step depends on, saved and loaded as one; random numbers and batches follow from seed and step.
+    """All that the next step depends on, saved and loaded as one. Random numbers and batches follow from the step."""
 
-    Attributes:
-        step: finished steps.
-        ema: the network of the EMA.
-        fixed_z: latents (B, z_dim) of the sample grids.
-    """
-
-    step: int
+    step: int  # finished ones
     G: nn.Module
     D: nn.Module
-    ema: nn.Module
+    ema: nn.Module  # the network
     g_optimizer: Adam
     d_optimizer: Adam
-    fixed_z: Tensor
+    fixed_z: Tensor  # (B, z_dim), latents of the sample grids
     schedule: Schedule
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, tensors and state dicts by the names above."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        parts["schedule"] = dataclasses.asdict(self.schedule)
+        parts = vars(self) | {"schedule": dataclasses.asdict(self.schedule)}
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint; from weights alone, such as the reference's, with new optimizers and a new EMA.
-
-        Raises:
-            UserError: it is incomplete or of other networks.
-        """
+        """Continue from a checkpoint; weights alone get new optimizers and a new EMA. `UserError` if parts are missing."""
         self.step = saved.step
         parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
         with checkpoint.reraise_load_errors(saved.step):
@@ -183,11 +168,8 @@ def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
     """Return the checkpoint that `--train false` evaluates, and the options with those of its networks and data.
 
-    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it. The
-    results of a file go to the `--version` that its folder is named after, unless the command line has another.
-
-    Args:
-        given: names of the options on the command line.
+    Options on the command line, whose names are `given`, are kept; a line says which others are the checkpoint's, and
+    which differ from it. The results of a file go to the `--version` that its folder is named after.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks than the command line says.
@@ -252,17 +234,16 @@ def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """List how this run's options differ from those in a checkpoint, maybe of another version of this program."""
-    current = dataclasses.asdict(config)
     # The default of an option that an older version lacks is what that version did.
     saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
-    for name in current | saved:
+    for name, value in saved.items():
         if name in ("pretrained_model", "overwrite", "version"):  # these are expected to differ
             continue
-        if name not in current:
-            changes.append(f"{name} {option_text(saved[name])} (no longer an option)")
-        elif current[name] != saved[name]:
-            changes.append(f"--{name} {option_text(current[name])} (was {option_text(saved[name])})")
+        if not hasattr(config, name):
+            changes.append(f"{name} {option_text(value)} (no longer an option)")
+        elif (current := getattr(config, name)) != value:
+            changes.append(f"--{name} {option_text(current)} (was {option_text(value)})")
     return changes
 
 

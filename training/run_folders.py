@@ -70,11 +70,7 @@ def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def lock_folders(config: Config) -> Iterator[None]:
-    """Create the folders and lock them for this process until the context ends or the process dies.
-
-    Raises:
-        UserError: another run has locked one of them.
-    """
+    """Create the folders and lock them until the context or the process ends; `UserError` if another run has them."""
     folders = {os.path.realpath(folder): folder for folder in config.folders.values()}.values()  # some may be the same
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ class TrainingState:
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint; weights alone get new optimizers and a new EMA. `UserError` if it does not fit."""
+        """Continue from a checkpoint; weights alone get new optimizers and EMA. `UserError` if it does not fit."""
         self.step = saved.step
         parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
         with checkpoint.reraise_load_errors(saved.step):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_export
 
 from errors import UserError, warn_once
 from training import checkpoint
@@ -114,19 +113,6 @@ def test_weights_of_the_references_parallel_and_of_torchs_format_before_zip(tmp_
         prefixed = {"module.weight": sign * make_state(1)["numbers"]}
         torch.save(prefixed, tmp_path / f"1_{part}.pth", _use_new_zipfile_serialization=False)
     assert_is(checkpoint.load(tmp_path, "1"), 1, full=False)
-
-
-def test_an_export_is_a_generator_alone(tmp_path):
-    pytest.importorskip("safetensors")
-    path = tmp_path / "generator.safetensors"
-    write_export(path, "sagan", 32)
-    loaded = checkpoint.load(tmp_path, path, needs_D=False)
-    assert (loaded.step, loaded.D, loaded.state, loaded.metadata["model"]) == (7, None, None, "sagan")
-    with pytest.raises(UserError, match="no discriminator"):
-        checkpoint.load(tmp_path, path)
-    os.truncate(path, 1000)
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(tmp_path, path, needs_D=False)
 
 
 class Bomb:

@@ -21,6 +21,7 @@ def test_weights_tell_the_network_that_they_load_into(name, imsize, num_classes,
         weights = network.state_dict()
         assert recognize(kind, weights) == (name, {"image_size": imsize, **options, **own[kind]})
         empty = build_empty(kind, *recognize(kind, weights))
+        assert all(parameter.is_meta for parameter in empty.parameters())
         empty.load_state_dict(weights, assign=True)
         assert checksum(empty.state_dict()) == checksum(weights) != checksum(other.state_dict())
 

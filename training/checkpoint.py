@@ -5,17 +5,16 @@ A checkpoint is one file, `{step}_state.pth`: G, D and all else that the next st
 A checkpoint that is only for resuming has no exports, and is removed when it is no longer one of the newest.
 
 Crash safety: all three files are written under temporary names and flushed to the disk, so that a full disk changes
-nothing. Then the state file is renamed, and the exports after it. A process killed before the first rename leaves the
-earlier checkpoints as they were; one killed after it leaves a complete checkpoint whose exports are missing, or are
-those of an earlier save of the same step. In the other order it could leave exports without a state file, which look
-like weights saved by the reference.
+nothing, then renamed, the state file first. A process killed between two renames leaves a complete checkpoint whose
+exports are missing, or are those of an earlier save of the same step. In the other order it could leave exports without
+a state file, which look like weights saved by the reference.
 """
 
 import io
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from errors import UserError, one_line, warn
 from utils import files_by_step, write_atomically
 
 EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of generator.safetensors
-PARTS = ("state", "G", "D")  # in the order in which the files are renamed
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 
 
@@ -48,33 +46,28 @@ class Checkpoint:
     metadata: dict[str, str] | None = None
 
 
-def save(
-    folder: Path,
-    name: Name,
-    state: Mapping[str, Any],
-    *,
-    export: bool = True,
-    keep_checkpoints: int = 0,
-) -> None:
-    """Write a checkpoint, and its exports on request, then remove old ones.
+def save(folder: Path, name: Name, state: Mapping[str, Any], *, export: bool = True, keep_checkpoints: int = 0) -> None:
+    """Write a checkpoint, then remove old ones.
 
     All but the newest `keep_checkpoints` lose their state file and keep their exports; 0 keeps all. The state file also
     stays where a kill cost a checkpoint its exports, and where the checkpoint is of a later step or the best one.
 
     Args:
-        folder: where the checkpoints are; created if it is missing.
+        folder: created if it is missing.
         name: the step, or "best", which replaces the best checkpoint so far.
-        state: what the next step depends on. "G" and "D" are the state dicts to export, "step" names the step.
+        state: what the next step depends on, with the "step" and the state dicts to export, "G" and "D".
         export: write the exports; False for a checkpoint that is only for resuming.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written. Earlier checkpoints are intact.
     """
     state = tree_map_only(Tensor, Tensor.cpu, {**state})  # so that the files load on machines without a GPU
-    parts = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
+    contents = {"state": state | {"exported": export}}  # renamed first
+    if export:
+        contents |= {"G": state["G"], "D": state["D"]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically({_path(folder, name, part): _to_bytes(content) for part, content in parts.items()})
+        write_atomically({_path(folder, name, part): _to_bytes(content) for part, content in contents.items()})
         if name != "best":
             _prune(folder, name, keep_checkpoints)
     except OSError as error:
@@ -88,7 +81,6 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
     """Read a checkpoint to the CPU, with `weights_only=True`: code inside the files does not run.
 
     Args:
-        folder: where the checkpoints are.
         wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged, the best one if that is
             all there is; or the path of a `*_state.pth`, of a `*_G.pth` with its `*_D.pth` beside it, or of an export.
         needs_D: do not return a generator alone.
@@ -109,10 +101,7 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
 
 
 def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
-    """Return the steps of the checkpoints in a folder in the order in which "latest" tries them.
-
-    Those with a state file come first, then those with weights only, each newest first.
-    """
+    """Return the steps in the order of "latest": those with a state file, then those with weights; newest first."""
     full, weights = _full_and_weights(folder, needs_D)
     return full + [step for step in weights if step not in full]
 
@@ -144,17 +133,9 @@ def path_of(folder: Path, name: Name | str) -> Path:
     return state if state.exists() else _path(folder, name, "G")
 
 
-def peek(path: Path) -> dict[str, Any]:
-    """Return the content of a state file without reading its tensors; {} if it is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # as in `_read`
-        return {}
-
-
 def peek_best(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's best checkpoint; see `peek`."""
-    return peek(_path(folder, "best", "state"))
+    """Return the state of the best checkpoint without reading its tensors; {} if it is missing or damaged."""
+    return _peek(_path(folder, "best", "state"))
 
 
 def read_dict(path: Path) -> dict[str, Any]:
@@ -202,9 +183,8 @@ def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
 
 def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the "module." that the reference's `--parallel` puts before every key."""
-    if all(key.startswith("module.") for key in weights):
-        return {key.removeprefix("module."): value for key, value in weights.items()}
-    return weights
+    is_prefixed = all(key.startswith("module.") for key in weights)
+    return {key.removeprefix("module."): value for key, value in weights.items()} if is_prefixed else weights
 
 
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
@@ -214,8 +194,7 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
             raise UserError(f"--pretrained_model best: none in {folder}; --metrics fid, kid or hog saves one")
         return ["best"]
     steps = list_steps(folder, needs_D=needs_D)
-    found = steps if wanted == "latest" else [step for step in steps if step == int(wanted)]
-    if found:
+    if found := steps if wanted == "latest" else [step for step in steps if step == int(wanted)]:
         return found
     if wanted == "latest" and has_any(folder):
         return ["best"]
@@ -229,37 +208,28 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
 
 
 def _load_file(path: Path, needs_D: bool) -> Checkpoint:
-    """Read a state file, or weights, whose step is the number in their name, 0 if there is none."""
+    """Read a state file, an export, or weights, whose step is the number in their name, 0 if there is none."""
     name, _, ending = path.name.rpartition("_")
     if not path.exists():
         raise UserError(f"--pretrained_model: there is no {path}")
-    if ending == "state.pth":
-        state = _read(path)
-        with reraise_load_errors(name):
-            return Checkpoint(state["step"], state["G"], state["D"], state)
     if path.suffix == ".safetensors":
         if needs_D:
             raise UserError(f"--pretrained_model {path}: an export has no discriminator; only --train false takes it")
-        return _load_export(path)
+        weights, metadata = _read(read_export, path)
+        return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
+    if ending == "state.pth":
+        state = _read(read_dict, path)
+        with reraise_load_errors(name):
+            return Checkpoint(state["step"], state["G"], state["D"], state)
     if ending != "G.pth":
         raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth, _G.pth or .safetensors")
     D_path = path.with_name(f"{name}_D.pth")
     if needs_D and not D_path.exists():
         raise UserError(f"--pretrained_model {path}: {D_path} is missing; only --train false can do without")
-    D = _read(D_path) if D_path.exists() else None
+    G, D = _read(read_dict, path), _read(read_dict, D_path) if D_path.exists() else None
     with reraise_load_errors(name):
-        G = strip_dataparallel_prefix(_read(path))
-        return Checkpoint(int(name) if name.isdecimal() else 0, G, strip_dataparallel_prefix(D) if D else None, None)
-
-
-def _load_export(path: Path) -> Checkpoint:
-    try:
-        weights, metadata = read_export(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
-    return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
+        G, D = strip_dataparallel_prefix(G), strip_dataparallel_prefix(D) if D else None
+    return Checkpoint(int(name) if name.isdecimal() else 0, G, D, None)
 
 
 def _path(folder: Path, name: Name | str, part: str) -> Path:
@@ -268,16 +238,25 @@ def _path(folder: Path, name: Name | str, part: str) -> Path:
 
 def _full_and_weights(folder: Path, needs_D: bool = True) -> tuple[list[int], list[int]]:
     """Return the steps with a state file, and those with exported weights, each newest first."""
-    state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in PARTS)
+    state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in ("state", "G", "D"))
     return sorted(state, reverse=True), sorted(G & D if needs_D else G, reverse=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the dict that a file contains; `UserError` if it is damaged."""
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    """Return what `read_dict` or `read_export` does; `UserError` if it cannot."""
     try:
-        return read_dict(path)
+        return read(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `read_dict`
+        return {}
 
 
 def _to_bytes(content: Mapping[str, Any]) -> memoryview:
@@ -288,8 +267,7 @@ def _to_bytes(content: Mapping[str, Any]) -> memoryview:
 
 def _prune(folder: Path, newest: int, keep_checkpoints: int) -> None:
     """Remove old state files up to step `newest`, see `save`."""
-    full, weights = ([step for step in steps if step <= newest] for steps in _full_and_weights(folder))
-    kept = full[: keep_checkpoints or None]
-    for step in set(full) - set(kept):
-        if step in weights or not peek(_path(folder, step, "state")).get("exported", True):
+    full, weights = _full_and_weights(folder)
+    for step in [step for step in full if step <= newest][keep_checkpoints or len(full) :]:
+        if step in weights or not _peek(_path(folder, step, "state")).get("exported", True):
             _path(folder, step, "state").unlink()

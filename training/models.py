@@ -23,11 +23,7 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
 
 
 def recognize(kind: Literal["generator", "discriminator"], weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the model that a state dict is of, and the arguments of its constructor.
-
-    Raises:
-        ValueError: it is of none of these.
-    """
+    """Return the `--model` that a state dict is of, and its arguments to the constructor; `ValueError` if of none."""
     for name, module in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError, TypeError):  # it is of another model
             return name, getattr(module, f"{kind}_sizes")(weights)

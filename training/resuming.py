@@ -18,25 +18,19 @@ from training.guards import NonFiniteError
 from training.models import build_networks, export_sizes, recognize
 from training.optimizers import Adam, Schedule
 
-OPTIONS = {"image_size": "imsize", "z_dim": "z_dim", "conv_dim": "g_conv_dim"}  # of G's arguments
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
 def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint that `--pretrained_model` names, None for a new run.
-
-    Args:
-        classes: of the training images.
+    """Return the checkpoint that `--pretrained_model` names, None for a new run; `classes` are the training images'.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks or classes.
     """
     wanted = config.pretrained_file or config.pretrained_model
-    if wanted == "auto":
-        wanted = "latest" if checkpoint.has_any(config.model_folder) else None
-    if wanted is None:
+    if wanted is None or (wanted == "auto" and not checkpoint.has_any(config.model_folder)):
         return None
-    saved = checkpoint.load(config.model_folder, wanted)
+    saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
     check_architecture(saved, config.architecture)
     check_classes(saved, classes)
     return saved
@@ -52,11 +46,7 @@ class TestNetworks(NamedTuple):
 
 
 def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetworks:
-    """Return the networks of a checkpoint: the EMA generator with `--use_ema`, if it has one; D if it has one.
-
-    Raises:
-        UserError: the checkpoint is incomplete.
-    """
+    """Return the networks of a checkpoint, with `--use_ema` the EMA generator; `UserError` if it is incomplete."""
     classes = saved_classes(saved)
     is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
     G, D = build_networks(config, len(classes))
@@ -76,12 +66,13 @@ def saved_architecture(saved: checkpoint.Checkpoint) -> dict[str, int | str | bo
         UserError: these are none of `MODELS`.
     """
     model, sizes = _generator_sizes(saved)
-    options = {option: sizes[name] for name, option in OPTIONS.items()}
+    attention = "full" if sizes["has_attention"] else "none"
+    options = {"model": model, "conditional": sizes["num_classes"] > 0, "attention": attention}
+    options |= {"imsize": sizes["image_size"], "z_dim": sizes["z_dim"], "g_conv_dim": sizes["conv_dim"]}
     if saved.D is not None:
         with checkpoint.reraise_load_errors(saved.step):
             options["d_conv_dim"] = recognize("discriminator", saved.D)[1]["conv_dim"]
-    attention = "full" if sizes["has_attention"] else "none"
-    return {"model": model, "conditional": sizes["num_classes"] > 0, "attention": attention, **options}
+    return options
 
 
 def saved_classes(saved: checkpoint.Checkpoint) -> tuple[str, ...]:
@@ -125,35 +116,24 @@ def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]
 
 @dataclass
 class TrainingState:
-    """All that the next step depends on, saved and loaded as one; random numbers and batches follow from seed and step.
+    """All that the next step depends on, saved and loaded as one. Random numbers and batches follow from the step."""
 
-    Attributes:
-        step: finished steps.
-        ema: the network of the EMA.
-        fixed_z: latents (B, z_dim) of the sample grids.
-    """
-
-    step: int
+    step: int  # finished ones
     G: nn.Module
     D: nn.Module
-    ema: nn.Module
+    ema: nn.Module  # the network
     g_optimizer: Adam
     d_optimizer: Adam
-    fixed_z: Tensor
+    fixed_z: Tensor  # (B, z_dim), latents of the sample grids
     schedule: Schedule
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, tensors and state dicts by the names above."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        parts["schedule"] = dataclasses.asdict(self.schedule)
+        parts = vars(self) | {"schedule": dataclasses.asdict(self.schedule)}
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint; from weights alone, such as the reference's, with new optimizers and a new EMA.
-
-        Raises:
-            UserError: it is incomplete or of other networks.
-        """
+        """Continue from a checkpoint; weights alone get new optimizers and EMA. `UserError` if it does not fit."""
         self.step = saved.step
         parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
         with checkpoint.reraise_load_errors(saved.step):
@@ -165,11 +145,7 @@ class TrainingState:
 
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
-    """Print what a run resumes from, and which options and images differ.
-
-    Args:
-        data: `Loader.fingerprint` of the run.
-    """
+    """Print what a run resumes from, and which options and images differ; `data` is the run's `Loader.fingerprint`."""
     if saved.step:  # weights of step 0 are initial ones
         warn_of_trained_holdout(saved.state and saved.state["data"], data)
     if saved.state is None:
@@ -186,19 +162,14 @@ def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
     same = ranks.all_equal(data["checksum"] ^ data["held_out_checksum"])
     with ranks.raise_together():
         if not same:
-            raise UserError(
-                "the machines have different images or labels: copy the images, or --cache_path, to all of them"
-            )
+            raise UserError("the machines have different images or labels: copy them, or --cache_path, to all of them")
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
     """Return the checkpoint that `--train false` evaluates, and the options with those of its networks and data.
 
-    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it. The
-    results of a file go to the `--version` that its folder is named after, unless the command line has another.
-
-    Args:
-        given: names of the options on the command line.
+    Options on the command line, whose names are `given`, are kept; a line says which others are the checkpoint's, and
+    which differ from it. The results of a file go to the `--version` that its folder is named after.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks than the command line says.
@@ -207,49 +178,49 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
     saved = checkpoint.load(config.model_folder, config.pretrained_file or wanted, needs_D=False)
     check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
     with checkpoint.reraise_load_errors(saved.step):
-        options = saved.state["config"] if saved.state else {}
-        if saved.metadata and saved.metadata["dataset"]:
-            options = {"dataset": saved.metadata["dataset"]}
-        names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
-        options = {name: options[name] for name in names if name in options} | saved_architecture(saved)
-        if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
-            options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
-        if config.pretrained_file:
-            folders = (folder.name for folder in config.pretrained_file.absolute().parents)
-            options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
-        adopted = {name: options[name] for name in options if name not in given}
-        adopted = {name: value for name, value in adopted.items() if value != getattr(config, name)}
+        options = _options_for_test(saved, config, given)
+        different = {name: value for name, value in options.items() if value != getattr(config, name)}
+        adopted = {name: value for name, value in different.items() if name not in given}
         tested = dataclasses.replace(config, **adopted)
     if adopted:
-        print("from the checkpoint: " + " ".join(f"--{name} {option_text(value)}" for name, value in adopted.items()))
-    different = {name: value for name, value in options.items() if name != "version" and value != getattr(tested, name)}
-    if different:
-        trained_with = (f"--{name} {option_text(value)}" for name, value in different.items())
-        warn("the checkpoint was trained with " + " ".join(trained_with))
+        print("from the checkpoint: " + _command_line(adopted))
+    if kept := {name: value for name, value in different.items() if name in given and name != "version"}:
+        warn("the checkpoint was trained with " + _command_line(kept))
     return saved, tested
 
 
-def warn_of_other_images(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
-    """Print a warning if the images are not those that a checkpoint was trained with, if it says which.
+def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of the options of an evaluation."""
+    trained = saved.state["config"] if saved.state else {}
+    if saved.metadata and saved.metadata["dataset"]:
+        trained = {"dataset": saved.metadata["dataset"]}
+    names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
+    options = {name: trained[name] for name in names if name in trained} | saved_architecture(saved)
+    if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
+        options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
+    if config.pretrained_file:
+        folders = (folder.name for folder in config.pretrained_file.absolute().parents)
+        options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
+    return options
 
-    Args:
-        saved, current: `Loader.fingerprint` then and now.
-    """
-    if saved is None or (saved["images"], saved["checksum"]) == (current["images"], current["checksum"]):
-        return
-    if saved["images"] == current["images"]:
-        warn(f"the {current['images']:,} images are not those of the checkpoint")
-    else:
+
+def _command_line(options: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {option_text(value)}" for name, value in options.items())
+
+
+def warn_of_other_images(saved: Mapping[str, float], current: Mapping[str, float]) -> None:
+    """Print a warning if the images are not those that a checkpoint was trained with, by `Loader.fingerprint`."""
+    if saved["images"] != current["images"]:
         warn(f"the dataset has {current['images']:,} images; it had {saved['images']:,} when the checkpoint was saved")
+    elif saved["checksum"] != current["checksum"]:
+        warn(f"the {current['images']:,} images are not those of the checkpoint")
 
 
 def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
     """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
 
-    Added images are no reason: which of the others are held out does not depend on them.
-
-    Args:
-        saved, current: `Loader.fingerprint` then and now; None or without "holdout" in checkpoints of older versions.
+    Added images are no reason: which of the others are held out does not depend on them. `saved` and `current` are
+    `Loader.fingerprint` then and now; None for weights alone, and without "holdout" in checkpoints of older versions.
     """
     saved = saved or {}
     same = {key: saved.get(key) == value for key, value in current.items()}
@@ -263,24 +234,23 @@ def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """List how this run's options differ from those in a checkpoint, maybe of another version of this program."""
-    current = dataclasses.asdict(config)
     # The default of an option that an older version lacks is what that version did.
     saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
-    for name in current | saved:
+    for name, value in saved.items():
         if name in ("pretrained_model", "overwrite", "version"):  # these are expected to differ
             continue
-        if name not in current:
-            changes.append(f"{name} {option_text(saved[name])} (no longer an option)")
-        elif current[name] != saved[name]:
-            changes.append(f"--{name} {option_text(current[name])} (was {option_text(saved[name])})")
+        if not hasattr(config, name):
+            changes.append(f"{name} {option_text(value)} (no longer an option)")
+        elif (current := getattr(config, name)) != value:
+            changes.append(f"--{name} {option_text(current)} (was {option_text(value)})")
     return changes
 
 
 def non_finite_message(config: Config, error: NonFiniteError) -> str:
     """Return the error line of a run that diverged: what happened, and the command to resume with."""
-    steps = checkpoint.list_steps(config.model_folder)
-    if not steps:
-        return f"the run diverged: {error}. No checkpoint was saved: start again with lower --g_lr and --d_lr"
-    command = config.command_line(pretrained_model=str(steps[0]))
-    return f"the run diverged: {error}. Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"
+    advice = "No checkpoint was saved: start again with lower --g_lr and --d_lr"
+    if steps := checkpoint.list_steps(config.model_folder):
+        command = config.command_line(pretrained_model=str(steps[0]))
+        advice = f"Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"
+    return f"the run diverged: {error}. {advice}"

@@ -126,8 +126,10 @@ def export(own: argparse.Namespace, config: Config, given: set[str]) -> int:
         contents["samples.png"] = png.getvalue()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: content for name, content in contents.items()})
-    for name in {*PACKAGES} - {*own.format, *others}:  # it is of another export
-        (folder / f"generator.{name}").unlink(missing_ok=True)
+    for path in (folder / f"generator.{name}" for name in {*PACKAGES} - {*own.format, *others}):
+        if path.exists():
+            path.unlink()
+            print(f"removed {path}: it was not of this generator, or not readable")
     print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")

@@ -258,13 +258,10 @@ def test_names_that_are_no_utf_8(trained, run, tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):
-    def full_disk(path, content):
-        if path.name.startswith("model_card"):
-            raise OSError(28, "No space left on device")
-        return write_bytes(path, content)
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
 
-    write_bytes = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     assert "No space left" in fail("--version", "plain", "--format", "safetensors")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -9,14 +9,15 @@ import torch
 from conftest import generator_inputs, random_generator, write_export
 
 from exporting.loading import load_discriminator, load_generator
-from training.models import MODELS, network_options
+from training.models import MODELS
 
 NETWORKS = [("sagan", 32, 0, "full"), ("sagan", 64, 0, "none"), ("paper", 64, 0, "full"), ("paper", 64, 3, "full")]
 
 
 def networks(model, imsize, num_classes, attention):
     G = random_generator(model, imsize, num_classes, attention)
-    return G, MODELS[model].make_D(imsize, 16, **network_options(num_classes, attention)).eval()
+    options = {"num_classes": num_classes, "has_attention": attention == "full"}
+    return G, MODELS[model].Discriminator(imsize, 16, **options).eval()
 
 
 def assert_same(ours, theirs):

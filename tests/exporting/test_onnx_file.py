@@ -60,7 +60,7 @@ def test_a_graph_that_torch_exports_wrongly_is_no_file():
     """torch.onnx ignores this argument."""
 
     class Wrong(torch.nn.Module):
-        def forward(self, z, return_attention):
+        def forward(self, z, labels, return_attention):
             return (torch.nn.functional.avg_pool2d(z[:, None, None], (1, 2), divisor_override=1),)
 
     with pytest.raises(UserError, match="onnxruntime does not return the images"):

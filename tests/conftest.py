@@ -22,7 +22,7 @@ import main
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS, Tolerate
-from exporting.description import Description
+from exporting.model_card import Description
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
 from spectral import fold_spectral_norm
@@ -161,9 +161,8 @@ def describe(
 ) -> Description:
     """The description of a `random_generator`."""
     classes = tuple(f"class {number}" for number in range(num_classes))
-    values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
-                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4,
-                  checksum=1)  # fmt: skip
+    values = dict(title="cats", model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
+                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, checksum=1)  # fmt: skip
     return Description(**(values | changes))
 
 

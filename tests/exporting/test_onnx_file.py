@@ -13,10 +13,9 @@ from exporting.onnx_file import onnx_bytes
 from spectral import fold_spectral_norm
 
 
-def export(G, *network):
-    num_classes = network[2] if len(network) > 2 else 0
-    metadata = describe(*network).metadata()
-    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, True, metadata)
+def export(G, model, imsize, num_classes=0, attention="full"):
+    metadata = describe(model, imsize, num_classes, attention).metadata()
+    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, True, metadata), metadata
 
 
 @pytest.mark.slow
@@ -24,7 +23,7 @@ def export(G, *network):
 def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
     """For any batch, with and without classes and attention; and nothing is printed."""
     G = random_generator(*network)
-    content = export(G, *network)
+    content, metadata = export(G, *network)
     assert capfd.readouterr() == ("", "")
     session = onnxruntime.InferenceSession(content)
     layers = [name for name, _ in G.named_children() if name.startswith("attn")]
@@ -40,9 +39,7 @@ def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
             np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
     assert_harmless(onnx.load_from_string(content))
     assert str(onnx_file.__file__.rpartition("exporting")[0]).encode() not in content  # no source lines of this machine
-    assert session.get_modelmeta().custom_metadata_map == {
-        **describe(*network).metadata(), "maps": " ".join(layers)
-    }  # fmt: skip
+    assert session.get_modelmeta().custom_metadata_map == {**metadata, "maps": " ".join(layers)}
 
 
 def assert_harmless(model):

@@ -1,0 +1,104 @@
+"""Write the files of an export. None is ever replaced unasked; a format that an earlier export lacks is added to it."""
+
+import copy
+import io
+import math
+import os
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from errors import UserError
+from exporting import onnx_file, safetensors_file
+from exporting.model_card import Description, describe, model_card, read_metrics
+from parameter import Config
+from spectral import fold_spectral_norm
+from tester import samples_grid
+from training.resuming import load_test_checkpoint, load_test_networks
+from utils import check_writable, write_atomically
+
+READERS = {"safetensors": safetensors_file.read_metadata, "onnx": onnx_file.read_metadata}  # by format
+FILES = (*(f"generator.{name}" for name in READERS), "model_card.md", "samples.png")
+
+
+def export(config: Config, given: set[str], export_path: str, formats: Sequence[str], with_maps: bool) -> int:
+    """Write the files and print where they are. Returns the exit code, 0.
+
+    Args:
+        given: names of main.py's options on the command line.
+        formats: "safetensors", "onnx" or both.
+        with_maps: make attention maps outputs of ONNX.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or another export of this step is there already.
+    """
+    if config.metrics:
+        raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
+    saved, config = load_test_checkpoint(config, given)
+    networks = load_test_networks(saved, config)
+    this = describe(networks, config, saved, given)
+    if with_maps and not this.has_attention:
+        raise UserError("--maps true: this generator has no attention layers")
+    folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
+    others = read_other_formats(folder, formats, this)
+    maps = others.get("onnx", {}).get("maps", "").split()
+    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", this, saved)
+    if not config.overwrite:  # metrics may have been computed since
+        check_folder(folder, formats, [model_card(this, scores, others, maps) for scores in (metrics, None) if others])
+    check_writable(folder)
+    if with_maps:
+        maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
+    contents = generator_files(networks.G, this, formats, with_maps)
+    contents["model_card.md"] = model_card(this, metrics, {*formats, *others}, maps).encode("utf-8", "replace")
+    if config.overwrite or not (folder / "samples.png").exists():
+        samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
+        contents["samples.png"] = png.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically({folder / name: content for name, content in contents.items()})
+    for path in (folder / f"generator.{name}" for name in {*READERS} - {*formats, *others}):
+        if path.exists():
+            path.unlink()
+            print(f"removed {path}: it was not of this generator, or not readable")
+    print(f"{'EMA ' * this.is_ema}generator, step {this.step}, in {folder}:")
+    for name, content in contents.items():
+        print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
+    if saved.state and metrics is None:
+        wanted = config.pretrained_model if config.pretrained_file else str(saved.step)
+        command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
+        print(f"The card has no metrics: compute them by {command}, then export with --overwrite true")
+    return 0
+
+
+def read_other_formats(folder: Path, formats: Collection[str], this: Description) -> dict[str, dict[str, str]]:
+    """Return the metadata of this generator's files in other formats that the folder has, by format."""
+    found = {}
+    for name in READERS.keys() - formats:
+        with suppress(Exception):  # it is missing or damaged, or its library is missing
+            metadata = READERS[name](folder / f"generator.{name}")
+            if this.metadata().items() <= metadata.items():
+                found[name] = metadata
+    return found
+
+
+def check_folder(folder: Path, formats: Collection[str], cards: Collection[str]) -> None:
+    """Raise `UserError` if an export would replace a file, other than a card that is one of these."""
+    found = [name for name in FILES if (folder / name).exists()]
+    path, is_there = folder / "model_card.md", any(f"generator.{name}" in found for name in formats)
+    is_edited = bool(cards) and path.exists() and path.read_text("utf-8", "replace") not in cards
+    if found and (is_there or is_edited or not cards):
+        reason = " (model_card.md was changed)" if is_edited and not is_there else ""
+        raise UserError(
+            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
+        )
+
+
+def generator_files(G: nn.Module, this: Description, formats: Collection[str], with_maps: bool) -> dict[str, bytes]:
+    """Return the contents of the generator's files by name."""
+    G, metadata, contents = fold_spectral_norm(copy.deepcopy(G)), this.metadata(), {}
+    if "safetensors" in formats:
+        contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
+    if "onnx" in formats:
+        contents["generator.onnx"] = onnx_file.onnx_bytes(G, this.z_dim, len(this.classes), with_maps, metadata)
+    return contents

@@ -32,8 +32,7 @@ def test_weights_alone_tell_the_network(tmp_path, network):
     """Those of this program and of the reference; with the prefix of its --parallel; in half precision."""
     G, D = networks(*network)
     path = tmp_path / "5_G.pth"
-    for ours, kind, load, other in ((G, "generator", load_generator, load_discriminator),
-                                    (D, "discriminator", load_discriminator, load_generator)):  # fmt: skip
+    for ours, load, other in ((G, load_generator, load_discriminator), (D, load_discriminator, load_generator)):
         torch.save(ours.state_dict(), path)
         state = torch.get_rng_state()
         assert_same(ours, load(path))

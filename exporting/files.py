@@ -4,15 +4,17 @@ import copy
 import io
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from datasets.labels import as_text
 from errors import UserError
 from exporting import onnx_file, safetensors_file
-from exporting.model_card import Description, describe, model_card, read_metrics
+from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
 from tester import samples_grid
@@ -38,32 +40,27 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     networks = load_test_networks(saved, config)
-    this = describe(networks, config, saved, given)
-    if with_maps and not this.has_attention:
+    metadata = describe(config, saved, networks, given)
+    if with_maps and not config.has_attention:
         raise UserError("--maps true: this generator has no attention layers")
     folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
-    others = read_other_formats(folder, formats, this)
+    others = read_other_formats(folder, formats, metadata)
     maps = others.get("onnx", {}).get("maps", "").split()
-    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", this, saved)
+    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
+    num_images = saved.state["data"].get("training_images") if saved.state else None
+    card = partial(model_card, as_text(config.version), metadata, num_images)
     if not config.overwrite:  # metrics may have been computed since
-        check_folder(folder, formats, [model_card(this, scores, others, maps) for scores in (metrics, None) if others])
+        check_folder(folder, formats, [card(scores, others, maps) for scores in (metrics, None) if others])
     check_writable(folder)
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
-    contents = generator_files(networks.G, this, formats, with_maps)
-    contents["model_card.md"] = model_card(this, metrics, {*formats, *others}, maps).encode("utf-8", "replace")
+    contents = generator_files(networks.G, metadata, formats, with_maps)
+    contents["model_card.md"] = card(metrics, {*formats, *others}, maps).encode("utf-8", "replace")
     if config.overwrite or not (folder / "samples.png").exists():
         samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
         contents["samples.png"] = png.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically({folder / name: content for name, content in contents.items()})
-    for path in (folder / f"generator.{name}" for name in {*READERS} - {*formats, *others}):
-        if path.exists():
-            path.unlink()
-            print(f"removed {path}: it was not of this generator, or not readable")
-    print(f"{'EMA ' * this.is_ema}generator, step {this.step}, in {folder}:")
-    for name, content in contents.items():
-        print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
+    print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
+    write_files(folder, contents, keep=[f"generator.{name}" for name in others])
     if saved.state and metrics is None:
         wanted = config.pretrained_model if config.pretrained_file else str(saved.step)
         command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
@@ -71,14 +68,14 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     return 0
 
 
-def read_other_formats(folder: Path, formats: Collection[str], this: Description) -> dict[str, dict[str, str]]:
+def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
     for name in READERS.keys() - formats:
         with suppress(Exception):  # it is missing or damaged, or its library is missing
-            metadata = READERS[name](folder / f"generator.{name}")
-            if this.metadata().items() <= metadata.items():
-                found[name] = metadata
+            entries = READERS[name](folder / f"generator.{name}")
+            if metadata.items() <= entries.items():
+                found[name] = entries
     return found
 
 
@@ -94,11 +91,25 @@ def check_folder(folder: Path, formats: Collection[str], cards: Collection[str])
         )
 
 
-def generator_files(G: nn.Module, this: Description, formats: Collection[str], with_maps: bool) -> dict[str, bytes]:
+def generator_files(
+    G: nn.Module, metadata: Mapping[str, str], formats: Collection[str], with_maps: bool
+) -> dict[str, bytes]:
     """Return the contents of the generator's files by name."""
-    G, metadata, contents = fold_spectral_norm(copy.deepcopy(G)), this.metadata(), {}
+    G, contents = fold_spectral_norm(copy.deepcopy(G)), {}
     if "safetensors" in formats:
         contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
     if "onnx" in formats:
-        contents["generator.onnx"] = onnx_file.onnx_bytes(G, this.z_dim, len(this.classes), with_maps, metadata)
+        contents["generator.onnx"] = onnx_file.onnx_bytes(G, metadata, with_maps)
     return contents
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
+    """Write all files or none and print their sizes. A generator that is neither among them nor kept is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically({folder / name: content for name, content in contents.items()})
+    for name, content in contents.items():
+        print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
+    for path in (folder / name for name in {*FILES[:2]} - {*contents, *keep}):
+        if path.exists():
+            path.unlink()
+            print(f"removed {path}: it was not of this generator, or not readable")

@@ -2,14 +2,13 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets.labels import as_text, join_names
+from datasets.labels import join_names
 from errors import warn
 from parameter import METRIC_RESULTS, Config
 from training.checkpoint import EXPORT_CONTENT, EXPORT_VERSION, Checkpoint
@@ -51,13 +50,13 @@ tags:
 ![samples](samples.png)
 
 A GAN ([arXiv 1805.08318](https://arxiv.org/abs/1805.08318)) that generates RGB images of {image_size}×{image_size}
-pixels from z of {z_dim} normal numbers{class_names}: {network}, width {conv_dim}, {attention} attention layers, after
-{step:,} steps, {weights}.
+pixels from z of {z_dim} normal numbers{class_names}: {network}, width {conv_dim}, {with} attention layers, after
+{step} steps, {weights}.
 
 ## Data and license
 
-Trained on {data}. {terms} The generator shows what it learned from these images: their terms may
-bind it too. It has their biases, and single images may resemble training images.
+Trained on {data}{count}. {data_license} The generator shows what it learned from these images: their
+terms may bind it too. It has their biases, and single images may resemble training images.
 
 ## Metrics
 
@@ -94,100 +93,83 @@ with torch.no_grad():
 """
 
 
-@dataclass(frozen=True)
-class Description:
-    """A generator: the arguments of its constructor, and where it comes from.
+def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: Collection[str]) -> dict[str, str]:
+    """Return the metadata of the exported files; `training.models.export_sizes` reads the network's sizes from it.
 
-    Attributes:
-        title: `--version` of the run.
-        classes: their names, () for an unconditional generator.
-        dataset: value of `--dataset`; "" for unknown images.
-        num_images: number of training images, None if it is not known.
-        checksum: `training.models.checksum` of the generator before its spectral norm is folded.
+    Args:
+        given: names of the options on the command line, which say of which images weights without their state are.
     """
-
-    title: str
-    model: str
-    image_size: int
-    z_dim: int
-    conv_dim: int
-    has_attention: bool
-    classes: tuple[str, ...]
-    step: int
-    is_ema: bool
-    dataset: str
-    num_images: int | None
-    checksum: int
-
-    def metadata(self) -> dict[str, str]:
-        """Return the metadata of the exported files; `exporting.safetensors_file` builds the network from it."""
-        title, terms, _ = DATASETS[self.dataset]
-        names = ("model", "image_size", "z_dim", "conv_dim", "step", "checksum", "dataset")
-        return {name: str(getattr(self, name)) for name in names} | {
-            "content": EXPORT_CONTENT,
-            "content_version": EXPORT_VERSION,
-            "num_classes": str(len(self.classes)),
-            "classes": json.dumps(self.classes),
-            "attention": "full" if self.has_attention else "none",
-            "ema": str(self.is_ema).lower(),
-            "images": "(B, 3, image_size, image_size), RGB, from -1 to 1",
-            "data": title,
-            "data_license": terms,
-        }
-
-
-def describe(networks: TestNetworks, config: Config, saved: Checkpoint, given: Collection[str]) -> Description:
-    """Return what a checkpoint's generator is; its images, if only the names `given` on the command line tell them."""
     dataset = config.dataset if "dataset" in given else (saved.metadata or {"dataset": ""})["dataset"]
-    return Description(
-        title=as_text(config.version), model=config.model, image_size=config.imsize, z_dim=config.z_dim,
-        conv_dim=config.g_conv_dim, has_attention=config.has_attention, classes=networks.classes, step=saved.step,
-        is_ema=networks.is_ema, dataset=saved.state["config"]["dataset"] if saved.state else dataset,
-        num_images=saved.state["data"].get("training_images") if saved.state else None,
-        checksum=int(saved.metadata["checksum"]) if saved.metadata else checksum(networks.G.state_dict()),
-    )  # fmt: skip
+    dataset = saved.state["config"]["dataset"] if saved.state else dataset
+    data, terms, _ = DATASETS[dataset]
+    return {
+        "content": EXPORT_CONTENT,
+        "content_version": EXPORT_VERSION,
+        "model": config.model,
+        "image_size": str(config.imsize),
+        "z_dim": str(config.z_dim),
+        "conv_dim": str(config.g_conv_dim),
+        "num_classes": str(len(networks.classes)),
+        "attention": config.attention,
+        "classes": json.dumps(networks.classes),
+        "step": str(saved.step),
+        "ema": str(networks.is_ema).lower(),
+        "checksum": saved.metadata["checksum"] if saved.metadata else str(checksum(networks.G.state_dict())),
+        "images": "(B, 3, image_size, image_size), RGB, from -1 to 1",
+        "dataset": dataset,
+        "data": data,
+        "data_license": terms,
+    }
 
 
-def read_metrics(path: Path, this: Description, saved: Checkpoint) -> dict[str, Any] | None:
+def read_metrics(path: Path, metadata: Mapping[str, str], saved: Checkpoint) -> dict[str, Any] | None:
     """Return a metrics.json of `--train false`; None, with a warning, if it is not of this generator and its images."""
     if not path.exists():
         return None
     with suppress(ValueError, KeyError, TypeError):
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        found = metrics["checksum"], metrics["data"]["checksum"]
-        if saved.state and metrics["images"] and found == (this.checksum, saved.state["data"]["checksum"]):
+        is_of_these_weights = str(metrics["checksum"]) == metadata["checksum"] and metrics["images"]
+        if is_of_these_weights and saved.state and metrics["data"]["checksum"] == saved.state["data"]["checksum"]:
             return metrics
     warn(f"{path} is not used: it is damaged, or not known to be of these weights and of their training images")
     return None
 
 
 def model_card(
-    this: Description, metrics: dict[str, Any] | None, formats: Collection[str], maps: Sequence[str] = ()
+    title: str,
+    metadata: Mapping[str, str],
+    num_images: int | None,
+    metrics: Mapping[str, Any] | None,
+    formats: Collection[str],
+    maps: Sequence[str] = (),
 ) -> str:
     """Return the card in Markdown.
 
     Args:
+        title: the `--version` of the run.
+        metadata: from `describe`.
+        num_images: of the training; None if it is not known.
         metrics: from `read_metrics`.
         formats: of the files beside the card: "safetensors", "onnx" or both.
         maps: names of the attention maps that generator.onnx returns.
     """
-    data, terms, front_matter = DATASETS[this.dataset]
-    count, classes = len(this.classes), [f"{number}: {_escape(name)}" for number, name in enumerate(this.classes)]
-    values = vars(this) | {
-        "title": _escape(this.title),
-        "front_matter": front_matter + ("" if count else "\npipeline_tag: unconditional-image-generation"),
-        "class_names": f" and a class ({join_names(classes)})" if count else "",
-        "network": NETWORKS[this.model],
-        "attention": "with its" if this.has_attention else "without",
-        "weights": "EMA weights" if this.is_ema else "the trained weights, no EMA",
-        "data": data + (f" ({this.num_images:,} images)" if this.num_images else ""),
-        "terms": terms,
+    classes = [f"{number}: {_escape(name)}" for number, name in enumerate(json.loads(metadata["classes"]))]
+    _, _, front_matter = DATASETS[metadata["dataset"]]
+    values = metadata | {
+        "title": _escape(title),
+        "front_matter": front_matter + ("" if classes else "\npipeline_tag: unconditional-image-generation"),
+        "class_names": f" and a class ({join_names(classes)})" if classes else "",
+        "network": NETWORKS[metadata["model"]],
+        "with": "without" if metadata["attention"] == "none" else "with its",
+        "step": f"{int(metadata['step']):,}",
+        "weights": "EMA weights" if metadata["ema"] == "true" else "the trained weights, no EMA",
+        "count": f" ({num_images:,} images)" if num_images else "",
         "metrics": _metrics_table(metrics) if metrics else "Not computed.",
-        "numpy_labels": f', "labels": np.arange(16, dtype=np.int64) % {count}' if count else "",
-        "torch_labels": f", torch.arange(16) % {count}" if count else "",
+        "numpy_labels": f', "labels": np.arange(16, dtype=np.int64) % {len(classes)}' if classes else "",
+        "torch_labels": f", torch.arange(16) % {len(classes)}" if classes else "",
         "maps": f"\nAttention maps are outputs too: {', '.join(maps)} (B, queries, keys).\n" if maps else "",
     }
-    return (CARD + ("onnx" in formats) * ONNX + ("safetensors" in formats) * TORCH).format(**values)
+    return (CARD + ("onnx" in formats) * ONNX + ("safetensors" in formats) * TORCH).format_map(values)
 
 
 def _escape(text: str) -> str:
@@ -195,7 +177,7 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
-def _metrics_table(metrics: dict[str, Any]) -> str:
+def _metrics_table(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {metrics[name]:.4g} |" for name in chain(*METRIC_RESULTS.values()) if name in metrics]
     truncated = f", z truncated at {metrics['truncation']}" if metrics.get("truncation") else ""
     how = f"Of {metrics['images']:,} images{truncated}; docs/metrics.md of the program's repository says how."

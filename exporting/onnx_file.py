@@ -34,11 +34,11 @@ class _Images(nn.Module):
         return (images, *maps) if self.with_maps else (images,)
 
 
-def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, metadata: Mapping[str, str]) -> bytes:
+def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> bytes:
     """Return the content of the file.
 
     Inputs are z (B, z_dim) float32 and, of a conditional generator, labels (B,) int64; outputs are images and, with
-    maps, attn1 (B, queries, keys), ..., listed under "maps" in the metadata.
+    maps, attn1 (B, queries, keys), ..., which it lists under "maps" in its metadata.
 
     Args:
         G: with spectral norm folded, on the CPU in evaluation mode.
@@ -53,7 +53,9 @@ def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, meta
     # Its kernel is computed from its weight, which torch.onnx exports wrongly; and some runtimes want constant kernels.
     G = replace_layers(copy.deepcopy(G), UpsampledConv2d, UpsampledConv2d.as_conv_transpose)
     network = _Images(G, with_maps).eval()
-    inputs = {"z": torch.randn(2, z_dim)} | ({"labels": torch.tensor([0, num_classes - 1])} if num_classes else {})
+    inputs = {"z": torch.randn(2, int(metadata["z_dim"]))}
+    if num_classes := int(metadata["num_classes"]):
+        inputs["labels"] = torch.tensor([0, num_classes - 1])
     with torch.no_grad():
         outputs = network(**inputs)
     maps = [f"attn{number}" for number in range(1, len(outputs))]

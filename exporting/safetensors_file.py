@@ -18,7 +18,7 @@ from training.models import build_empty, export_sizes
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
-    """Return the content of the file: of G, on the CPU with spectral norm folded, and `Description.metadata`."""
+    """Return the content of the file: of G, on the CPU with spectral norm folded, and its metadata."""
     from safetensors.torch import save
 
     # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.

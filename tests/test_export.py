@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train_in
+from conftest import export_metadata, train_in
 from PIL import Image
 
 import export
 from exporting.files import FILES
 from exporting.safetensors_file import read_generator, read_metadata
 from parameter import get_parameters
+from training.models import checksum
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -29,6 +31,7 @@ RUNS = {
     "classes": ["--imsize", "64", "--model", "paper", "--conditional", "true"],
     "no_maps": ["--imsize", "32", "--attention", "none"],
 }
+NETWORKS = {"plain": ("sagan", 32), "classes": ("paper", 64, 3)}  # the same, for `export_metadata`
 PLAIN = ["--version", "plain", "--format", "safetensors"]
 
 
@@ -99,6 +102,11 @@ def test_the_files_and_the_code_of_the_card(run, tmp_path, monkeypatch, version,
     folder = tmp_path / "exports" / version / "2"
     assert (code, err) == (0, "") and all(name in out for name in (*FILES, str(folder)))
     assert {*contents(folder)} == {*FILES}
+    metadata = read_metadata(folder / "generator.safetensors")
+    saved = torch.load(f"models/{version}/2_state.pth")
+    changes = {"step": "2", "checksum": str(checksum(saved["ema"])), "classes": json.dumps(saved["classes"])}
+    assert metadata.pop("format") == "pt"  # for Hugging Face's loaders
+    assert metadata == export_metadata(*NETWORKS[version]) | changes
     monkeypatch.chdir(folder)
     results = []
     for block in re.findall(r"^```python\n(.*?)^```$", Path("model_card.md").read_text("utf-8"), re.M | re.S):
@@ -219,22 +227,12 @@ def test_weights_that_somebody_shares(run, tmp_path, trained, scores):
     assert "faces drawn by" in card.read_text("utf-8")
 
 
-def test_names_that_are_no_utf_8(trained, run, tmp_path):
-    """Of class folders and of the version: text in the files, as bytes that are none."""
-    folder = trained / "pictures"
-    for name in ("a", os.fsdecode(b"caf\xe9")):
-        (folder / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (8, 8), (80 * number,) * 3).save(folder / name / f"{number}.png")
+def test_a_version_that_is_no_utf_8(trained, run, tmp_path):
+    """Text in the files, as bytes that are none. (Names of classes become text where they are read.)"""
     version = os.fsdecode(b"v\xe9")
-    images = ["--dataset", "folder", "--image_path", str(folder), "--version", version, "--total_step", "1"]
-    train_in(trained, *SMALL[:-4], *RUNS["classes"], *images)
+    shutil.copytree(trained / "models/plain", trained / "models" / version)
     assert run("--version", version, "--format", "safetensors")[0] == 0
-    export = tmp_path / "exports" / version / "1"
-    assert r"(0: a, 1: caf\\xe9)" in (export / "model_card.md").read_text(encoding="utf-8")
-    copy = tmp_path / "copy.safetensors"  # the library opens no path that is no UTF-8
-    copy.write_bytes((export / "generator.safetensors").read_bytes())
-    assert json.loads(read_metadata(copy)["classes"]) == ["a", r"caf\xe9"]
+    assert "# v\\\\xe9\n" in (tmp_path / "exports" / version / "2" / "model_card.md").read_text("utf-8")
 
 
 def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):

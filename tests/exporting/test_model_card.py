@@ -1,34 +1,18 @@
 """What the metadata and the card say of a generator."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import describe
+from conftest import export_metadata
 
 from exporting.model_card import DATASETS, model_card
 from parameter import DATASET
 
-DOCS = Path(__file__).parents[2] / "docs" / "export.md"
-METADATA = {  # of every export so far
-    "content": "sagan-generator", "content_version": "1", "model": "paper", "image_size": "64", "z_dim": "16",
-    "conv_dim": "8", "num_classes": "2", "attention": "full", "classes": r'["a cat", "a \"dog\""]', "step": "7",
-    "ema": "true", "checksum": "1", "images": "(B, 3, image_size, image_size), RGB, from -1 to 1", "dataset": "toy",
-    "data": "faces drawn by the training program",
-    "data_license": "They are drawn by a program under the MIT license.",
-}  # fmt: skip
 
-
-def card(metrics=None, formats=("safetensors", "onnx"), maps=(), **changes):
-    return model_card(describe(**changes), metrics, formats, maps)
-
-
-def test_metadata():
-    assert describe("paper", 64, 2, classes=("a cat", 'a "dog"')).metadata() == METADATA
-    other = describe(attention="none", is_ema=False, dataset="").metadata()
-    assert (other["attention"], other["ema"], other["dataset"], other["classes"]) == ("none", "false", "", "[]")
-    table = DOCS.read_text(encoding="utf-8").partition("| key |")[2].partition("\n\n")[0]
-    assert re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| ([^|]+) \|", table, re.M))) == [*METADATA]
+def card(metrics=None, formats=("safetensors", "onnx"), maps=(), title="cats", num_images=20, **changes):
+    return model_card(title, export_metadata(**changes), num_images, metrics, formats, maps)
 
 
 @pytest.mark.parametrize("dataset, license, hub_name, terms", [
@@ -39,21 +23,20 @@ def test_metadata():
 ])  # fmt: skip
 def test_the_license_as_people_and_model_hubs_read_it(dataset, license, hub_name, terms):
     """Front matter is a block of YAML at the start: here plain words, and lists of them."""
-    text = card(dataset=dataset)
-    start, front, _ = text.split("---\n", 2)
+    start, front, _ = card(dataset=dataset).split("---\n", 2)
     keys = dict(re.findall(r"^(\w+):(?: (\S+))?$", front, re.M))
     assert start == "" and all(re.fullmatch(r"\w+:( \S+)?|- \S+", line) for line in front.splitlines())
     assert (keys["license"], keys["library_name"]) == (license, "pytorch")
     assert ("license_name" in keys) == ("license_link" in keys) == (license == "other")
     assert re.findall(r"datasets:\n- (\S+)\n", front) == [hub_name] * bool(hub_name)
-    assert terms in text and terms in describe(dataset=dataset).metadata()["data_license"]
+    assert terms in DATASETS[dataset][1]
     assert {*DATASETS} - {""} == {*DATASET.description.removeprefix("one of ").split(", ")}
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"step": 12345, "num_images": 10000}, ["32×32", "12,345 steps, EMA weights", "(10,000 images)",
+    ({"step": "12345", "num_images": 10000}, ["32×32", "12,345 steps, EMA weights", "(10,000 images)",
                                             "with its attention", "pipeline_tag: unconditional-image-generation "]),
-    ({"is_ema": False, "num_images": None, "attention": "none"}, ["no EMA", "Trained on faces drawn", "without att"]),
+    ({"ema": "false", "num_images": None, "attention": "none"}, ["no EMA", "Trained on faces drawn", "without att"]),
     ({"model": "paper", "num_classes": 2}, ["and a class (0: class 0, 1: class 1)", "the ResNet of the paper"]),
     ({"formats": ["onnx"], "maps": ["attn1", "attn2"]}, ["onnxruntime", "attn1, attn2 (B, queries, keys)"]),
     ({"formats": ["safetensors"]}, ["torch.hub", "Not computed."]),
@@ -69,9 +52,15 @@ def test_the_card_says(options, words):
     assert ("outputs too" in text) == ("maps" in options)
 
 
+def test_the_keys_that_docs_export_md_lists():
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \|", text.partition("| key |")[2].partition("\n\n")[0], re.M)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == [*export_metadata()]
+
+
 def test_names_are_text():
     hostile = "</script><img src=x onerror=alert(1)>\n# `*_|&amp;{z_dim}"
-    text = card(title=hostile, classes=(hostile, "b"), model="paper")
+    text = card(title=hostile, classes=json.dumps([hostile, "b"]), model="paper")
     assert "<img" not in text.replace("\\<img", "") and "\n# `" not in text
     assert "&amp;amp;" in text and text.count("\\`\\*\\_\\|") == text.count("z\\_dim") == 2
 

@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import describe, generator_inputs, random_generator
+from conftest import export_metadata, generator_inputs, random_generator
 
 from errors import UserError
 from exporting import onnx_file
@@ -13,9 +13,8 @@ from exporting.onnx_file import onnx_bytes
 from spectral import fold_spectral_norm
 
 
-def export(G, model, imsize, num_classes=0, attention="full"):
-    metadata = describe(model, imsize, num_classes, attention).metadata()
-    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, True, metadata), metadata
+def export(G, *network):
+    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), export_metadata(*network), True)
 
 
 @pytest.mark.slow
@@ -23,7 +22,7 @@ def export(G, model, imsize, num_classes=0, attention="full"):
 def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
     """For any batch, with and without classes and attention; and nothing is printed."""
     G = random_generator(*network)
-    content, metadata = export(G, *network)
+    content = export(G, *network)
     assert capfd.readouterr() == ("", "")
     session = onnxruntime.InferenceSession(content)
     layers = [name for name, _ in G.named_children() if name.startswith("attn")]
@@ -39,7 +38,7 @@ def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
             np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
     assert_harmless(onnx.load_from_string(content))
     assert str(onnx_file.__file__.rpartition("exporting")[0]).encode() not in content  # no source lines of this machine
-    assert session.get_modelmeta().custom_metadata_map == {**metadata, "maps": " ".join(layers)}
+    assert session.get_modelmeta().custom_metadata_map == export_metadata(*network, maps=" ".join(layers))
 
 
 def assert_harmless(model):
@@ -61,7 +60,7 @@ def test_a_graph_that_torch_exports_wrongly_is_no_file():
             return (torch.nn.functional.avg_pool2d(z[:, None, None], (1, 2), divisor_override=1),)
 
     with pytest.raises(UserError, match="onnxruntime does not return the images"):
-        onnx_bytes(Wrong(), 16, 0, False, {})
+        onnx_bytes(Wrong(), export_metadata(), False)
 
 
 def test_weights_too_large_for_a_file(monkeypatch):

@@ -1,4 +1,3 @@
-import json
 import struct
 
 import pytest
@@ -49,16 +48,3 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path):
             read_generator(path)
     with pytest.raises(ValueError, match="No such file"):
         read_generator(tmp_path / "none.safetensors")
-
-
-def test_the_file_is_numbers_and_text_and_nothing_else(tmp_path):
-    """Its header is JSON, of which no code can run, and the tensors follow without a gap."""
-    write_export(tmp_path / "G.safetensors", "sagan", 32)
-    content = (tmp_path / "G.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    assert header.pop("__metadata__")["format"] == "pt"  # for Hugging Face's loaders
-    assert {tensor["dtype"] for tensor in header.values()} == {"F32", "I64"}
-    spans = sorted(tensor["data_offsets"] for tensor in header.values())
-    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
-    assert 8 + length + spans[-1][1] == len(content)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -47,21 +46,23 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     others = read_other_formats(folder, formats, metadata)
     maps = others.get("onnx", {}).get("maps", "").split()
     metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
-    num_images = saved.state["data"].get("training_images") if saved.state else None
-    card = partial(model_card, as_text(config.version), metadata, num_images)
-    if not config.overwrite:  # metrics may have been computed since
-        check_folder(folder, formats, [card(scores, others, maps) for scores in (metrics, None) if others])
+    if not config.overwrite:
+        check_folder(folder, formats, others)
     check_writable(folder)
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
     contents = generator_files(networks.G, metadata, formats, with_maps)
-    contents["model_card.md"] = card(metrics, {*formats, *others}, maps).encode("utf-8", "replace")
-    if config.overwrite or not (folder / "samples.png").exists():
-        samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
-        contents["samples.png"] = png.getvalue()
+    num_images = saved.state["data"].get("training_images") if saved.state else None
+    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps)
+    samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
+    for name, content in (("model_card.md", card.encode("utf-8")), ("samples.png", png.getvalue())):
+        if config.overwrite or not (folder / name).exists():
+            contents[name] = content
     print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
     write_files(folder, contents, keep=[f"generator.{name}" for name in others])
-    if saved.state and metrics is None:
+    if "model_card.md" not in contents:
+        print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
+    elif saved.state and metrics is None:
         wanted = config.pretrained_model if config.pretrained_file else str(saved.step)
         command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
         print(f"The card has no metrics: compute them by {command}, then export with --overwrite true")
@@ -79,16 +80,11 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     return found
 
 
-def check_folder(folder: Path, formats: Collection[str], cards: Collection[str]) -> None:
-    """Raise `UserError` if an export would replace a file, other than a card that is one of these."""
+def check_folder(folder: Path, formats: Collection[str], others: Collection[str]) -> None:
+    """Raise `UserError` if there are files already, other than those of other formats of this generator."""
     found = [name for name in FILES if (folder / name).exists()]
-    path, is_there = folder / "model_card.md", any(f"generator.{name}" in found for name in formats)
-    is_edited = bool(cards) and path.exists() and path.read_text("utf-8", "replace") not in cards
-    if found and (is_there or is_edited or not cards):
-        reason = " (model_card.md was changed)" if is_edited and not is_there else ""
-        raise UserError(
-            f"{folder} already has {', '.join(found)}{reason}: move them, or replace them with --overwrite true"
-        )
+    if found and (not others or any(f"generator.{name}" in found for name in formats)):
+        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
 
 
 def generator_files(

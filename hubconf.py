@@ -9,7 +9,7 @@ import pathlib
 import sys
 import types
 
-dependencies = ["torch"]  # and safetensors for an export
+dependencies = ["torch", "numpy", "tqdm"]  # and safetensors for an export
 
 
 def _import_apart(package, *names):

@@ -39,6 +39,7 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     networks = load_test_networks(saved, config)
+    print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}")
     metadata = describe(config, saved, networks, given)
     if with_maps and not config.has_attention:
         raise UserError("--maps true: this generator has no attention layers")
@@ -58,7 +59,6 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     for name, content in (("model_card.md", card.encode("utf-8")), ("samples.png", png.getvalue())):
         if config.overwrite or not (folder / name).exists():
             contents[name] = content
-    print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}, in {folder}:")
     write_files(folder, contents, keep=[f"generator.{name}" for name in others])
     if "model_card.md" not in contents:
         print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
@@ -103,6 +103,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[st
     """Write all files or none and print their sizes. A generator that is neither among them nor kept is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: content for name, content in contents.items()})
+    print(f"results in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
     for path in (folder / name for name in {*FILES[:2]} - {*contents, *keep}):

@@ -44,6 +44,6 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
     try:
         G = fold_spectral_norm(build_empty("generator", *export_sizes(metadata)))
         G.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return G.eval()

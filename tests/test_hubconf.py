@@ -29,6 +29,7 @@ for network in (G, D):
     file.seek(0)
     for other in (torch.load(file, weights_only=False), copy.deepcopy(network)):
         assert type(other) is type(network)
+assert sys.modules.get("utils") is utils and sys.modules.get("networks") is networks
 for name in others.split():  # those imported before, and those imported now
     assert __import__(name).__file__ == utils.__file__.replace("utils", name), name
 torch.hub._get_cache_or_reload = lambda *_, **__: root  # instead of GitHub, which these two need

@@ -6,7 +6,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
 from torch import nn
@@ -31,7 +30,7 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
     if path.suffix == ".safetensors":
         return read_generator(path)
     content = read_dict(path)
-    return _network(path, "generator", content.get("ema", content.get("G", content)))
+    return _network(path, "generator", content.get("ema", content))
 
 
 def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
@@ -40,17 +39,12 @@ def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is an export, which has no discriminator: use {{step}}_D.pth or {{step}}_state.pth")
     content = read_dict(path)
-    beside = path.with_name(path.name.replace("_state.", "_D."))
-    if "D" not in content and beside != path and beside.exists():
-        raise ValueError(f"{path} has no discriminator: an older version of this program saved it as {beside}")
     return _network(path, "discriminator", content.get("D", content))
 
 
 def _local(checkpoint: str | os.PathLike) -> Path:
     """Return the path; of a URL, that of its file in torch.hub's folder, downloaded if it is not there."""
     text = os.fspath(checkpoint)
-    if text.startswith("file:"):
-        return Path(url2pathname(urlparse(text).path))
     if not text.startswith(("http://", "https://")):
         return Path(os.path.expanduser(text))
     # With a digest: the exports of all runs have the same name.
@@ -66,13 +60,10 @@ def _local(checkpoint: str | os.PathLike) -> Path:
 
 
 def _network(path: Path, kind: Literal["generator", "discriminator"], weights: dict[str, Any]) -> nn.Module:
-    """Return the network of a state dict."""
     try:
         weights = strip_dataparallel_prefix(weights)
         network = build_empty(kind, *recognize(kind, weights))
         network.load_state_dict(weights, assign=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        is_other = any(key.endswith("running_mean") for key in weights) != (kind == "generator")  # G has BatchNorm
-        reason = "these look like weights of the other network" if is_other else one_line(error)
-        raise ValueError(f"{path} has no {kind} of this program: {reason}") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # torch's reason is all keys and shapes
+        raise ValueError(f"{path} has no {kind} of this program, or is damaged") from error
     return network.float().eval()

@@ -18,12 +18,7 @@ from training.models import build_empty, export_sizes
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
-    """Return the content of the file.
-
-    Args:
-        G: with spectral norm folded, on the CPU.
-        metadata: of `Description.metadata`.
-    """
+    """Return the content of the file: of G, on the CPU with spectral norm folded, and its metadata."""
     from safetensors.torch import save
 
     # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
@@ -49,6 +44,6 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
     try:
         G = fold_spectral_norm(build_empty("generator", *export_sizes(metadata)))
         G.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return G.eval()

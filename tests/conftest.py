@@ -22,7 +22,6 @@ import main
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS, Tolerate
-from exporting.description import Description
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
 from spectral import fold_spectral_norm
@@ -156,21 +155,24 @@ def generator_inputs(count: int, num_classes: int = 0) -> tuple[torch.Tensor, ..
     return torch.randn(count, 16), *((torch.arange(count) % num_classes,) if num_classes else ())
 
 
-def describe(
-    model: str = "sagan", imsize: int = 32, num_classes: int = 0, attention: str = "full", **changes
-) -> Description:
-    """The description of a `random_generator`."""
-    classes = tuple(f"class {number}" for number in range(num_classes))
-    values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
-                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4,
-                  checksum=1)  # fmt: skip
-    return Description(**(values | changes))
+def export_metadata(
+    model: str = "sagan", imsize: int = 32, num_classes: int = 0, attention: str = "full", **changes: str
+) -> dict[str, str]:
+    """The metadata of an exported `random_generator`, with the keys and values of every version of the program."""
+    return {
+        "content": "sagan-generator", "content_version": "1", "model": model, "image_size": str(imsize), "z_dim": "16",
+        "conv_dim": "8", "num_classes": str(num_classes), "attention": attention,
+        "classes": json.dumps([f"class {number}" for number in range(num_classes)]), "step": "7", "ema": "true",
+        "checksum": "1", "images": "(B, 3, image_size, image_size), RGB, from -1 to 1", "dataset": "toy",
+        "data": "faces drawn by the training program",
+        "data_license": "They are drawn by a program under the MIT license.",
+    } | changes  # fmt: skip
 
 
 def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
     """Write generator.safetensors of a `random_generator`, with changed metadata; return that network."""
     G = random_generator(*network)
-    metadata = describe(*network).metadata() | changes
+    metadata = export_metadata(*network) | changes
     path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)), metadata))
     return G
 

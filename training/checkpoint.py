@@ -162,7 +162,7 @@ def read_dict(path: Path) -> dict[str, Any]:
 
 
 def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the weights and the metadata of a generator.safetensors, see `exporting.description`.
+    """Return the weights and the metadata of a generator.safetensors, see `exporting.model_card`.
 
     Raises:
         ValueError: the file is missing, damaged or not an export of this program; the message is one line.

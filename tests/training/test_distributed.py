@@ -30,6 +30,7 @@ from training.distributed import (
     processes_to_start,
     read_launch,
 )
+from training.guards import NonFiniteError
 
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 CLASSES = dict(model="paper", imsize=64, conditional=True)
@@ -110,7 +111,7 @@ def error_of(function, *arguments):
     """Return the type and the message of what a function raises for the user."""
     try:
         function(*arguments)
-    except (UserError, PeerFailed) as error:
+    except (UserError, NonFiniteError, PeerFailed) as error:
         return type(error).__name__, str(error)
 
 
@@ -352,7 +353,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pair):
 
 
 def test_divergence_ends_both(pair):
-    assert [each["diverged"][0] for each in pair[1]] == ["UserError", "PeerFailed"]
+    assert [each["diverged"][0] for each in pair[1]] == ["NonFiniteError", "PeerFailed"]
 
 
 def test_machines_have_caches_of_their_own_and_one_writes(pair):

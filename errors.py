@@ -58,7 +58,7 @@ def exit_code(error: BaseException) -> int:
     match error:
         case PeerFailed():
             return 2
-        case KeyboardInterrupt():  # before the training loop, which saves a checkpoint, or the second one inside it
+        case KeyboardInterrupt():  # before the training loop, in which it saves a checkpoint
             print("interrupted", file=sys.stderr)
             return 130
         case RankLost():
@@ -77,7 +77,7 @@ def exit_code(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         print(f"error: {error.strerror}{where}: free space, or choose other folders (see --help)", file=sys.stderr)
-    elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
+    elif isinstance(error, (UserError, OSError)):  # OSError: such as a name that is too long
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:
         raise error

@@ -80,7 +80,7 @@ CHECKPOINT = Constraint(
 )
 PATH = matches(r"[^\0]+", "a path")
 ATTRIBUTE = matches(r"[^\0\r\n]{1,100}", "a name of up to 100 characters")
-LISTS = (METRICS, AUGMENTATIONS)
+COMMA_LISTS = (METRICS, AUGMENTATIONS)
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
@@ -357,7 +357,7 @@ def _make_parser(program: str) -> "Parser":
         group = parser.add_argument_group(title)
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
-            parse = comma_list if field.metadata["constraint"] in LISTS else boolean if kind is bool else kind
+            parse = comma_list if field.metadata["constraint"] in COMMA_LISTS else boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser

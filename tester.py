@@ -80,7 +80,7 @@ class Tester:
         saved: the checkpoint; without D, D's maps are skipped.
 
     Raises:
-        UserError: the device is not available, the checkpoint is incomplete, or has no classes of that name.
+        UserError: a library of `--metrics` is missing, the checkpoint is incomplete, or has no classes of that name.
     """
 
     def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint, device: torch.device):
@@ -180,7 +180,7 @@ class Tester:
 
     def _write_playground(self) -> Path:
         """Write the grid between four samples, with a switch between the classes. Returns its path."""
-        z = self.sample_z(max(self.config.num_samples, 4))[:4]
+        z = self.sample_z(max(self.config.num_samples, 4))[:4]  # those of the first samples
         classes = [(self.classes[number], number) for number in self.selected_classes[:CLASS_ROWS]] or [("", None)]
         page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}")
         path = self.folder / "playground.html"
@@ -207,14 +207,10 @@ class Tester:
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
         numbers = {
-            layer: {
-                "side": sides[0],
-                "key_side": sides[1],
-                **stats._asdict(),
-                "uniform": uniform_attention_stats(*sides)._asdict(),
-            }
-            for layer, (sides, stats) in layers.items()
-        }
+            layer: {"side": side, "key_side": key_side, **stats._asdict(),
+                    "uniform": uniform_attention_stats(side, key_side)._asdict()}
+            for layer, ((side, key_side), stats) in layers.items()
+        }  # fmt: skip
         self._write_json("attention.json", numbers)
 
     def _write_gamma(self) -> None:

@@ -3,7 +3,7 @@
     Trainer(config, loader, device).train()
 
 All random numbers of a step come from one generator seeded with (seed, step), and a batch is a function of (seed,
-position): a run that was stopped and resumed takes the same steps as one that was not.
+number): a run that was stopped and resumed takes the same steps as one that was not.
 """
 
 from contextlib import ExitStack
@@ -91,7 +91,7 @@ class Trainer:
         self.updates = self._updates
         if use_graph:
             self.updates = GraphedStep(self._updates, device, fallback=config.cuda_graph == "auto")
-        self.previews = Previews(config, loader, self.G, self.ema.network, self.D, self.state.fixed_z, self.precision)
+        self.previews = Previews(config, loader, self.state, self.precision)
 
     @property
     def step(self) -> int:
@@ -118,7 +118,7 @@ class Trainer:
             if aug_noise is not None:
                 real = augment(real, aug_noise[:, 0], self.augmentations)
                 fake = augment(fake, aug_noise[:, 1], self.augmentations)
-            # Each forward in training mode takes a step of power iteration: D takes two here and one in g_step.
+            # Each forward in training mode takes a step of power iteration: two of D here, a third one for the penalty.
             real_logits, fake_logits = self.D_ddp(real, real_labels).float(), self.D_ddp(fake, fake_labels).float()
         loss_real, loss_fake = self.loss.of_D(real_logits, fake_logits)
         stats = {"d_loss_real": loss_real, "d_loss_fake": loss_fake, "d_loss": loss_real + loss_fake}
@@ -228,7 +228,9 @@ class Trainer:
     def _loop(self, recorder: Recorder | None, stop: StopRequest) -> int:
         """Take steps until `total_step`, or a signal to any rank, whose number is returned. Rank 0 has the recorder."""
         config, ranks, previews = self.config, self.ranks, self.previews
-        intervals = {"log": config.log_step, "checkpoint": self.save_step, "samples": config.sample_step}
+        epochs = config.model_save_step * len(self.loader) / config.n_critic
+        save_step = max(config.min_save_step, round(epochs))
+        intervals = {"log": config.log_step, "checkpoint": save_step, "samples": config.sample_step}
         intervals |= {"attention": config.attn_step} if config.has_attention else {}
         intervals |= {"metrics": config.metric_step} if config.metrics else {}
         due = {name for name, steps in intervals.items() if self._is_due(steps)}
@@ -264,7 +266,8 @@ class Trainer:
                         recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
                     if "samples" in due:
                         recorder.samples(self.step, previews.samples())
-                    if "attention" in due and self.step < config.total_step:  # those of the last step follow the loop
+                    # Those of the last step follow the loop.
+                    if "attention" in due and self.step < config.total_step and not stop.signal_number:
                         recorder.attention(self.step, previews.attention())
                     if "metrics" in due:
                         self._evaluate(recorder, stop)
@@ -273,17 +276,11 @@ class Trainer:
         with ranks.raise_together():
             if recorder and signal_number and recorder.saved_step != self.step:
                 recorder.checkpoint(self.step, self._saved_state())
-            if recorder and config.has_attention:
+            if recorder and config.has_attention and self.step:
                 attention = previews.attention()
                 recorder.attention(self.step, attention)
                 recorder.explorer(self.step, attention)
         return signal_number
-
-    @property
-    def save_step(self) -> int:
-        """Steps between checkpoints."""
-        epochs = self.config.model_save_step * len(self.loader) / self.config.n_critic
-        return max(self.config.min_save_step, round(epochs))
 
     def _is_due(self, steps: int) -> bool:
         """Return whether something is due after this step that comes every so many steps and after the last one."""

@@ -59,25 +59,6 @@ def setup_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def set_precision(name: str, device: torch.device) -> str:
-    """Return --precision as fp32, tf32 or bf16, and allow TF32 in torch for tf32 only.
-
-    auto is bf16 on a GPU with bf16 tensor cores (compute capability 8.0 or higher), else fp32.
-
-    Raises:
-        UserError: tf32, or bf16 on CUDA, without such a GPU. Torch would run bf16 there, in slow kernels.
-    """
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "auto":
-        name = "bf16" if has_tensor_cores else "fp32"
-    if not has_tensor_cores and (name == "tf32" or (name == "bf16" and device.type == "cuda")):
-        raise UserError(f"--precision {name} needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher")
-    if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
-        warn("this CPU has no bf16 instructions: --precision fp32 is faster")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return name
-
-
 def conv_memory_format(device: torch.device, precision: str) -> torch.memory_format:
     """Return the memory format of networks and images in which convolutions are fast.
 
@@ -100,23 +81,29 @@ def _cpu_has_bf16() -> bool:
 
 
 def set_backends(device: torch.device, precision: str, deterministic: bool) -> str:
-    """Apply `--precision` and `--deterministic` to torch, before the device is used. Returns the precision's name.
+    """Apply `--precision` and `--deterministic` to torch, before the device is used.
+
+    Returns:
+        fp32, tf32 or bf16; auto is bf16 on a GPU with bf16 tensor cores (compute capability 8.0 or higher), else fp32.
 
     Raises:
-        UserError: see `set_precision`.
+        UserError: tf32, or bf16 on CUDA, without such a GPU. Torch would run bf16 there, in slow kernels.
     """
     if deterministic:
-        _make_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic otherwise
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
     # Shapes never change, so cuDNN may search for its fastest algorithms, unless runs must be repeatable.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
-    return set_precision(precision, device)
-
-
-def _make_deterministic() -> None:
-    """Restrict torch to deterministic algorithms."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic otherwise
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        precision = "bf16" if has_tensor_cores else "fp32"
+    if not has_tensor_cores and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        raise UserError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher")
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        warn("this CPU has no bf16 instructions: --precision fp32 is faster")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
 
 
 def tune_malloc() -> None:

@@ -21,7 +21,7 @@ def augment(images: Tensor, aug_noise: Tensor, policy: Sequence[str]) -> Tensor:
     Args:
         images: (B, C, S, S) in [-1, 1]; the results may leave this range.
         aug_noise: uniform random numbers in [0, 1), (B, 7).
-        policy: some of `POLICIES`; they are applied in this order.
+        policy: some of `POLICIES`, applied in the order of `POLICIES`.
 
     Returns:
         (B, C, S, S), with gradients to the images.

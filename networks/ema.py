@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the source's weights after generator update number `step`."""
+        """Average in the source's weights after a generator update; `step` counts the updates before it."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._averaged, 1 - decay)
         torch._foreach_copy_(*self._vectors)

@@ -76,6 +76,8 @@ def test_real_images_have_their_labels_and_fakes_have_labels_as_frequent(make):
     frequencies = drawn.flatten().bincount().numpy() / drawn.numel()
     assert np.abs(frequencies - [0.7, 0.2, 0.1]).max() < 0.03  # four standard deviations
     assert len({labels.numpy().tobytes() for labels in drawn}) > 60  # drawn anew each time
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # and for each update
+        assert not all(torch.equal(step[one]["fake_labels"], step[other]["fake_labels"]) for step in seen)
 
 
 def test_inputs_depend_on_the_step_alone_and_ranks_share_them(make):

@@ -149,7 +149,7 @@ def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_
 
 def test_the_first_step_of_the_ema(make_trainer):
     """Its decay is ramped up from 0.1."""
-    trainer = make_trainer()
+    trainer = make_trainer(g_lr=0.1)
     before = [parameter.detach().clone() for parameter in trainer.G.parameters()]
     trainer.train_step()
     for old, new, ema in zip(before, trainer.G.parameters(), trainer.ema.network.parameters(), strict=True):

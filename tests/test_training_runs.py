@@ -363,6 +363,7 @@ def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, mon
     assert best_after(6.0, use_ema=False) == 8
     assert best_after(7.0, metrics="fid") == 9
     assert best_after(8.0, toy_num=99) == 10
+    assert best_after(float("nan")) == 10
     evaluations(monkeypatch)
     make_trainer(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True}).train()
 
@@ -395,6 +396,15 @@ def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch)
     assert [entry["step"] for entry in log(folder, "hog")] == [2, 4]
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume_from(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer()
+    real_images = trainer.previews.real_images
+    monkeypatch.setattr(trainer.previews, "real_images", lambda: signal.raise_signal(signal.SIGTERM) or real_images())
+    main.print_outcome(trainer.config, 0, trainer.train())
+    assert capsys.readouterr().out.splitlines()[-1] == "SIGTERM before the first step"
+    make_trainer().train()
+
+
 def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
     options = dict(total_step=6, log_step=1, model_save_step=0.1, keep_checkpoints=0)
     whole = make_trainer(version="whole", **options)
@@ -414,10 +424,10 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(make_trainer, monkeypatch, use_ema):
     measured = []
-    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, *_: measured.append(G) or {"hog": 1.0})
+    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, *_: measured.append((config, G)) or {"hog": 1.0})
     trainer = make_trainer(metrics="hog", metric_num=11, use_ema=use_ema)
     trainer.train()
-    assert measured == [trainer.ema.network if use_ema else trainer.G]
+    assert measured == [(trainer.config, trainer.ema.network if use_ema else trainer.G)]
 
 
 def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):

@@ -20,7 +20,6 @@ from utils import (
     memory_mib,
     no_param_grads,
     set_backends,
-    set_precision,
     setup_device,
     write_atomically,
 )
@@ -79,7 +78,7 @@ def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
 ])  # fmt: skip
 def test_resolved_precision(machine, name, device, capability, expected):
     machine(gpus=1, capability=capability)
-    assert set_precision(name, torch.device(device)) == expected
+    assert set_backends(torch.device(device), name, deterministic=False) == expected
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
 
 
@@ -97,7 +96,7 @@ def test_memory_format_of_convolutions(device, precision, expected):
 def test_precision_without_tensor_cores_is_a_user_error(machine, name, device):
     machine(gpus=1, capability=(7, 5))
     with pytest.raises(UserError, match=f"--precision {name}"):
-        set_precision(name, torch.device(device))
+        set_backends(torch.device(device), name, deterministic=False)
 
 
 def test_check_writable_creates_nothing(tmp_path):

@@ -42,13 +42,13 @@ class GraphedStep:
     overwritten by the next call.
 
     Args:
-        step: takes the inputs of its updates by name; returns named 0-d tensors.
+        step: takes the inputs of all its updates; returns named 0-d tensors.
         device: the GPU, which must be the current one.
         fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead. Some
             versions of torch do not free the memory of a failed capture.
     """
 
-    def __init__(self, step: Callable[..., dict[str, Tensor]], device: torch.device, fallback: bool = True):
+    def __init__(self, step: Callable[[Inputs], dict[str, Tensor]], device: torch.device, fallback: bool = True):
         self.step = step
         self.fallback = fallback
         self.stream = torch.cuda.Stream(device)

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 main.py ...
 
 Several ranks compute what a single process would: each takes its shard of the global batch, and gradients and BatchNorm
-statistics are averaged over all. A single process is a `Ranks()`, all of whose methods are the identity.
+statistics are averaged over all. A single process is a `Ranks()`, for which nothing is exchanged.
 """
 
 import os
@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -150,29 +150,21 @@ class Ranks:
         return value.item()
 
 
-class Launch(NamedTuple):
-    """This process among those of its run; `size` is their number, `local_rank` counts those of its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-
-def read_launch() -> Launch:
-    """Return what the environment says; a single process without a WORLD_SIZE above 1, whatever else is set.
+def read_launch() -> Ranks:
+    """Return this process as the environment says, not connected; a single one without a WORLD_SIZE above 1.
 
     Raises:
         UserError: a variable is missing or wrong.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return Launch()
+        return Ranks()
     local = next((name for name in LOCAL_RANKS if name in os.environ), "LOCAL_RANK")
     texts = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", local, "MASTER_PORT", "MASTER_ADDR")}
     *numbers, address = texts.values()
     if address and all(text.isdecimal() for text in numbers):
         size, rank, local_rank, port = map(int, numbers)
         if rank < size and local_rank < size and 0 < port < 2**16:
-            return Launch(rank, size, local_rank)
+            return Ranks(rank, size, local_rank)
     found = ", ".join(f"{name}='{text}'" for name, text in texts.items())
     raise UserError(
         f"the environment does not describe the processes of a run ({found}): start them with torchrun, or unset "
@@ -193,7 +185,7 @@ def silence_other_ranks() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Connect the ranks that torchrun started, and yield the `Ranks` of this process.
+    """Connect the ranks that a launcher started, and yield the `Ranks` of this process.
 
     Args:
         device: `--device`. CUDA devices use NCCL where there is one (not on Windows), others gloo.
@@ -201,9 +193,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     Raises:
         RankLost: another rank died or does not answer. Each collective can notice it.
     """
-    launch = read_launch()
-    if launch.size == 1:
-        yield Ranks()
+    ranks = read_launch()
+    if ranks.size == 1:
+        yield ranks
         return
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     try:
@@ -219,13 +211,13 @@ def process_group(device: str) -> Iterator[Ranks]:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             # Harmless: DDP copies the few gradients of 1x1 convolutions, whose strides are ambiguous.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
-            yield Ranks(rank, size, launch.local_rank, wait_group)
+            yield replace(ranks, wait_group=wait_group)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, which begin with the path of its source file.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise RankLost(f"rank {launch.rank}: lost connection to another rank ({reason})") from error
+        raise RankLost(f"rank {ranks.rank}: lost connection to another rank ({reason})") from error
     dist.destroy_process_group()
 
 

@@ -47,7 +47,7 @@ class OverfittingCheck:
     """Warn once when r, the mean sign of D's logits on real images, has been above `LIMIT` for an epoch.
 
     Args:
-        epoch: steps per epoch, of which `MIN_STEPS`, and `MIN_ENTRIES` values, are counted at least.
+        epoch: steps per epoch; at least `MIN_STEPS` steps and `MIN_ENTRIES` logged values are waited for.
         has_holdout, has_augment: whether the run has these options, which are then not advised.
     """
 

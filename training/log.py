@@ -32,8 +32,7 @@ class RunLog:
             os.truncate(path, _size_up_to(path, step))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
-        has_later = step and any(folder.glob("events.out.tfevents.*"))
-        if use_tensorboard or has_later:
+        if use_tensorboard:
             try:
                 from tensorboardX import SummaryWriter  # takes a second to import
             except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
@@ -44,9 +43,6 @@ class RunLog:
                 events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
                 events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
                 events.close = tolerate(events.close)
-            if not use_tensorboard:
-                self._writer.close()
-                self._writer = None
 
     def __enter__(self) -> "RunLog":
         return self

@@ -11,6 +11,7 @@ from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.latents import class_columns, class_rows, classes_in_turn
 from parameter import Config
 from spectral import SpectralNorm
+from training.resuming import TrainingState
 from utils import SEED_AUGMENTED, autocast, derive_seed, eval_mode
 from visuals.attention_stats import AttentionSample
 from visuals.figures import CLASS_ROWS
@@ -21,23 +22,12 @@ class Previews:
 
     Args:
         loader: opened.
-        ema: the EMA generator.
-        fixed_z: latents (B, z_dim) of the sample grids.
         precision: fp32, tf32 or bf16.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        loader: Loader,
-        G: nn.Module,
-        ema: nn.Module,
-        D: nn.Module,
-        fixed_z: Tensor,
-        precision: str,
-    ):
+    def __init__(self, config: Config, loader: Loader, state: TrainingState, precision: str):
         self.config, self.loader, self.precision = config, loader, precision
-        self.G, self.ema, self.D, self.fixed_z = G, ema, D, fixed_z
+        self.G, self.ema, self.D, self.fixed_z = state.G, state.ema, state.D, state.fixed_z
         self.shown_classes = range(len(loader.classes))[:CLASS_ROWS]  # those with a row in the grids
 
     def samples(self) -> dict[str, Tensor]:

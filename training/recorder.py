@@ -4,7 +4,6 @@ The trainer passes tensors and goes on; whatever takes time happens in a backgro
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import sys
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from data_loader import Loader
 from errors import Tolerate
 from networks.losses import LOSSES
-from parameter import DISTANCES, METRIC_RESULTS, Config, option_groups
+from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
 from training.guards import OverfittingCheck
@@ -35,7 +34,7 @@ from visuals.attention_stats import AttentionSample
 from visuals.curves import read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import CLASS_ROWS, attention_figures, sample_grid, shorten
-from visuals.report import Run, report_page
+from visuals.report import report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 # Where stderr is no terminal, `log` prints lines: after its entries, which have the numbers.
@@ -66,7 +65,7 @@ class Recorder:
     def __init__(self, config: Config, step: int, machine: str, loader: Loader):
         self.config, self.loader, self.saved_step = config, loader, step
         self._row_names = [shorten(name) for name in loader.classes[:CLASS_ROWS]]
-        self._run = _report_run(config, machine, loader.classes)
+        self._machine = machine
         epoch, has_augment = len(loader) // config.n_critic, config.augment != "none"
         self._overfitting = OverfittingCheck(epoch, config.holdout > 0, has_augment)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
@@ -132,7 +131,9 @@ class Recorder:
         metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
         protocol = {"metric": metric, "images": config.metric_num, "ema": config.use_ema}
         protocol["data"] = self.loader.fingerprint["checksum"]
-        if metric is None or (protocol.items() <= self.best.items() and scores[metric] >= self.best["score"]):
+        if metric is None or not math.isfinite(scores[metric]):
+            return False
+        if protocol.items() <= self.best.items() and scores[metric] >= self.best["score"]:
             return False
         self.best = protocol | {"step": step, "score": scores[metric]}
         return True
@@ -201,7 +202,8 @@ class Recorder:
         command = self.config.command_line(pretrained_model=str(self._written_step))
         path = self.config.log_folder / "report.html"
         with self._tolerate("the report"):
-            page = report_page(self._run, self._written_step, command, datetime.now(), state, self.best)
+            arguments = (self.config, self._machine, self.loader.classes, self._written_step, command)
+            page = report_page(*arguments, datetime.now(), state, self.best)
             write_atomically({path: page.encode()})  # a browser may reload it at any time
         end = time.monotonic()
         self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))
@@ -210,24 +212,3 @@ class Recorder:
         interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
         if self._written_step and not interrupted:
             self._write_report("stopped")
-
-
-def _report_run(config: Config, machine: str, classes: Sequence[str]) -> Run:
-    """Return what the report says of a run at any step."""
-    options = {
-        title: {field.name: getattr(config, field.name) for field in fields}
-        for title, fields in option_groups().items()
-    }
-    return Run(
-        title=config.version,
-        total_step=config.total_step,
-        image_size=config.imsize,
-        batch_size=config.batch_size,
-        machine=machine,
-        classes=classes,
-        log_folder=config.log_folder,
-        sample_folder=config.sample_folder,
-        attn_folder=config.attn_folder,
-        options=options,
-        defaults={field.name: field.default for field in dataclasses.fields(config)},
-    )

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from networks.latents import slerp
-from sagan_models import Generator
 from utils import progress
 from visuals.figures import layer_name, to_pixels
 from visuals.pages import compress, compress_maps, fill_template
@@ -34,7 +33,7 @@ class Grid(NamedTuple):
     attention: dict[str, np.ndarray]  # "G attn1": (T, M) float32, the mean over all queries; by layer
 
 
-def generate_grids(G: Generator, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
+def generate_grids(G: nn.Module, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
     """Return the grid of each class, of the same z in each.
 
     Args:
@@ -86,7 +85,7 @@ def playground_page(grids: Sequence[Grid], title: str) -> str:
     return fill_template("playground", title, data)
 
 
-def _generate(G: Generator, z: Tensor, class_name: str, number: int | None) -> Grid:
+def _generate(G: nn.Module, z: Tensor, class_name: str, number: int | None) -> Grid:
     """Return the grid of a class, of z (T, z_dim)."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):

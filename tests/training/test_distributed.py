@@ -24,7 +24,6 @@ from training import distributed, recorder
 from training.distributed import (
     LOCAL_RANKS,
     STEP_TIMEOUT,
-    Launch,
     Ranks,
     process_group,
     processes_to_start,
@@ -402,13 +401,13 @@ def test_shards_cover_the_batch_and_uneven_ones_are_rejected():
 @pytest.mark.parametrize("variables", [{}, {"LOCAL_RANK": "2", "RANK": "x"}, {"WORLD_SIZE": "1", "RANK": "3"}])
 def test_without_a_world_size_it_is_a_single_process(environment, variables):
     environment(**variables)
-    assert read_launch() == Launch(0, 1, 0)
+    assert read_launch() == Ranks(0, 1, 0)
 
 
 @pytest.mark.parametrize("local", LOCAL_RANKS)
 def test_torchrun_and_other_launchers(environment, local):
     environment(**{local if name == "LOCAL_RANK" else name: value for name, value in TORCHRUN.items()})
-    assert read_launch() == Launch(3, 4, 1)
+    assert read_launch() == Ranks(3, 4, 1)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -22,43 +22,46 @@ import main
 from parameter import Config
 from training import recorder
 from visuals.curves import GRAY
-from visuals.report import FIGURE_SIZE, FRAMES, SAMPLE_SIZE, Run, picture, report_page
+from visuals.report import FIGURE_SIZE, FRAMES, SAMPLE_SIZE, picture, report_page
 
+PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 NOW = datetime(2026, 11, 24, 14, 40)
+VERSION = "<b>\"'& $data ${x}"
 HOSTILE = "</script><b>\"'&\udcff $data ${x}"
 NOISE = np.random.default_rng(0).integers(0, 256, (946, 768, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, Run]:
-    """The folder of a real run of 6 steps, and what its recorder gave to the report."""
-    root, runs = tmp_path_factory.mktemp("run"), []
-    paths = {
-        name: str(root / name) for name in ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
-    }
+def finished(tmp_path_factory) -> tuple[Path, Config]:
+    """The folder of a real run of 6 steps, and its options."""
+    root = tmp_path_factory.mktemp("run")
+    paths = {name: str(root / name) for name in PATHS}
     steps = {"total_step": 6, "log_step": 1, "sample_step": 2, "attn_step": 3}
+    config = Config(**SMALL, **paths, **steps, device="cpu", tune_malloc=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "report_page", lambda run, *_: runs.append(run) or "")
-        assert main.run(Config(**SMALL, **paths, **steps, device="cpu", tune_malloc=False)) == 0
-    return root, runs[-1]
+        patch.setattr(recorder, "report_page", lambda *_: "")
+        assert main.run(config) == 0
+    return root, config
 
 
 @pytest.fixture
-def empty_run(finished, tmp_path) -> Run:
+def empty_run(finished, tmp_path) -> Config:
     """That run of 100 steps before it has results."""
-    root, run = finished
-    names = ("log_folder", "sample_folder", "attn_folder")
-    folders = {name: tmp_path / getattr(run, name).relative_to(root) for name in names}
-    for folder in folders.values():
+    config = dataclasses.replace(finished[1], total_step=100, **{name: str(tmp_path / name) for name in PATHS})
+    for folder in config.folders.values():
         folder.mkdir(parents=True)
-    return dataclasses.replace(run, total_step=100, **folders)
+    return config
 
 
 @pytest.fixture
-def toy_run(finished, empty_run, tmp_path) -> Run:
+def toy_run(finished, empty_run, tmp_path) -> Config:
     """That run, with a copy of its results that a test may change."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     return dataclasses.replace(empty_run, total_step=6)
+
+
+def page_of(config: Config, step: int, command: str = "command", machine: str = "cpu in fp32", **options) -> str:
+    return report_page(config, machine, (), step, command, NOW, **options)
 
 
 def data_of(page):
@@ -78,7 +81,7 @@ def write_log(run, rows):
 
 
 def test_a_finished_run(toy_run):
-    page = report_page(toy_run, 6, "python main.py --version 'a b'", NOW)
+    page = page_of(toy_run, 6, "python main.py --version 'a b'")
     for fact in ("step 6 of 6 (100%)", "32×32", "batch 4", "on cpu in fp32", "updated 2026-11-24 14:40"):
         assert f"<li>{fact}</li>" in page
     assert ">finished<" in page
@@ -102,7 +105,7 @@ def test_a_finished_run(toy_run):
 
 
 def test_results_of_later_steps_are_ignored(toy_run):
-    page = report_page(toy_run, 4, "command", NOW)
+    page = page_of(toy_run, 4)
     assert [frame["step"] for frame in data_of(page)["frames"]] == [2, 4]
     assert figures_of(page)[0] == "3_G_attn1" and "6_G_attn1" not in page
     row = json.loads((toy_run.log_folder / "metrics.jsonl").read_text().splitlines()[3])
@@ -113,17 +116,17 @@ def test_results_of_later_steps_are_ignored(toy_run):
 def test_only_a_running_run_has_an_eta(empty_run):
     run = dataclasses.replace(empty_run, total_step=10**6)  # with batches of 4
     write_log(run, [{"step": step, "images_per_s": 40.0} for step in (1, 2)])
-    assert "<li>ETA 1 day, 3:47:00</li>" in report_page(run, 2, "command", NOW)
-    stopped = report_page(run, 2, "command", NOW, state="stopped")
+    assert "<li>ETA 1 day, 3:47:00</li>" in page_of(run, 2)
+    stopped = page_of(run, 2, state="stopped")
     assert ">stopped<" in stopped and "<li>ETA" not in stopped
-    assert "<li>ETA" not in report_page(run, 10**6, "command", NOW)
+    assert "<li>ETA" not in page_of(run, 10**6)
 
 
 def test_a_run_without_results(empty_run):
     for remove in (lambda _: None, lambda folder: folder.rmdir()):
         for folder in (empty_run.log_folder, empty_run.sample_folder, empty_run.attn_folder):
             remove(folder)
-        page = report_page(empty_run, 0, "python main.py", NOW)
+        page = page_of(empty_run, 0, "python main.py")
         assert data_of(page) == {"frames": [], "real": "", "folder": "../../sample_path/sagan_celeb"}
         assert "Attention maps" not in page and not titles_of(page)
         assert "step 0 of 100 (0%)" in page and "python main.py" in page
@@ -136,7 +139,7 @@ def test_damaged_and_incomplete_images_are_left_out(toy_run):
     (toy_run.sample_folder / "4_fake.png").write_bytes(whole[: len(whole) // 2])
     (toy_run.sample_folder / "6_ema.png").write_bytes(whole.replace(b"IDAT", b"IDAX"))
     (toy_run.attn_folder / "6_G_attn1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    page = report_page(toy_run, 6, "command", NOW)
+    page = page_of(toy_run, 6)
     shown = [{kind for kind in ("ema", "fake") if frame.get(kind)} for frame in data_of(page)["frames"]]
     assert shown == [{"ema"}, {"fake"}]
     assert figures_of(page) == ["6_G_attn2", "6_D_attn1", "6_D_attn2"]
@@ -147,7 +150,7 @@ def test_the_newest_figure_of_each_layer_is_shown(toy_run):
         shutil.copy(toy_run.attn_folder / "6_G_attn1.png", toy_run.attn_folder / f"{name}.png")
     (toy_run.attn_folder / "6_D_attn2.png").unlink()
     names = ["6_G_attn1", "6_G_attn2", "5_G_attn3", "6_D_attn1", "3_D_attn1_small", "3_D_attn2"]
-    assert figures_of(report_page(toy_run, 6, "command", NOW)) == names
+    assert figures_of(page_of(toy_run, 6)) == names
 
 
 def test_charts_of_a_log(empty_run):
@@ -155,11 +158,11 @@ def test_charts_of_a_log(empty_run):
     row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "faces": 0.5}
     row |= {"reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "new": 1}
     write_log(empty_run, [row, row | {"step": 20}])
-    page = report_page(empty_run, 20, "command", NOW, best={"step": 10, "metric": "fid", "score": 80})
+    page = page_of(empty_run, 20, best={"step": 10, "metric": "fid", "score": 80})
     assert titles_of(page) == ["FID", "Face rate", "reach", "new"]
     assert "G_attn2  0.4" in page
     assert "<li>best checkpoint: step 10, fid 80</li>" in page
-    assert page.count(GRAY) == 1 and "best checkpoint" not in report_page(empty_run, 20, "command", NOW)
+    assert page.count(GRAY) == 1 and "best checkpoint" not in page_of(empty_run, 20)
 
 
 @pytest.mark.parametrize("size, shown", [((1120, 560), (560, 280)), ((64, 64), (64, 64)), ((60, 70_000), (1, 560))])
@@ -183,7 +186,7 @@ def test_a_page_of_pure_noise_stays_below_8_mb(empty_run):
     random = np.random.default_rng(0)
     names = ["d_loss", "g_loss", *(f"sigma/{network}_{index}" for network in "GD" for index in range(15))]
     write_log(empty_run, [{"step": step} | {name: random.normal() for name in names} for step in range(1, 1001)])
-    page = report_page(empty_run, 4000, "command", NOW)
+    page = page_of(empty_run, 4000)
     frames = data_of(page)["frames"]
     assert len(frames) == FRAMES and len(figures_of(page)) == 4
     assert (frames[0]["step"], frames[-1]["step"]) == (100, 4000)
@@ -192,25 +195,25 @@ def test_a_page_of_pure_noise_stays_below_8_mb(empty_run):
     assert len(page.encode()) < 8e6
 
 
-def test_hostile_names(empty_run):
-    (empty_run.attn_folder / "1_explorer.html").touch()
-    options = {"options": {HOSTILE: {HOSTILE: HOSTILE}}, "defaults": {HOSTILE: None}}
-    folder = empty_run.sample_folder / HOSTILE
-    run = dataclasses.replace(empty_run, title=HOSTILE, machine=HOSTILE, sample_folder=folder, **options)
+def test_hostile_names(empty_run, tmp_path):
+    run = dataclasses.replace(empty_run, version=VERSION, image_path=HOSTILE, sample_path=str(tmp_path / HOSTILE))
+    run.log_folder.mkdir(parents=True)
+    run.attn_folder.mkdir(parents=True)
+    (run.attn_folder / "1_explorer.html").touch()
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    page = report_page(run, 1, HOSTILE, NOW, HOSTILE)
+    page = page_of(run, 1, HOSTILE, HOSTILE, state=HOSTILE)
     page.encode()
     assert page.count("</script>") == 2 and "<b>" not in page
-    assert html.escape(HOSTILE.replace("\udcff", "?")) in page
-    assert 'href="../../attn_path/sagan_celeb/1_explorer.html"' in page
-    assert unquote(data_of(page)["folder"], errors="surrogateescape").endswith(HOSTILE)
+    assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 5  # machine, state, path, path, command
+    assert html.escape(VERSION) in page and '/1_explorer.html"' in page
+    assert HOSTILE in unquote(data_of(page)["folder"], errors="surrogateescape")
 
 
 @pytest.fixture
 def open_page(quiet_browser) -> Callable[..., BrowserPage]:
     """A function that opens a page of a run."""
 
-    def show(run: Run, page: str, width: int = 1280, scheme: str = "light") -> BrowserPage:
+    def show(run: Config, page: str, width: int = 1280, scheme: str = "light") -> BrowserPage:
         path = run.log_folder / "report.html"
         path.write_text(page, encoding="utf-8")
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -224,7 +227,7 @@ def open_page(quiet_browser) -> Callable[..., BrowserPage]:
 
 @pytest.mark.browser
 def test_the_slider(open_page, toy_run):
-    text = report_page(toy_run, 6, "python main.py --version 'a b'", NOW)
+    text = page_of(toy_run, 6, "python main.py --version 'a b'")
     page, frames = open_page(toy_run, text), {frame["step"]: frame for frame in data_of(text)["frames"]}
     sample, ema, generator, real = page.find("#sample"), *page.find_all("#kinds button")
 
@@ -254,8 +257,9 @@ def test_the_slider(open_page, toy_run):
 @pytest.mark.browser
 @pytest.mark.parametrize("width, scheme", [(320, "dark"), (1280, "light")])
 def test_nothing_overflows_and_text_contrasts(open_page, toy_run, width, scheme):
-    long = dataclasses.replace(toy_run, title="w" * 100, machine="m" * 60, options={"Data": {"image_path": "p" * 200}})
-    text = report_page(long, 4, "python main.py --version " + "w" * 300, NOW, state="stopped by SIGTERM")
+    (toy_run.log_folder.parent / ("w" * 100)).symlink_to(toy_run.log_folder)
+    long = dataclasses.replace(toy_run, version="w" * 100, image_path="p" * 200)
+    text = page_of(long, 4, "python main.py --version " + "w" * 300, "m" * 60, state="stopped by SIGTERM")
     page = open_page(toy_run, text, width, scheme)
     page.assert_fits(width)
     boxes = page.browser.execute_script(
@@ -277,9 +281,9 @@ def test_nothing_overflows_and_text_contrasts(open_page, toy_run, width, scheme)
 
 @pytest.mark.browser
 def test_hostile_names_are_shown_and_the_command_is_copied(open_page, empty_run):
-    run = dataclasses.replace(empty_run, title=HOSTILE, options={HOSTILE: {HOSTILE: HOSTILE}})
+    run = dataclasses.replace(empty_run, image_path=HOSTILE)
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    page = open_page(run, report_page(run, 1, HOSTILE, NOW))
+    page = open_page(run, page_of(run, 1, HOSTILE))
     assert page.find("#command").get_property("textContent") == HOSTILE.replace("\udcff", "?")
     page.find("#copy").click()
     page.wait_for(lambda: page.find("#copy").text in ("Copied", "Press Ctrl-C to copy"))

@@ -296,6 +296,16 @@ def test_the_weights_of_a_run_depend_on_its_seed(tmp_path):
     assert torch.equal(weights["first"], weights["again"]) and not torch.equal(weights["first"], weights["other"])
 
 
+def test_precision_and_determinism_are_those_of_the_options(tmp_path, capfd):
+    try:
+        train_in(tmp_path, *TOY, "--total_step", "1", "--precision", "bf16", "--deterministic", "true")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "on cpu in bf16" in capfd.readouterr().out
+    assert torch.load(tmp_path / "models/sagan_celeb/1_state.pth", weights_only=True)["config"]["precision"] == "bf16"
+
+
 def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd, no_report):
     monkeypatch.chdir(tmp_path)
     for steps in ("1", "2"):

@@ -1,7 +1,7 @@
 """From images to batches. Every dataset is decoded once into a uint8 cache, which is memory-mapped from then on.
 
 loader = Loader(find_source("toy"), image_size=64, batch_size=64).open()
-real = loader.batch(1000)       # (64, 3, 64, 64) in [-1, 1], on the device
+images, labels = loader.batch(1000)     # (64, 3, 64, 64) in [-1, 1], on the device; None
 """
 
 import os
@@ -25,26 +25,23 @@ MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
 
 
 class Loader:
-    """Batches of real images, each a function of (seed, position), so that a checkpoint needs no loader state.
+    """Batches of real images, each a function of (seed, number), so that a checkpoint needs no loader state.
 
     `len(loader)` is the number of batches per epoch; the last partial batch is dropped. Held-out images are in
     no batch.
 
     Args:
-        source: the images.
-        image_size: height and width of the batches in pixels.
-        batch_size: images per batch.
-        cache_path: folder of the caches.
+        image_size: height and width S in pixels.
+        cache_path: folder of all caches.
         num_workers: decoding processes while the cache is built; 0 decodes in this process.
-        seed: determines the order of the images and which are flipped.
+        seed: determines the order of the images, and which are flipped and held out.
         hflip: flip half of the images horizontally.
         conditional: with labels.
         holdout: probability of each image to be held out, in [0, 1). A hash of the seed and its file name, number or
             key decides, whatever the other images are; if all are above it and it is not 0, the lowest is held out.
-        device: where the batches are returned.
 
     Attributes, of which all but `classes` are empty before `open`:
-        classes: the names of the classes; empty without labels.
+        classes: their names; empty without labels.
         images: all images (N, S, S, 3) in uint8, held out or not, on the GPU where they fit, otherwise memory-mapped.
         labels: the class of each image, (N,) int64 below `len(classes)`, on the device.
         training_labels: those of the images that are not held out.
@@ -67,17 +64,19 @@ class Loader:
         conditional: bool = False,
         holdout: float = 0.0,
         device: str | torch.device = "cpu",
+        memory_format: torch.memory_format = torch.channels_last,
     ):
         _check_size(len(source.items), batch_size)
         self._labels = _find_labels(source) if conditional else None
         self.source, self.image_size, self.batch_size = source, image_size, batch_size
         self.cache_path, self.num_workers = Path(os.path.expanduser(cache_path)), num_workers
-        self.seed, self.hflip, self.holdout, self.device = seed, hflip, holdout, torch.device(device)
+        self.seed, self.hflip, self.holdout = seed, hflip, holdout
+        self.device, self.memory_format = torch.device(device), memory_format
         self.classes = self._labels.classes if self._labels else ()
         self.images: Tensor = torch.empty(0)
         self.labels = self.training_labels = torch.empty(0, dtype=torch.long)
         self.skipped: list[str] = []
-        self._epoch: int | None = None  # whose order and flips these are
+        self._epoch: int | None = None  # of `_order` and `_flip`
         self._order = self._flip = torch.empty(0)
         self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
         self._limit, self._held_out_checksum = 0.0, 0
@@ -87,8 +86,8 @@ class Loader:
         """Open the cache, or build it if there is none, and return self. Does nothing if it is already open.
 
         Raises:
-            UserError: fewer images than one batch, or than two of a class, could be read, or fewer than one batch, or
-                than one of a class, are not held out, or the cache cannot be read or written.
+            UserError: the cache cannot be read or written, or the images that could be read, or are not held out, are
+                too few for a batch or lack a class.
         """
         if len(self.images):
             return self
@@ -111,7 +110,7 @@ class Loader:
         return self
 
     @cached_property
-    def identity(self) -> dict[str, int | float]:
+    def fingerprint(self) -> dict[str, int | float]:
         """What tells apart the data of runs or ranks.
 
         Returns:
@@ -132,46 +131,40 @@ class Loader:
     def __len__(self) -> int:
         return len(self._training) // self.batch_size
 
-    def batch(self, position: int, shard: slice = slice(None)) -> Tensor:
-        """Return batch number `position`, counted from the start of training.
-
-        Args:
-            shard: the rows of the batch to return.
+    def batch(self, batch_index: int, shard: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """Return the rows `shard` of a batch, whose number is counted from the start of training.
 
         Returns:
-            (B, 3, S, S) float32 in [-1, 1], channels last in memory.
+            images (B, 3, S, S) float32 in [-1, 1], and labels (B,) or None if there are no classes.
         """
-        rows = self._rows(position)
-        batch = to_model_range(self._fetch(self._order[rows][shard]))
+        epoch, index = divmod(batch_index, len(self))
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        rows = range(self.batch_size * index, self.batch_size * (index + 1))[shard]
+        rows = slice(rows.start, rows.stop)
+        numbers = self._order[rows]
+        pixels = self._fetch(numbers)
         if self.hflip:
-            batch = torch.where(self._flip[rows][shard], batch.flip(3), batch)
-        return batch
+            pixels = torch.where(self._flip[rows], pixels.flip(2), pixels)
+        return to_model_range(pixels).contiguous(memory_format=self.memory_format), self._labels_of(numbers)
 
-    def batch_labels(self, position: int, shard: slice = slice(None)) -> Tensor:
-        """Return the labels (B,) of the images that `batch` returns, if there are classes."""
-        rows = self._rows(position)
-        return self.labels[self._order[rows][shard].to(self.device)]
-
-    def labelled_batch(self, position: int, shard: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Return what D takes: the images of `batch` and, if there are classes, their labels."""
-        images = self.batch(position, shard)
-        return (images, self.batch_labels(position, shard)) if self.classes else (images,)
-
-    def held_out(self, index: int, count: int) -> tuple[Tensor, ...]:
-        """Return batch number `index` of the held-out images, at most `count`; after the last one come the first ones.
-
-        Returns:
-            images (B, 3, S, S) as those of `batch`, and labels (B,) if there are classes.
-        """
+    def held_out(self, index: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return batch number `index` of up to `count` held-out images, as `batch`; after the last come the first."""
         rows = np.arange(min(count, len(self._held_out))) + index * count
-        rows = torch.from_numpy(self._held_out[rows % len(self._held_out)])
-        images = to_model_range(self.images[rows.to(self.images.device)].to(self.device))
-        return (images, self.labels[rows.to(self.device)]) if self.classes else (images,)
+        numbers = torch.from_numpy(self._held_out[rows % len(self._held_out)])
+        return self.images_at(numbers), self._labels_of(numbers)
 
     def images_of_class(self, label: int, count: int) -> Tensor:
-        """Return the first images of a class, at most `count`: (B, 3, S, S) float32 in [-1, 1], on the device."""
-        rows = (self.labels == label).nonzero()[:count, 0]
-        return to_model_range(self.images[rows.to(self.images.device)].to(self.device))
+        """Return the first images of a class, at most `count`, as `images_at`."""
+        return self.images_at((self.labels == label).nonzero()[:count, 0])
+
+    def images_at(self, numbers: Tensor) -> Tensor:
+        """Return images by their numbers (B,): (B, 3, S, S) float32 in [-1, 1], on the device."""
+        images = to_model_range(self.images[numbers.to(self.images.device)].to(self.device))
+        return images.contiguous(memory_format=self.memory_format)
+
+    def _labels_of(self, numbers: Tensor) -> Tensor | None:
+        return self.labels[numbers.to(self.device)] if self.classes else None
 
     def _hold_out(self, count: int, skipped: Container[int]) -> None:
         """Hold out the images whose hash is at most `_limit`: `holdout`, or the lowest hash if that is higher."""
@@ -192,38 +185,30 @@ class Loader:
         except UserError as error:  # there were enough of each class before
             reason = f"Unreadable: {len(self.skipped):,} images, the first {self.skipped[0]}"
             raise UserError(f"{error}. {reason}") from error
-        self.labels = torch.tensor(labels.numbers, device=self.device)
+        self.labels = torch.tensor(labels.targets, device=self.device)
         self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
-        trained = {labels.numbers[index] for index in self._training}
+        trained = {labels.targets[index] for index in self._training}
         if untrained := [name for number, name in enumerate(self.classes) if number not in trained]:
             raise UserError(
                 f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "
                 "another --seed"
             )
 
-    def _rows(self, position: int) -> slice:
-        """Return the rows of a batch in the order of its epoch, which is drawn first if it is another one."""
-        epoch, index = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._shuffle(epoch)
-        return slice(index * self.batch_size, (index + 1) * self.batch_size)
-
-    def _fetch(self, rows: Tensor) -> Tensor:
-        """Return the images of these rows, (B, S, S, 3) uint8, on the device."""
+    def _fetch(self, numbers: Tensor) -> Tensor:
+        """Return images by their numbers (B,): (B, S, S, 3) uint8, on the device."""
         if not self._staging:
-            return self.images[rows].to(self.device)
+            return self.images[numbers].to(self.device)
         # Two pinned buffers in turn: one is filled while the GPU still copies from the other.
         self._staging.reverse()
         buffer, copied = self._staging[0]
         copied.synchronize()
-        buffer = buffer[: len(rows)]
-        torch.index_select(self.images, 0, rows, out=buffer)
+        buffer = buffer[: len(numbers)]
+        torch.index_select(self.images, 0, numbers, out=buffer)
         batch = buffer.to(self.device, non_blocking=True)
         copied.record()
         return batch
 
     def _shuffle(self, epoch: int) -> None:
-        """Draw the order of an epoch and its flips."""
         random = np.random.default_rng([self.seed, epoch])
         count = len(self._training)
         self._order = torch.from_numpy(self._training[random.permutation(count)]).to(self.images.device)

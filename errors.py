@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ContextDecorator, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -57,7 +58,7 @@ def exit_code(error: BaseException) -> int:
     match error:
         case PeerFailed():
             return 2
-        case KeyboardInterrupt():  # before the training loop, which saves a checkpoint, or the second one inside it
+        case KeyboardInterrupt():  # before the training loop, in which it saves a checkpoint
             print("interrupted", file=sys.stderr)
             return 130
         case RankLost():
@@ -76,11 +77,16 @@ def exit_code(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         print(f"error: {error.strerror}{where}: free space, or choose other folders (see --help)", file=sys.stderr)
-    elif isinstance(error, (UserError, OSError)):  # OSError: a full disk, a name that is too long
+    elif isinstance(error, (UserError, OSError)):  # OSError: such as a name that is too long
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
     else:
         raise error
     return 2
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the message of an error, at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _other_module() -> ModuleType | None:
@@ -124,6 +130,27 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any], numbers: Ite
             signal.signal(number, before)
 
 
+@dataclass
+class StopRequest:
+    """The number of the first signal that asked the training to stop, 0 before it."""
+
+    signal_number: int = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first of `stop_signals` into a request to stop; a second one exits immediately."""
+    request = StopRequest()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if request.signal_number:
+            sys.exit(128 + number)
+        request.signal_number = number
+
+    with handle_signals(receive, stop_signals()):
+        yield request
+
+
 def warn(message: str) -> None:
     """Print a warning: something the user should know but need not act on at once."""
     tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, if there is one
@@ -158,17 +185,5 @@ class Tolerate(ContextDecorator):
             return False
         if (found := (kind, getattr(error, "errno", None))) not in self._seen:
             self._seen.add(found)
-            cause = " ".join(f"{kind.__name__}: {error}".splitlines())
-            warn(f"{self._what} cannot be written ({cause}); the run goes on without")
+            warn(f"{self._what} cannot be written ({one_line(error)}); the run goes on without")
         return True
-
-
-@contextmanager
-def silence_other_ranks(rank: int) -> Iterator[None]:
-    """Discard what is printed inside, unless this is rank 0."""
-    with ExitStack() as stack:
-        if rank:
-            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(null))
-        yield

@@ -9,7 +9,7 @@ import pathlib
 import sys
 import types
 
-dependencies = ["torch"]  # and safetensors for an export
+dependencies = ["torch", "numpy", "tqdm"]  # and safetensors for an export
 
 
 def _import_apart(package, *names):
@@ -18,14 +18,18 @@ def _import_apart(package, *names):
     The program may have, or import later, other modules of their names (utils, datasets, training, ...).
     """
     root = pathlib.Path(__file__).parent
+    own = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+    def take():
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in own}
+
     if getattr(sys.modules.get(package), "__path__", None) != [str(root)]:
-        own = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-        others = _take_modules(own)
+        others = take()
         try:
             for name in names:
                 importlib.import_module(name)
         finally:
-            modules = _take_modules(own)
+            modules = take()
             sys.modules.update(others)
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = [str(root)]
@@ -36,11 +40,6 @@ def _import_apart(package, *names):
                 if isinstance(value, (type, types.FunctionType)) and value.__module__ == name:
                     value.__module__ = module.__name__
     return [sys.modules[f"{package}.{name}"] for name in names]
-
-
-def _take_modules(tops):
-    """Remove the modules of these top-level names from sys.modules, and return them by name."""
-    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in tops}
 
 
 _loading, _models, _spectral = _import_apart("sagan_hub", "exporting.loading", "training.models", "spectral")
@@ -59,7 +58,6 @@ def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_d
             once, into torch.hub's folder.
         network: "sagan" (the networks of heykeetae/Self-Attention-GAN) or "paper" (the ResNets of the paper).
         image_size: 32, 64, 128 or 256; of "paper" 64 or 128.
-        z_dim: length of z.
         conv_dim: width of the last block, a multiple of 8.
         num_classes: of "paper"; 0 for an unconditional generator.
 
@@ -68,36 +66,25 @@ def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_d
     """
     if checkpoint is not None:
         return _loading.load_generator(checkpoint)
-    return _new("make_G", network, num_classes, image_size, z_dim, conv_dim)
+    return _new("Generator", network, num_classes, image_size, z_dim, conv_dim)
 
 
 def discriminator(checkpoint=None, network="sagan", image_size=64, conv_dim=64, num_classes=0):
     """Return a discriminator on the CPU in evaluation mode: D(images) -> logits (B,), of (B, 3, S, S) in [-1, 1].
 
-    A conditional discriminator takes D(images, labels). D(images, return_attention=True) also returns the attention
-    maps (B, queries, keys).
-
-    Args:
-        checkpoint: path or URL of {step}_state.pth or of {step}_D.pth, also one of heykeetae/Self-Attention-GAN; as in
-            `generator`. An export has no discriminator.
-        network, image_size, num_classes: as in `generator`.
-        conv_dim: width of the first block, a multiple of 8.
-
-    Raises:
-        ValueError: a value is not allowed, or the file has no discriminator or cannot be read.
+    Labels, attention maps, arguments and errors are those of `generator`, except that checkpoint is {step}_state.pth or
+    {step}_D.pth, an export has no discriminator, and conv_dim is the width of the first block.
     """
     if checkpoint is not None:
         return _loading.load_discriminator(checkpoint)
-    return _new("make_D", network, num_classes, image_size, conv_dim)
+    return _new("Discriminator", network, num_classes, image_size, conv_dim)
 
 
-def _new(make, network, num_classes, *sizes):
+def _new(kind, network, num_classes, *sizes):
     """Return a network with random weights, and with the sigma of spectral norm that training would soon find."""
     if network not in _models.MODELS:
         raise ValueError(f"network must be one of {', '.join(_models.MODELS)}, got {network}")
-    if num_classes and _models.MODELS[network].g_num_classes is None:
-        raise ValueError(f"network {network} has no classes: num_classes must be 0")
-    result = getattr(_models.MODELS[network], make)(*sizes, **_models.network_options(num_classes))
+    result = getattr(_models.MODELS[network], kind)(*sizes, num_classes=num_classes)
     for layer in result.modules():
         if isinstance(layer, _spectral.SpectralNorm):
             for _ in range(20):

@@ -9,6 +9,7 @@ python main.py --help                               # all options
 """
 
 import os
+import signal
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036  before the imports, whose syntax older versions do not know
@@ -20,24 +21,27 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH and python -I leave out
 
-from errors import UserError, exit_code, handle_signals, make_output_robust, silence_other_ranks, stop_signals, warn
+from errors import UserError, exit_code, handle_signals, make_output_robust, stop_signals, warn
 from parameter import Config, get_parameters, given_options
 
 if TYPE_CHECKING:
     import torch
 
     from data_loader import Loader
+    from trainer import Trainer
     from training.checkpoint import Checkpoint
+    from training.distributed import Ranks
 
 
 def main() -> int:
     """Run this process's command line. Returns the exit code."""
     make_output_robust()
     try:
-        from training.environment import read_launch
-
         with ExitStack() as stack:
-            stack.enter_context(silence_other_ranks(read_launch().rank))
+            if "WORLD_SIZE" in os.environ:  # imports torch, for which --help need not wait
+                from training.distributed import silence_other_ranks
+
+                stack.enter_context(silence_other_ranks())
             config = get_parameters()
             # Outside of the training loop, a signal ends the process at once, which cleans up.
             signals = [number for number in stop_signals() if number.name != "SIGINT"]  # that is KeyboardInterrupt
@@ -52,22 +56,65 @@ def run(config: Config) -> int:
     # Imported here, so that --help and bad options need not wait seconds for torch.
     import torch
 
-    from trainer import Trainer
     from training.distributed import launch, process_group, processes_to_start
-    from utils import resolve_device, tune_malloc
+    from training.guards import NonFiniteError
+    from training.resuming import non_finite_message
+    from utils import set_backends, setup_device, tune_malloc
 
     if config.parallel and (processes := processes_to_start(config.device, config.train)) > 1:
         return launch(processes)
     with process_group(config.device) as ranks:
         with ranks.raise_together():
-            device = resolve_device(config.device, ranks.local_rank if ranks.size > 1 else None)
+            device = setup_device(config.device, ranks.local_rank if ranks.size > 1 else None)
+            precision = set_backends(device, config.precision if config.train else "fp32", config.deterministic)
         if config.tune_malloc and device.type == "cpu":
             tune_malloc()
         torch.manual_seed(config.seed)
-        if config.train:
-            loader = ranks.rank_zero_first(lambda: make_loader(config, device))
-            return Trainer(loader, config, ranks).train()
-        return ranks.on_rank_zero(test, config, device)
+        if not config.train:
+            return ranks.on_rank_zero(test, config, device)
+        trainer = make_trainer(config, device, precision, ranks)
+        print(config.summary())
+        print(f"data: {trainer.loader.source.description}")
+        try:
+            signal_number = trainer.train()
+        except NonFiniteError as error:
+            raise UserError(non_finite_message(config, error)) from error
+        print_outcome(config, trainer.step, signal_number)
+        return 128 + signal_number if signal_number else 0
+
+
+def make_trainer(config: Config, device: "torch.device", precision: str, ranks: "Ranks") -> "Trainer":
+    """Check all that a training needs before any work, open its data, and return its trainer."""
+    from metrics.scores import check_metrics
+    from trainer import Trainer
+    from training import resuming
+    from training.run_folders import check_folders, warn_of_small_disk
+
+    loader = ranks.rank_zero_first(lambda: make_loader(config, device, precision))
+    saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config, loader.classes)
+    ranks.on_rank_zero(check_folders, config, saved.step if saved else 0)
+    ranks.on_rank_zero(check_metrics, config, device)
+    ranks.rank_zero_first(loader.open)
+    resuming.check_same_images(ranks, loader.fingerprint)
+    trainer = Trainer(config, loader, device, precision, ranks, saved)
+    ranks.on_rank_zero(warn_of_small_disk, config, (trainer.G, trainer.D))
+    if saved:
+        ranks.on_rank_zero(resuming.print_differences, saved, config, loader.fingerprint)
+    return trainer
+
+
+def print_outcome(config: Config, step: int, signal_number: int) -> None:
+    """Print how to resume after a signal, otherwise which files to open first."""
+    if signal_number:
+        name = signal.Signals(signal_number).name
+        print(f"{name}: checkpoint saved at step {step}. Resume with:" if step else f"{name} before the first step")
+        if step:
+            print(f"  {config.command_line(pretrained_model=str(step))}")
+        return
+    print(f"training finished at step {step}. Open first:")
+    explorer = [config.attn_folder / f"{step}_explorer.html"] if config.has_attention else []
+    for path in (config.log_folder / "report.html", *explorer, config.sample_folder / f"{step}_ema.png"):
+        print(f"  {path}")
 
 
 def test(config: Config, device: "torch.device") -> int:
@@ -76,25 +123,27 @@ def test(config: Config, device: "torch.device") -> int:
     from training.resuming import load_test_checkpoint
 
     saved, config = load_test_checkpoint(config, given_options())
-    return Tester(config, open_loader_if_any(config, device, saved), saved).test()
+    return Tester(config, open_loader_if_any(config, device, saved), saved, device).test()
 
 
-def make_loader(config: Config, device: "torch.device") -> "Loader":
+def make_loader(config: Config, device: "torch.device", precision: str = "fp32") -> "Loader":
     """Return the loader of the training images, not yet opened."""
     from data_loader import Loader
     from datasets.sources import find_source
+    from utils import conv_memory_format
 
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
                          config.seed, attribute=config.attribute, run_folders=config.folders.values(),
                          exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,
-                  holdout=config.holdout, device=device)  # fmt: skip
+                  holdout=config.holdout, device=device,
+                  memory_format=conv_memory_format(device, precision))  # fmt: skip
 
 
 def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoint") -> "Loader | None":
     """Return the opened loader, or None without images of the checkpoint's classes, if no --metrics need them."""
-    from training.checkpoint import check_classes
+    from training.resuming import check_classes
 
     try:
         # Without --metrics, which take no batches, only the first g_num images of one are shown.

@@ -56,7 +56,16 @@ FRACTION = Constraint(lambda value: 0 <= value < 1, "at least 0 and less than 1"
 DECAY = Constraint(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 EPOCHS = Constraint(lambda value: 0 < value <= 1e6, "greater than 0 and at most 1000000")
 SEED = Constraint(lambda value: 0 <= value < 2**63, "at least 0 and less than 2^63")
-METRICS = subset_of("fid", "kid", "isc", "prc", "faces", "hog")
+METRIC_RESULTS = {  # the names of what each metric computes, in the log and in metrics.json
+    "fid": ("fid",),
+    "kid": ("kid", "kid_std"),
+    "isc": ("isc", "isc_std"),
+    "prc": ("precision", "recall", "f_score"),
+    "faces": ("faces", "faces_real"),
+    "hog": ("hog", "hog_real"),
+}
+DISTANCES = ("fid", "kid", "hog")  # the lower the better
+METRICS = subset_of(*METRIC_RESULTS)
 AUGMENTATIONS = Constraint(
     lambda value: value == "none" or subset_of("color", "translation", "cutout").check(value),
     "none, or one or more of color, translation, cutout, separated by commas",
@@ -71,8 +80,7 @@ CHECKPOINT = Constraint(
 )
 PATH = matches(r"[^\0]+", "a path")
 ATTRIBUTE = matches(r"[^\0\r\n]{1,100}", "a name of up to 100 characters")
-CORNERS = matches(r"[0-9]{1,9}(,[0-9]{1,9}){3}", "four numbers separated by commas")
-LISTS = (METRICS, AUGMENTATIONS, CORNERS)
+COMMA_LISTS = (METRICS, AUGMENTATIONS)
 LIST = matches(r"[^,]+(,[^,]+)*", "one or more names, separated by commas")
 EXPORT_PATH = "./exports"  # default of export.py
 NAME = matches(r"(?!\.{1,2}$)[^/\\\0]{1,100}", "a folder name of up to 100 characters")
@@ -167,11 +175,6 @@ class Config:
         between(1, 1_000_000),
     )
     class_name: str | None = option(None, "with --train false, the classes to generate; None: all", LIST)
-    corners: str = option(
-        "0,1,2,3",
-        "numbers of the sample images at the corners of playground.html: top left and right, bottom left and right",
-        CORNERS,
-    )
     truncation: float | None = option(
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
@@ -183,9 +186,6 @@ class Config:
     )
     metric_step: int = option(10_000, "steps between evaluations of --metrics during training", at_least(1))
     metric_num: int = option(10_000, "number of generated images per evaluation", between(10, 1_000_000))
-    feature_extractor: str | None = option(
-        None, "trusted TorchScript file instead of Inception and VGG16: uint8 (B, 3, S, S) to features (B, F)", PATH
-    )
 
     version: str = option("sagan_celeb", "name of the run; a subfolder of each folder below", NAME, group="Results")
     sample_path: str = option("./samples", "folder for sample grids", PATH)
@@ -226,9 +226,9 @@ class Config:
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
             raise UserError("--attribute is for --conditional true with --dataset celeb")
 
-        samples = max(self.num_samples, 4)  # as many z are drawn
-        if any(int(number) >= samples for number in self.corners.split(",")):
-            raise UserError(f"--corners {self.corners}: samples are numbered 0 to {samples - 1}; see --num_samples")
+    @property
+    def has_attention(self) -> bool:
+        return self.attention == "full"
 
     @property
     def pretrained_file(self) -> Path | None:
@@ -251,6 +251,10 @@ class Config:
     @property
     def log_folder(self) -> Path:
         return Path(os.path.expanduser(self.log_path)) / self.version
+
+    def test_folder(self, step: int) -> Path:
+        """Return where `--train false` writes for a checkpoint."""
+        return self.sample_folder / f"test_{step}"
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -292,27 +296,14 @@ class Config:
         --overwrite is left out as well: running the command again must not delete the results.
         """
         changed = dataclasses.replace(self, overwrite=False, **changes)
-        words = [*_launcher(self.parallel), "main.py"]
+        size = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
+        words = ["python"] if size is None or self.parallel else ["torchrun", f"--nproc_per_node={size}"]
+        words.append("main.py")
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:
                 words += ["--" + field.name, option_text(value)]
         return shlex.join(words)
-
-
-def _launcher(parallel: bool) -> list[str]:
-    """Return what starts as many processes as this run has: python, or torchrun with the options it was given."""
-    environment = os.environ
-    is_torchrun = {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"} <= environment.keys()
-    nodes = environment.get("GROUP_WORLD_SIZE", "1")
-    if not is_torchrun or (parallel and nodes == "1"):  # --parallel starts torchrun itself
-        return ["python"]
-    words = ["torchrun", f"--nproc_per_node={environment['LOCAL_WORLD_SIZE']}"]
-    if (restarts := environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
-        words.append(f"--max_restarts={restarts}")
-    if nodes != "1":
-        words += [f"--nnodes={nodes}", "..."]  # the rendezvous endpoint is not in the environment
-    return words
 
 
 def option_groups() -> dict[str, list[dataclasses.Field]]:
@@ -366,7 +357,7 @@ def _make_parser(program: str) -> "Parser":
         group = parser.add_argument_group(title)
         for field in fields:
             kind = next(iter(get_args(field.type)), field.type)  # T of `T | None`
-            parse = comma_list if field.metadata["constraint"] in LISTS else boolean if kind is bool else kind
+            parse = comma_list if field.metadata["constraint"] in COMMA_LISTS else boolean if kind is bool else kind
             allowed = f"{field.metadata['constraint'].description}; default {option_text(field.default)}"
             group.add_argument("--" + field.name, type=parse, metavar="", help=f"{field.metadata['help']} ({allowed})")
     return parser

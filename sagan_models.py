@@ -9,12 +9,15 @@ attention layers' 1x1 convolutions and the last layers have no spectral norm. Th
 """
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.attention import self_attention
+from networks.latents import check_labels
 from spectral import SpectralNorm
 
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -38,10 +41,9 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N) if asked for, else None; N = H * W.
+        """x (B, C, H, W) -> out (B, C, H, W) and, by `self_attention`, the map A (B, N, N) or None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i attends to position j. The path without the map is faster; the path with
-        it can be differentiated twice.
+        ``A[b, i, j]`` is how much position i attends to position j.
         """
         batch, channels, height, width = x.shape
         convolutions = (self.query_conv, self.key_conv, self.value_conv)
@@ -61,15 +63,24 @@ class Generator(nn.Module):
         image_size: 32, 64, 128 or 256.
         z_dim: length of z.
         conv_dim: width of the last block, a multiple of 8; widths double towards z.
+        num_classes: 0; the reference's networks have no classes.
         has_attention: False for a network without attention layers.
 
     Raises:
-        ValueError: image_size or conv_dim is none of these.
+        ValueError: an argument is none of these.
     """
 
-    def __init__(self, image_size: int = 64, z_dim: int = 128, conv_dim: int = 64, *, has_attention: bool = True):
+    def __init__(
+        self,
+        image_size: int = 64,
+        z_dim: int = 128,
+        conv_dim: int = 64,
+        *,
+        num_classes: int = 0,
+        has_attention: bool = True,
+    ):
         super().__init__()
-        self.num_blocks = _count_blocks(image_size, conv_dim)
+        self.num_blocks = _count_blocks(image_size, conv_dim, num_classes)
         self.attention_sizes = () if not has_attention else (8, 16) if image_size == 32 else (16, 32)
         width, num_attention = conv_dim * 2 ** (self.num_blocks - 1), 0
         for index in range(1, self.num_blocks + 1):
@@ -81,8 +92,9 @@ class Generator(nn.Module):
             width //= 2
         self.last = nn.Sequential(nn.ConvTranspose2d(conv_dim, 3, 4, 2, 1), nn.Tanh())
 
-    def forward(self, z: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, z: Tensor, labels: None = None, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
         """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also all maps, (B, N, N)."""
+        check_labels(labels, 0)
         x, maps = z.reshape(*z.shape[:2], 1, 1), []  # (B, z_dim, 1, 1)
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"l{index}")(x)  # at size 64: (B, 512, 4, 4), (B, 256, 8, 8), ... (B, 64, 32, 32)
@@ -97,17 +109,16 @@ class Discriminator(nn.Module):
     """Images to logits: the mirror image of the generator, with attention at 8x8 and 4x4.
 
     Args:
-        image_size: 32, 64, 128 or 256.
         conv_dim: width of the first block, a multiple of 8; widths double from there.
-        has_attention: False for a network without attention layers.
+        image_size, num_classes, has_attention: as in `Generator`.
 
     Raises:
-        ValueError: image_size or conv_dim is none of these.
+        ValueError: an argument is none of these.
     """
 
-    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, has_attention: bool = True):
+    def __init__(self, image_size: int = 64, conv_dim: int = 64, *, num_classes: int = 0, has_attention: bool = True):
         super().__init__()
-        self.num_blocks = _count_blocks(image_size, conv_dim)
+        self.num_blocks = _count_blocks(image_size, conv_dim, num_classes)
         self.attention_sizes = (8, 4) if has_attention else ()
         width, num_attention = conv_dim, 0
         for index in range(1, self.num_blocks + 1):
@@ -118,8 +129,9 @@ class Discriminator(nn.Module):
             width *= 2
         self.last = nn.Sequential(nn.Conv2d(width // 2, 1, 4))
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor, labels: None = None, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
         """x (B, 3, S, S) -> logits (B,); with return_attention also the maps, (B, 64, 64) and (B, 16, 16)."""
+        check_labels(labels, 0)
         maps = []
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"l{index}")(x)  # at size 64: (B, 64, 32, 32), (B, 128, 16, 16), ... (B, 512, 4, 4)
@@ -130,11 +142,30 @@ class Discriminator(nn.Module):
         return (logits, *maps) if return_attention else logits
 
 
-def _count_blocks(image_size: int, conv_dim: int) -> int:
+def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """Return the arguments of the `Generator` with this state dict. Raises `KeyError` for other networks."""
+    z_dim, conv_dim = len(weights["l1.0.module.weight_bar"]), len(weights["last.0.weight"])
+    return {"z_dim": z_dim, "conv_dim": conv_dim, **_common_sizes(weights)}
+
+
+def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """Return the arguments of the `Discriminator` with this state dict. Raises `KeyError` for other networks."""
+    return {"conv_dim": len(weights["l1.0.module.weight_bar"]), **_common_sizes(weights)}
+
+
+def _common_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    blocks = sum(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key) is not None for key in weights)
+    has_attention = any(key.startswith("attn") for key in weights)
+    return {"image_size": 4 * 2**blocks, "num_classes": 0, "has_attention": has_attention}
+
+
+def _count_blocks(image_size: int, conv_dim: int, num_classes: int) -> int:
     if image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be one of {IMAGE_SIZES}, got {image_size}")
     if conv_dim < 8 or conv_dim % 8:
         raise ValueError(f"conv_dim must be a positive multiple of 8, got {conv_dim}")
+    if num_classes:
+        raise ValueError(f"these networks have no classes: num_classes must be 0, got {num_classes}")
     return int(math.log2(image_size)) - 2
 
 
@@ -145,18 +176,3 @@ def _up_block(inputs: int, outputs: int, stride: int, padding: int) -> nn.Sequen
 
 def _down_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(SpectralNorm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.1))
-
-
-@torch.no_grad()
-def gammas_and_sigmas(prefix: str, network: nn.Module) -> dict[str, Tensor]:
-    """Return gamma of each attention layer and sigma of each spectral norm of a network, for its log: 0-d, detached.
-
-    Names are such as "gamma/G_attn1", "sigma/G_l1" and "sigma/G_block1.conv1", with `prefix` in place of "G".
-    """
-    values = {}
-    for name, layer in network.named_modules():
-        if hasattr(layer, "gamma"):  # an attention layer, also of networks/paper_models.py
-            values[f"gamma/{prefix}_{name}"] = layer.gamma.detach()[0]
-        elif isinstance(layer, SpectralNorm):
-            values[f"sigma/{prefix}_{name.removesuffix('.0')}"] = layer.sigma()
-    return values

@@ -20,37 +20,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_loader import Loader, to_model_range
+from data_loader import Loader
 from datasets.labels import as_text, join_names
 from errors import UserError
-from metrics.evaluation import check_metrics, compute_metrics
 from metrics.nearest import nearest_images
+from metrics.scores import check_metrics, compute_metrics
 from networks.latents import class_rows, classes_in_turn, sample_z, slerp
 from parameter import Config
-from spectral import fold_spectral_norm
-from training.checkpoint import Checkpoint, reraise_load_errors, saved_classes
-from training.models import MODELS, network_options
-from training.resuming import DATA_OPTIONS, warn_of_other_images
+from training.checkpoint import Checkpoint
+from training.models import checksum
+from training.previews import collect_attention
+from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images
 from training.run_folders import remove_test_results
-from training.weights import checksum
 from utils import (
     SEED_INTERPOLATION,
-    SEED_METRICS,
     SEED_SAMPLES,
     conv_memory_format,
     derive_seed,
-    eval_mode,
     evenly_spaced,
     files_by_step,
-    make_deterministic,
     progress,
-    resolve_device,
-    resolve_precision,
 )
 from visuals.attention_stats import (
-    collect_attention,
     format_attention_stats,
     mean_attention_stats,
     uniform_attention_stats,
@@ -87,64 +80,44 @@ class Tester:
         saved: the checkpoint; without D, D's maps are skipped.
 
     Raises:
-        UserError: the device is not available, the checkpoint is incomplete, or has no classes of that name.
+        UserError: a library of `--metrics` is missing, the checkpoint is incomplete, or has no classes of that name.
     """
 
-    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint):
-        self.config, self.loader = config, loader
-        self.device = resolve_device(config.device)
-        resolve_precision("fp32", self.device)  # on recent GPUs, convolutions run in TF32 by default
-        if config.deterministic:
-            make_deterministic()
-        check_metrics(config, self.device)
-        if loader is not None and saved.state is not None:
-            warn_of_other_images(saved.state.get("data"), loader.identity)
-        self.step = saved.step
-        self.uses_ema = config.use_ema and saved.state is not None
-        weights = saved.state["ema"] if self.uses_ema else saved.G
-        if saved.metadata:
-            self.uses_ema = saved.metadata["ema"] == "true"
-        self.classes = saved_classes(saved)
-        if saved.state is None and saved.metadata is None and loader is not None:  # weights alone have no names
+    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint, device: torch.device):
+        self.config, self.loader, self.device, self.step = config, loader, device, saved.step
+        check_metrics(config, device)
+        self.G, self.D, self.classes, self.is_ema = load_test_networks(saved, config)
+        if not (saved.state or saved.metadata) and loader is not None:  # weights alone have no names
             self.classes = loader.classes
-        self.shown = _class_numbers(config.class_name, self.classes)
-        model, options = MODELS[config.model], network_options(len(self.classes), config.attention)
-        self.G = model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options)
-        self.D = model.make_D(config.imsize, config.d_conv_dim, **options) if saved.D is not None else None
-        with reraise_load_errors(saved.step):
-            if saved.metadata:
-                fold_spectral_norm(self.G)
-            self.G.load_state_dict(weights)
-            if self.D is not None:
-                self.D.load_state_dict(saved.D)
-        self.memory_format = conv_memory_format(self.device, "fp32")
-        self.networks = [network for network in (self.G, self.D) if network is not None]
-        for network in self.networks:
-            network.to(self.device, memory_format=self.memory_format)
-        self.folder = config.sample_folder / f"test_{self.step}"
+        if loader is not None and saved.state is not None:
+            warn_of_other_images(saved.state["data"], loader.fingerprint)
+        self.selected_classes = select_classes(config.class_name, self.classes)
+        for network in filter(None, (self.G, self.D)):
+            network.to(device, memory_format=conv_memory_format(device, "fp32"))
+        self.folder = config.test_folder(self.step)
 
+    @torch.no_grad()
     def test(self) -> int:
         """Write all results and print where they are. Returns the exit code, 0."""
         # Of an earlier test of this step; metrics take long, and say of which images they are.
         remove_test_results(self.folder, keep=() if self.config.metrics else ["metrics.json"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
-        print(f"{'EMA ' * self.uses_ema}generator, step {self.step}, on {self.device}")
-        with eval_mode(*self.networks):
-            self._write_samples()
-            self._write_interpolations()
-            if len(self.shown) > 1:
-                self._write_class_interpolations()
-            self._write_progress()
-            pages = [self._write_playground(), self.folder / "grid.png"]
-            if self.config.attention == "full":
-                pages.insert(0, self._write_attention())
-                self._write_attention_stats()
-                self._write_gamma()
-            if self.loader is not None:
-                self._write_nearest()
-            if self.config.metrics:
-                self._write_metrics()
+        print(f"{'EMA ' * self.is_ema}generator, step {self.step}, on {self.device}")
+        self._write_samples()
+        self._write_interpolations()
+        if len(self.selected_classes) > 1:
+            self._write_class_interpolations()
+        self._write_progress()
+        pages = [self._write_playground(), self.folder / "grid.png"]
+        if self.config.has_attention:
+            pages.insert(0, self._write_attention())
+            self._write_attention_stats()
+            self._write_gamma()
+        if self.loader is not None:
+            self._write_nearest()
+        if self.config.metrics:
+            self._write_metrics()
         print(f"results in {self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         print("Open first:")
         for path in pages:
@@ -153,36 +126,30 @@ class Tester:
 
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
-        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", _folder_names(self.classes)
-        for number in self.shown:
-            labels = torch.full((len(z),), number, device=self.device)
-            self._write_images(folder / names[number], z, labels)
+        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", folder_names(self.classes)
+        for number in self.selected_classes:
+            self._write_images(folder / names[number], z, torch.full((len(z),), number, device=self.device))
         if not self.classes:
-            self._write_images(folder, z)
-        self.grid().save(self.folder / "grid.png")
+            self._write_images(folder, z, None)
+        samples_grid(self.G, self.config, self.classes).save(self.folder / "grid.png")
 
-    def grid(self) -> Image.Image:
-        """Return a grid of the first samples, at most `--batch_size`, or with a row for each class."""
-        z, rows = self.sample_z(self.config.num_samples), self.shown[:CLASS_ROWS]
-        inputs = class_rows(z, rows) if rows else (z[: self.config.batch_size],)
-        return sample_grid(self.G(*inputs), row_names=self._names(rows))
-
-    def _write_images(self, folder: Path, *inputs: Tensor) -> None:
-        """Write G's images of these inputs, one file each."""
+    def _write_images(self, folder: Path, z: Tensor, labels: Tensor | None) -> None:
+        """Write G's images, one file each."""
         folder.mkdir(parents=True, exist_ok=True)
         size = self.config.batch_size
-        for first in progress(range(0, len(inputs[0]), size), "samples", "batch"):
-            images = self.G(*(given[first : first + size] for given in inputs))
+        for first in progress(range(0, len(z), size), "samples", "batch"):
+            rows = slice(first, first + size)
+            images = self.G(z[rows], None if labels is None else labels[rows])
             for number, pixels in enumerate(to_pixels(images), start=first):
                 Image.fromarray(pixels).save(folder / f"{number:05}.png")
 
     def _write_interpolations(self) -> None:
         """Write `g_num` interpolations between two z, each of one class if there are classes."""
-        z, *labels = self._inputs(2 * self.config.g_num, SEED_INTERPOLATION)
+        z, labels = self._inputs(2 * self.config.g_num, SEED_INTERPOLATION)
         start, end = z.chunk(2)
-        labels = [numbers[: len(start)] for numbers in labels]
-        columns = [self.G(z, *labels) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]
-        self._write_columns("interpolation", columns, [name for numbers in labels for name in self._names(numbers)])
+        labels = None if labels is None else labels[: len(start)]
+        columns = [self.G(z, labels) for z in slerp(start, end, INTERPOLATION_STEPS).unbind(1)]
+        self._write_columns("interpolation", columns, [] if labels is None else self._names(labels))
 
     def _write_class_interpolations(self) -> None:
         """Write `g_num` interpolations between two classes, each of one z."""
@@ -206,50 +173,44 @@ class Tester:
 
     def _write_progress(self) -> None:
         """Write an animation of the sample grids that training saved up to this step, all of the same z."""
-        grids = files_by_step(self.config.sample_folder, "ema.png" if self.uses_ema else "fake.png")
+        grids = files_by_step(self.config.sample_folder, "ema.png" if self.is_ema else "fake.png")
         steps = evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
         if frames := progress_frames({step: grids[step] for step in steps}):
             save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
     def _write_playground(self) -> Path:
         """Write the grid between four samples, with a switch between the classes. Returns its path."""
-        corners = [int(number) for number in self.config.corners.split(",")]
-        z = self.sample_z(max(self.config.num_samples, 4))[corners]
-        classes = [(self.classes[number], number) for number in self.shown[:CLASS_ROWS]] or [("", None)]
-        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}", corners)
+        z = self.sample_z(max(self.config.num_samples, 4))[:4]  # those of the first samples
+        classes = [(self.classes[number], number) for number in self.selected_classes[:CLASS_ROWS]] or [("", None)]
+        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}")
         path = self.folder / "playground.html"
         path.write_text(page, encoding="utf-8")
         return path
 
     def _write_attention(self) -> Path:
         """Write a figure per attention layer, and the explorer. Returns the explorer's path."""
-        real, rows = None, slice(self.config.g_num)
-        if self.loader is not None:
-            images, *labels = self.loader.labelled_batch(0, rows)
-            real = (images.contiguous(memory_format=self.memory_format), *labels)
-        samples = collect_attention(self.G, self.D, self._inputs(self.config.g_num), real, self.classes)
+        count = self.config.g_num
+        real = self.loader.batch(0, slice(count)) if self.loader else ()
+        samples = collect_attention(self.G, self.D, *self._inputs(count), *real, classes=self.classes)
         for name, figure in attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
         return write_explorer(self.config.attn_folder, self.config.version, self.step, samples)
 
     def _write_attention_stats(self) -> None:
         """Write and print the attention statistics of each layer, averaged over generated images."""
-        batches = [*zip(*(given.split(32) for given in self._inputs(SUMMARY_IMAGES)), strict=True)]
+        z, labels = self._inputs(SUMMARY_IMAGES)
+        batches = [(z[rows], None if labels is None else labels[rows]) for rows in torch.arange(len(z)).split(32)]
         layers = mean_attention_stats(
-            collect_attention(self.G, self.D, batch, None, self.classes)[0]
+            collect_attention(self.G, self.D, *batch, classes=self.classes)[0]
             for batch in progress(batches, "attention statistics", "batch")
         )
         print(f"attention statistics over {SUMMARY_IMAGES} generated images (uniform attention in brackets):")
         print(textwrap.indent(format_attention_stats(layers), "  "))
         numbers = {
-            layer: {
-                "side": sides[0],
-                "key_side": sides[1],
-                **stats._asdict(),
-                "uniform": uniform_attention_stats(*sides)._asdict(),
-            }
-            for layer, (sides, stats) in layers.items()
-        }
+            layer: {"side": side, "key_side": key_side, **stats._asdict(),
+                    "uniform": uniform_attention_stats(side, key_side)._asdict()}
+            for layer, ((side, key_side), stats) in layers.items()
+        }  # fmt: skip
         self._write_json("attention.json", numbers)
 
     def _write_gamma(self) -> None:
@@ -264,9 +225,9 @@ class Tester:
         images = self.loader.images
         samples = self.G(*self._inputs(NEAREST_SAMPLES))
         found = nearest_images(samples, images, NEAREST_NEIGHBORS)
-        neighbors = self._training_images(found.indices.flatten()).unflatten(0, found.indices.shape)
+        neighbors = self.loader.images_at(found.indices.flatten()).unflatten(0, found.indices.shape)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
-        baseline = nearest_images(self._training_images(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
+        baseline = nearest_images(self.loader.images_at(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
         footer = (
             "Numbers: RMSE of pixels in [-1, 1]. Mean RMSE to the nearest training image:\n"
             f"{found.distances[:, 0].mean():.3f} from these samples, {baseline.mean():.3f} from other training images."
@@ -275,13 +236,12 @@ class Tester:
 
     def _write_metrics(self) -> None:
         """Write and print the metrics that `--metrics` lists."""
-        z = self.sample_z(self.config.metric_num, SEED_METRICS)
-        scores = compute_metrics(self.config, self.G, z, self.loader)
+        scores, count = compute_metrics(self.config, self.G, self.loader), self.config.metric_num
         how = ", classes as frequent as in the training images" if self.classes else ""
-        print(f"metrics of {len(z)} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation", "feature_extractor")}
-        protocol |= {"step": self.step, "images": len(z), "ema": self.uses_ema}
-        protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.identity}
+        print(f"metrics of {count} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation")}
+        protocol |= {"step": self.step, "images": count, "ema": self.is_ema}
+        protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.fingerprint}
         self._write_json("metrics.json", protocol | scores)
 
     def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
@@ -289,27 +249,29 @@ class Tester:
         seed = derive_seed(self.config.seed, stream)
         return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
 
-    def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, ...]:
-        """Return what G takes: z (count, z_dim) and, if there are classes, labels (count,): those shown, in turn."""
-        z = self.sample_z(count, stream)
-        if not self.classes:
-            return (z,)
-        return z, classes_in_turn(self.shown, count).to(self.device)
+    def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
+        """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
+        labels = classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
+        return self.sample_z(count, stream), labels
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]
-
-    def _training_images(self, indices: Tensor) -> Tensor:
-        """Return training images (K, 3, S, S) by index (K,); copies them if they are not on this device."""
-        images = self.loader.images
-        return to_model_range(images[indices.to(images.device)].to(self.device))
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
-    """Return the numbers of the classes that `--class_name` lists; of all classes for None.
+@torch.no_grad()
+def samples_grid(G: nn.Module, config: Config, classes: Sequence[str]) -> Image.Image:
+    """Return a grid of G's first samples, at most `--batch_size`, or with a row for each class of `--class_name`."""
+    device, rows = next(G.parameters()).device, select_classes(config.class_name, classes)[:CLASS_ROWS]
+    z = sample_z(derive_seed(config.seed, SEED_SAMPLES), config.num_samples, config.z_dim, device, config.truncation)
+    z, labels = class_rows(z, rows) if rows else (z[: config.batch_size], None)
+    return sample_grid(G(z, labels), row_names=[shorten(classes[number]) for number in rows])
+
+
+def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
+    """Return the indices of the classes that `--class_name` lists; of all classes for None.
 
     Raises:
         UserError: there is no such class.
@@ -325,7 +287,7 @@ def _class_numbers(class_name: str | None, classes: Sequence[str]) -> list[int]:
     return [classes.index(name) for name in names]
 
 
-def _folder_names(classes: Sequence[str]) -> list[str]:
+def folder_names(classes: Sequence[str]) -> list[str]:
     """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
 
     Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.

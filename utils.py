@@ -1,15 +1,13 @@
-"""Devices, precision, memory, seeds, the EMA generator, stop signals, files named by step, progress bars."""
+"""Devices, precision, memory, seeds, atomic writes, files named by step, progress bars."""
 
-import copy
 import ctypes
 import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import UserError, handle_signals, stop_signals, warn, warn_once
+from errors import UserError, warn, warn_once
 
 # What `derive_seed` is given beside the run's seed, so that each use has random numbers of its own: training steps,
 # the fixed z of sample grids, --metrics, the samples and interpolations of --train false, the classes of --metrics, and
@@ -30,7 +28,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 Item = TypeVar("Item")
 
 
-def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+def setup_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device of that name, and make a CUDA device the current one.
 
     Args:
@@ -61,25 +59,6 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision to fp32, tf32 or bf16, and allow TF32 in torch for tf32 only.
-
-    auto is bf16 on a GPU with bf16 tensor cores (compute capability 8.0 or higher), else fp32.
-
-    Raises:
-        UserError: tf32, or bf16 on CUDA, without such a GPU. Torch would run bf16 there, in slow kernels.
-    """
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "auto":
-        name = "bf16" if has_tensor_cores else "fp32"
-    if not has_tensor_cores and (name == "tf32" or (name == "bf16" and device.type == "cuda")):
-        raise UserError(f"--precision {name} needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher")
-    if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
-        warn("this CPU has no bf16 instructions: --precision fp32 is faster")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return name
-
-
 def conv_memory_format(device: torch.device, precision: str) -> torch.memory_format:
     """Return the memory format of networks and images in which convolutions are fast.
 
@@ -101,11 +80,30 @@ def _cpu_has_bf16() -> bool:
     return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()  # avx512_bf16, amx_bf16, or ARM's bf16
 
 
-def make_deterministic() -> None:
-    """Restrict torch to deterministic algorithms. Must be called before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic otherwise
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+def set_backends(device: torch.device, precision: str, deterministic: bool) -> str:
+    """Apply `--precision` and `--deterministic` to torch, before the device is used.
+
+    Returns:
+        fp32, tf32 or bf16; auto is bf16 on a GPU with bf16 tensor cores (compute capability 8.0 or higher), else fp32.
+
+    Raises:
+        UserError: tf32, or bf16 on CUDA, without such a GPU. Torch would run bf16 there, in slow kernels.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic otherwise
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+    # Shapes never change, so cuDNN may search for its fastest algorithms, unless runs must be repeatable.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        precision = "bf16" if has_tensor_cores else "fp32"
+    if not has_tensor_cores and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        raise UserError(f"--precision {precision} needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher")
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        warn("this CPU has no bf16 instructions: --precision fp32 is faster")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
 
 
 def tune_malloc() -> None:
@@ -166,18 +164,42 @@ def flush_to_disk(descriptor: int) -> None:
         warn_once("this file system cannot flush to the disk: a power failure may lose the newest results")
 
 
+def write_atomically(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Write files of one folder under temporary names and flush them to the disk, then rename them in their order.
+
+    Whatever interrupts it, each file is as it was before or complete, and none is there before those in front of it.
+
+    Raises:
+        OSError: a file cannot be written; none is changed then.
+    """
+    temporary = {path: path.with_name(f"{path.name}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                flush_to_disk(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
+        if os.name == "posix":  # Windows cannot open folders; a power failure could undo a rename otherwise
+            descriptor = os.open(next(iter(contents)).parent, os.O_RDONLY)
+            try:
+                flush_to_disk(descriptor)
+            finally:
+                os.close(descriptor)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
 def derive_seed(*numbers: int) -> int:
     """Return one well-mixed seed in [0, 2^63) from several numbers, such as a run's seed and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups; in place if it is a tensor, which a CUDA graph reads."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images (B, 3, S, S) in [-1, 1] to the pixels of a saved image, uint8."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
 @contextmanager
@@ -202,61 +224,6 @@ def no_param_grads(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
-
-
-class EMA:
-    """Exponential moving average of a generator, `network`: it makes better images than the newest weights.
-
-    It is always in evaluation mode. Weights and BatchNorm statistics are averaged. Counters are copied, and so are the
-    singular vectors of spectral norm, because the mean of unit vectors is not a unit vector. The decay is
-    ``(1 + step) / (10 + step)`` up to `decay`, so that the average does not lag behind in the first steps.
-    """
-
-    def __init__(self, source: nn.Module, decay: float):
-        self.decay = decay
-        self.network = copy.deepcopy(source).requires_grad_(False).eval()
-        ours, theirs = self.network.state_dict(), source.state_dict()  # share memory with the networks
-        vectors = [key for key in ours if key.endswith(("_u", "_v"))]
-        counters = [key for key in ours if key.endswith("num_batches_tracked")]
-        averaged = [key for key in ours if key not in (*vectors, *counters)]
-        self._averaged, self._vectors, self._counters = (
-            ([ours[key] for key in keys], [theirs[key] for key in keys]) for keys in (averaged, vectors, counters)
-        )
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Average in the source's weights after generator update number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(*self._averaged, 1 - decay)
-        torch._foreach_copy_(*self._vectors)
-        torch._foreach_copy_(*self._counters)  # apart: one kernel on CUDA only if all tensors have the same type
-
-
-class StopSignals:
-    """Turn the first of `errors.stop_signals` into a request to stop; a second one exits immediately.
-
-        with StopSignals() as stop:
-            while not stop.received: ...
-
-    Attributes:
-        received: number of the signal, 0 before it.
-    """
-
-    def __init__(self):
-        self.received = 0
-
-    def __enter__(self) -> "StopSignals":
-        self._handlers = handle_signals(self._receive, stop_signals())
-        self._handlers.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._handlers.__exit__(*error)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            sys.exit(128 + number)
-        self.received = number
 
 
 def files_by_step(folder: Path, ending: str) -> dict[int, Path]:

@@ -15,6 +15,7 @@ by side, and curves. The default metrics need OpenCV only; with torch-fidelity, 
 
 import argparse
 import ctypes
+import io
 import itertools
 import math
 import os
@@ -36,10 +37,10 @@ from errors import UserError, exit_code, handle_signals, make_output_robust, sto
 from main import make_loader
 from parameter import NAME, Config, Parser, get_parameters, given_options, option_text
 from training import checkpoint
-from training.models import MODELS, network_options
+from training.models import build_networks
 from training.resuming import changed_options
 from training.run_folders import lock_folders
-from utils import check_writable, resolve_device
+from utils import check_writable, setup_device, write_atomically
 from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 
 PROGRAM = "benchmarks/ablation.py"
@@ -98,8 +99,7 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     """Return all runs, seed by seed.
 
     Args:
-        vary: the name and the values of each option that differs.
-        out: the folder of the results.
+        vary: name and values of each option that differs.
         arguments: options of main.py for all runs.
 
     Raises:
@@ -127,8 +127,12 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
         variant = ",".join(varied)
         if not NAME.check(version := f"{variant},seed={seed}"):
             raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
-        own = [*(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
-        own += ["--pretrained_model=auto"]
+        own = [
+            *(f"--{option}" for option in varied),
+            f"--seed={seed}",
+            f"--version={version}",
+            "--pretrained_model=auto",
+        ]
         runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], PROGRAM)))
     for name, *values in vary:
         if len({getattr(run.config, name) for run in runs}) < max(2, len(values)):
@@ -158,7 +162,7 @@ def check_run(run: Run) -> None:
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
     if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
         raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
-    if "data" in state and make_loader(config, CPU).open().identity != state["data"]:
+    if make_loader(config, CPU).open().fingerprint != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
         read_run(run)
@@ -176,35 +180,32 @@ def share_weights(runs: Sequence[Run]) -> None:
             start = checkpoint.load(folder, "0")
             networks = {"G": start.G, "D": start.D}
         else:
-            model, classes = MODELS[config.model], make_loader(config, CPU).classes if config.conditional else ()
-            options = network_options(len(classes), config.attention)
+            classes = make_loader(config, CPU).classes if config.conditional else ()
             torch.manual_seed(config.seed)
-            networks = {"G": model.make_G(config.imsize, config.z_dim, config.g_conv_dim, **options).state_dict(),
-                        "D": model.make_D(config.imsize, config.d_conv_dim, **options).state_dict()}  # fmt: skip
+            G, D = build_networks(config, len(classes))
+            networks = {"G": G.state_dict(), "D": D.state_dict()}
+        contents = {}
         for part, own in networks.items():
             weights = {key: pool.setdefault((part, key, value.shape), value) for key, value in own.items()}
-            if not steps:
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.save(weights, folder / f"0_{part}.tmp")
-                os.replace(folder / f"0_{part}.tmp", folder / f"0_{part}.pth")
+            torch.save(weights, buffer := io.BytesIO())
+            contents[folder / f"0_{part}.pth"] = buffer.getbuffer()
+        if not steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(contents)
 
 
 def train(run: Run) -> int:
     """Run main.py until its last step, or a signal, which is passed on. Returns its exit code, as a shell has it."""
-    received, process = [], None
-
-    def receive(number: int, _: object) -> None:
-        received.append(number)
-        if process:
-            process.send_signal(number)
-
     # In a session of its own: Ctrl-C in a terminal would reach it twice, and the second one ends it without saving.
     # PR_SET_PDEATHSIG, 1: when this process is killed, the system sends it SIGTERM, which saves a checkpoint.
     options = {"start_new_session": True, "preexec_fn": LIBC and (lambda: LIBC.prctl(1, signal.SIGTERM))}
+    process, received = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], **options), []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
     with handle_signals(receive, stop_signals()):
-        process = subprocess.Popen([sys.executable, str(MAIN), *run.arguments], **options)
-        if received:  # before there was a process
-            process.send_signal(received[0])
         code = process.wait()
     return 128 - code if code < 0 else code or (128 + received[0] if received else 0)
 
@@ -234,7 +235,6 @@ def final_value(name: str, points: np.ndarray) -> float:
 
 
 def names_in(results: Results) -> list[str]:
-    """Return the names of all curves, in the order of `NAMES`."""
     return [name for name in NAMES if any(name in curves for seeds in results.values() for curves in seeds.values())]
 
 
@@ -257,11 +257,7 @@ def _format(value: float) -> str:
 
 
 def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], Path]) -> None:
-    """Draw the sample grids, a column for each variant and a row for each seed, and below them the curves.
-
-    Args:
-        grids: the sample grids by variant and seed, of which some may be missing.
-    """
+    """Draw the grids, if they exist, a column for each variant and a row for each seed, and below them the curves."""
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
     rows = math.ceil(len(shown) / 2)
@@ -304,7 +300,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
         if name not in OWN_OPTIONS and (name in HEADER or value != getattr(Config, name))
         if all(getattr(run.config, name) == value for run in runs)
     ]
-    devices = {resolve_device(run.config.device) for run in runs}
+    devices = {setup_device(run.config.device) for run in runs}
     names = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
     machine = f"torch {torch.__version__} on {' and '.join(sorted(names))}"
     lines = [

@@ -22,9 +22,8 @@ from errors import UserError, exit_code
 from main import make_loader
 from parameter import get_parameters, given_options
 from tester import Tester
-from training.checkpoint import check_classes
-from training.resuming import load_test_checkpoint
-from utils import progress, resolve_device
+from training.resuming import check_classes, load_test_checkpoint
+from utils import progress, setup_device
 
 STEPS, BATCH = 400, 64
 WIDTHS = (3, 16, 32, 64, 64)
@@ -65,7 +64,6 @@ def measure(loader: Loader, tester: Tester) -> None:
     images = loader.images[held_out.to(loader.images.device)].to(loader.labels.device)
     real = accuracy(classifier, to_model_range(images), loader.labels[held_out])
     z = tester.sample_z(tester.config.num_samples)
-    tester.G.eval()
     rows = []
     for number, name in enumerate(loader.classes):
         labels = torch.full((len(z),), number, device=z.device)
@@ -85,9 +83,10 @@ def main() -> int:
     saved, config = load_test_checkpoint(config, given_options())
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")
-    loader = make_loader(config, resolve_device(config.device)).open()
+    device = setup_device(config.device)
+    loader = make_loader(config, device).open()
     check_classes(saved, loader.classes)
-    measure(loader, Tester(config, loader, saved))
+    measure(loader, Tester(config, loader, saved, device))
     return 0
 
 

@@ -81,7 +81,7 @@ def main() -> None:
         loader.batch(0)
         start = time.perf_counter()
         for position in range(BATCHES):
-            batch = loader.batch(position)
+            batch, _ = loader.batch(position)
         batch.sum().item()  # wait for the device
         gather = (time.perf_counter() - start) / BATCHES
 

@@ -22,27 +22,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_loader import Loader
-from datasets.sources import find_source
+from main import make_trainer
 from parameter import Config
-from trainer import Trainer
-from utils import resolve_device, tune_malloc
+from training.distributed import Ranks
+from utils import set_backends, setup_device, tune_malloc
 
 
 def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str, float]:
     """Return the ms per step of each kind of work, the median over `rounds`.
 
     Args:
-        config: its batch size, sizes, precision and result folders are used; its dataset is not.
+        config: all but its dataset is used, which is toy faces here.
         steps: steps per round of the first two kinds.
         run_steps: steps per training run.
     """
-    fixed, fed, whole = (build_trainer(config, run_steps) for _ in range(3))
-    real = fixed.loader.batch(0).contiguous(memory_format=fixed.memory_format)
-    z = torch.randn(2, config.batch_size, config.z_dim, device=fixed.device)
+    # One epoch per run: one checkpoint.
+    config = dataclasses.replace(config, dataset="toy", toy_num=run_steps * config.batch_size)
+    device = setup_device(config.device)
+    precision = set_backends(device, config.precision, config.deterministic)
+    fixed, fed, whole = (make_trainer(config, device, precision, Ranks()) for _ in range(3))
+    real, _ = fixed.loader.batch(0)
+    z, z2 = torch.randn(2, config.batch_size, config.z_dim, device=device)
 
     def fixed_step() -> None:
-        fixed.updates([real], list(z), [])
+        fixed.updates([{"real": real, "z": z}, {"z": z2}])
         fixed.ema.update(fixed.step)
 
     def run() -> None:
@@ -60,14 +63,8 @@ def measure(config: Config, steps: int, run_steps: int, rounds: int) -> dict[str
         function()  # warm up
     for _ in range(rounds):
         for name, (function, calls, steps_per_call) in kinds.items():
-            times[name].append(seconds(function, calls, fixed.device) / (calls * steps_per_call) * 1e3)
+            times[name].append(seconds(function, calls, device) / (calls * steps_per_call) * 1e3)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def build_trainer(config: Config, run_steps: int) -> Trainer:
-    source = find_source("toy", toy_num=run_steps * config.batch_size)  # one epoch per run: one checkpoint
-    cache, size = config.cache_path, config.batch_size
-    return Trainer(Loader(source, config.imsize, size, cache_path=cache, device=config.device).open(), config)
 
 
 def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -89,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     tune_malloc()
-    device = resolve_device(arguments.device)
+    device = setup_device(arguments.device)
     steps, run_steps = (2000, 2000) if device.type == "cuda" else (20, 100)
     with tempfile.TemporaryDirectory() as scratch:
         folders = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")

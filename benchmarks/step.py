@@ -35,9 +35,10 @@ from baseline import Baseline
 from floor import Work, floors_ms, machine_rates, step_work
 
 from errors import UserError
+from main import make_loader
 from parameter import Config
 from trainer import Trainer
-from utils import memory_mib, tune_malloc
+from utils import memory_mib, set_backends, setup_device, tune_malloc
 
 
 class Setting(NamedTuple):
@@ -73,7 +74,7 @@ def contenders(setting: Setting, only: str = "") -> list[Contender]:
 def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
     """Return a function that takes one step on fixed inputs, which are the same for all contenders."""
     torch.manual_seed(0)
-    device, size = torch.device(setting.device), setting.batch_size
+    device, size = setup_device(setting.device), setting.batch_size
     real = torch.rand(size, 3, setting.imsize, setting.imsize).mul(2).sub(1).to(device)
     z, z2 = torch.randn(2, size, 128).to(device)
     if contender.name == "baseline":
@@ -81,11 +82,14 @@ def build_step(contender: Contender, setting: Setting) -> Callable[[], Any]:
         baseline = Baseline(setting.device)
         return lambda: baseline.d_step(real, z) | baseline.g_step(z2)
     graph = "true" if contender.mode == "graph" else "false"
-    trainer = Trainer(None, Config(**setting._asdict(), precision=contender.precision, cuda_graph=graph))
-    real = real.contiguous(memory_format=trainer.memory_format)  # as in `train_step`
+    precision = set_backends(device, contender.precision, deterministic=False)
+    config = Config(**setting._asdict(), dataset="toy", cuda_graph=graph)
+    loader = make_loader(config, device, precision)  # not opened: no batch is drawn
+    trainer = Trainer(config, loader, device, precision)
+    real = real.contiguous(memory_format=loader.memory_format)
 
     def step() -> dict[str, torch.Tensor]:
-        stats = trainer.updates([real], [z, z2], [])
+        stats = trainer.updates([{"real": real, "z": z}, {"z": z2}])
         trainer.ema.update(trainer.step)
         return stats
 

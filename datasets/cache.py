@@ -4,13 +4,14 @@
 
 A cache is a folder with `images.bin` (uint8, N x S x S x 3) and `info.json` (the number of images, and which could not
 be read). It is written under a temporary name and renamed when complete, so that a killed build leaves no cache. It has
-no labels: one cache serves any of them, and `skipped` says which items have no image.
+no labels: one cache serves any of them.
 """
 
 import json
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,23 +22,21 @@ from datasets.sources import Source
 from errors import UserError, warn
 from utils import flush_to_disk, progress
 
-FORMAT = 2  # version of the cache format; caches of another version are rebuilt, except whole ones of version 1
+FORMAT = 2  # version of the cache format; caches of another version are rebuilt
 STALE_SECONDS = 3600  # a build that has written nothing for this long is dead
 
 
 def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2) -> tuple[np.ndarray, dict[int, str]]:
-    """Open the cache of a source, or build it if it is missing or damaged.
+    """Open the cache of a source, or build it if it is missing or damaged, or lacks an image that can be read by now.
 
     Args:
         size: height and width of the images in pixels.
-        cache_path: folder of the caches.
+        cache_path: folder of all caches.
         num_workers: decoding processes; 0 decodes in this process.
-
-    A cache is built again when an image that could not be read before can be read now.
 
     Returns:
         A read-only uint8 array (N, size, size, 3), memory-mapped where possible, and by number of the item a line for
-        each image that could not be read and is not in the array.
+        each that could not be read and is not in the array.
 
     Raises:
         UserError: no image could be read, or the cache cannot be read or written.
@@ -47,7 +46,7 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         skipped = _read_info(folder, source, size)
         if skipped is None:
             skipped = _build_cache(source, size, folder, num_workers)
-        elif _can_read_one(source, size, [source.items[number] for number in skipped]):
+        elif _can_read_any(source, size, skipped):
             print(f"images that could not be read before can be read now: decoding the images of {folder} again")
             try:
                 skipped = _build_cache(source, size, folder, num_workers)
@@ -56,29 +55,26 @@ def open_cache(source: Source, size: int, cache_path: Path, num_workers: int = 2
         return _map_images(folder / "images.bin", size), skipped
     except OSError as error:
         raise UserError(
-            f"cannot read or write the image cache {folder}: {error.strerror or error}; set --cache_path to another "
-            "folder"
+            f"cannot read or write the image cache {folder}: {error.strerror or error}; set another --cache_path"
         ) from error
 
 
 def _read_info(folder: Path, source: Source, size: int) -> dict[int, str] | None:
-    """Return a line that says why, by number, for each skipped item of a complete cache; None if it is not complete."""
+    """Return a line for each skipped item of a complete cache, by number; None if the cache is not complete."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         numbers = range(len(source.items))
         skipped = {numbers[number]: line for number, line in info["skipped"]}
-        # Version 1 had no numbers of items; without skipped ones it is the same.
-        known = info["format"] == FORMAT or (info["format"] == 1 and not skipped)
         count = len(numbers) - len(skipped)
-        stored = (folder / "images.bin").stat().st_size
-        return skipped if known and info["count"] == count and stored == count * size * size * 3 > 0 else None
+        complete = (folder / "images.bin").stat().st_size == count * size * size * 3 > 0
+        return skipped if complete and (info["format"], info["count"]) == (FORMAT, count) else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
 
 
-def _can_read_one(source: Source, size: int, items: list) -> bool:
-    with progress(items, "trying skipped images again", "img") as bar:
-        return any(not isinstance(try_decode(source.decode, item, size), str) for item in bar)
+def _can_read_any(source: Source, size: int, numbers: Iterable[int]) -> bool:
+    with progress(numbers, "trying skipped images again", "img") as bar:
+        return any(not isinstance(try_decode(source.decode, source.items[number], size), str) for number in bar)
 
 
 def _map_images(path: Path, size: int) -> np.ndarray:
@@ -131,11 +127,7 @@ def _remove_stale_builds(folder: Path) -> None:
 
 
 def _decode(source: Source, size: int, path: Path, num_workers: int) -> dict[int, str]:
-    """Write the readable images of a source to a file, in order.
-
-    Returns:
-        A line by number of the item for each that could not be read.
-    """
+    """Write the readable images of a source to a file, in order. Returns what `_read_info` does."""
     path.touch()
     image_bytes, total = size * size * 3, len(source.items)
     count, failures = 0, {}

@@ -63,7 +63,7 @@ def decode_chunks(decode: Decode, items: Sequence, size: int, path: Path, num_wo
     """Run `decode_chunk` on each `CHUNK` items, and return its results in order.
 
     Raises:
-        UserError: a worker process was killed.
+        UserError: a worker process was killed, or none can be started.
     """
     starts = range(0, len(items), CHUNK)
     task = partial(decode_chunk, decode, size, path)
@@ -75,50 +75,41 @@ def decode_chunks(decode: Decode, items: Sequence, size: int, path: Path, num_wo
     with _starting_processes():  # multiprocessing's resource tracker
         # Spawned, because a fork of a process with torch's threads may deadlock.
         pool = ProcessPoolExecutor(min(num_workers, len(chunks)), get_context("spawn"), initializer=start_worker)
-    try:
-        with _starting_processes():
-            futures = [pool.submit(task, *chunk) for chunk in zip(starts, chunks, strict=True)]
-        for future in futures:  # not pool.map: it cancels futures, and a pool whose workers are killed then prints that
-            yield future.result()
-    except BaseException as error:  # an interruption must not wait for the rest, not even for the current chunks
-        for worker in {*active_children()} - others:
-            worker.kill()
-        if isinstance(error, BrokenProcessPool):
-            raise UserError(
-                "a process that decodes images was killed, perhaps for lack of memory: use fewer --num_workers "
-                "(0: none)"
-            ) from error
-        raise
-    finally:
-        pool.shutdown()
+    with pool:
+        try:
+            with _starting_processes():
+                futures = [pool.submit(task, *chunk) for chunk in zip(starts, chunks, strict=True)]
+            for future in futures:  # not pool.map: it cancels futures, and a pool with killed workers then prints that
+                yield future.result()
+        except BaseException as error:  # an interruption must not wait for the rest, not even for the current chunks
+            for worker in {*active_children()} - others:
+                worker.kill()
+            if isinstance(error, BrokenProcessPool):
+                advice = "perhaps for lack of memory: use fewer --num_workers (0: none)"
+                raise UserError(f"a process that decodes images was killed, {advice}") from error
+            raise
 
 
 @contextmanager
 def _starting_processes() -> Iterator[None]:
-    """Block the signals that end a run for the processes that are started inside; they inherit that.
+    """Block the signals that end a run for the processes that are started inside: this process ends them.
 
-    Ctrl-C and schedulers signal them too, but this process ends them. Windows has no such blocking.
-
-    Raises:
-        UserError: the system starts no more processes.
+    Ctrl-C and schedulers signal all processes. Windows has no such blocking.
     """
     blocks = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals()) if blocks else ()
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"no processes to decode images can be started ({error.strerror}): use --num_workers 0"
-        ) from error
+        raise UserError(f"no processes to decode images can be started ({error}): use --num_workers 0") from error
     finally:
         if blocks:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker() -> None:
-    """Prepare a worker process: it ignores the signals that end a run, and ends when its parent process dies."""
-    # Windows has not blocked them.
-    for number in stop_signals():
+    """Prepare a worker process: it ends when its parent process dies."""
+    for number in stop_signals():  # on Windows, where they are not blocked
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

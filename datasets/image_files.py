@@ -9,7 +9,7 @@ Worker processes import this module, so it must not import torch.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +18,7 @@ from PIL import Image, ImageOps
 
 from errors import UserError, warn
 
-JUNK_FOLDERS = {  # in lower case: of Synology, QNAP, macOS, ext4 and Windows
-    "@eadir", "#recycle", "#snapshot", "@recycle", "__macosx", "lost+found", "$recycle.bin",
-    "system volume information",
-}  # fmt: skip
+JUNK_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"}  # in lower case; @eadir: Synology's
 COMPANIONS = {  # endings of files that are expected beside images
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".rst", ".html", ".htm", ".xml", ".yaml", ".yml", ".db", ".ini",
     ".log", ".xmp", ".aae", ".url",
@@ -33,11 +30,11 @@ HEIF_ENDINGS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 def find_images(
     root: str, run_folders: Iterable[Path] = (), exclude: Iterable[Path] = ()
 ) -> tuple[list[tuple[str, int, int]], Counter[str]]:
-    """Find the image files below a folder, each folder once. Hidden ones are left out, and the system's folders.
+    """Find the image files below a folder, through links too. Leaves out hidden files and `JUNK_FOLDERS`.
 
     Args:
         run_folders: folders of a run's results, which may not be or contain `root`.
-        exclude: folders that are left out; none may be `root`.
+        exclude: folders to leave out; none may be `root`.
 
     Returns:
         (name relative to root, bytes, modification time in ns) of each image, sorted; the other files by ending.
@@ -51,12 +48,12 @@ def find_images(
     endings = image_endings()
     images, others, unlisted, left_out = [], Counter(), [], []
     for folder, subfolders, names in os.walk(root, onerror=unlisted.append, followlinks=True):
-        identity = os.path.realpath(folder)
-        if identity in excluded | seen:
-            left_out += [folder] if identity in excluded else []
+        real = os.path.realpath(folder)
+        if real in excluded | seen:
+            left_out += [folder] if real in excluded else []
             subfolders.clear()
             continue
-        seen.add(identity)
+        seen.add(real)
         subfolders[:] = [name for name in subfolders if name[0] != "." and name.lower() not in JUNK_FOLDERS]
         prefix = "" if folder == root else os.path.relpath(folder, root)
         for name in names:
@@ -101,9 +98,9 @@ def _report_unlisted(root: str, errors: list[OSError]) -> None:
     if errors and errors[0].filename == root:
         raise UserError(f"the folder of images {root} cannot be listed: {errors[0].strerror}")
     if errors:
-        first, more = errors[0], len(errors) - 1
-        where = f"{first.filename or f'a folder in {root}'} ({first.strerror})"  # there is no name if the disk fails
-        warn(f"folders that cannot be listed are left out: {where}" + (f" and {more:,} more" if more else ""))
+        where = errors[0].filename or f"in {root}"  # there is no name if the disk fails
+        count = "" if len(errors) == 1 else f", and {len(errors) - 1:,} more"
+        warn(f"folders that cannot be listed are left out: {where} ({errors[0].strerror}){count}")
 
 
 def count_by_ending(others: Counter[str]) -> str:
@@ -156,7 +153,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to RGB: grays of more bits or of floats to 8 bits, transparency to white."""
     if image.mode.startswith(("I", "F")):  # I, the I;16 family and F
         gray = image.convert(image.mode[0])
-        factor = _factor_to_8_bits(gray, getattr(image, "tag_v2", {}))
+        factor = _factor_to_8_bits(gray)
         image = gray.point(lambda value: value * factor).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -164,20 +161,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
 
 
-def _factor_to_8_bits(gray: Image.Image, tags: Mapping[int, tuple]) -> float:
+def _factor_to_8_bits(gray: Image.Image) -> float:
     """Return the factor that scales an image of mode I or F to 8 bits.
 
-    Floats are in [0, 1], unless they are too large. Integers have as many bits as the TIFF tags BitsPerSample and
-    MaxSampleValue say, if that is fewer than 16, else the fewest of 8, 12, 16 and more that hold the image's maximum.
+    Floats are in [0, 1], unless they are too large. Integers have the fewest of 8, 12, 16 and more bits that hold the
+    image's maximum.
     """
     maximum = gray.getextrema()[1]
     if gray.mode == "F" and not 2 <= maximum < 2**32:  # a maximum a bit above 1 is common
         return 255
-    said = min(tags.get(258, (16,))[0], int(tags.get(281, (2**16 - 1,))[0]).bit_length())
     bits = int(maximum).bit_length()
-    if not bits <= said < 16:
-        said = next((limit for limit in (8, 12, 16) if bits <= limit), bits)
-    return 2.0 ** (8 - said)
+    return 2.0 ** (8 - next((limit for limit in (8, 12, 16) if bits <= limit), bits))
 
 
 def crop_center(image: Image.Image, side: int | None) -> Image.Image:

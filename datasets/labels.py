@@ -1,7 +1,7 @@
 """Class labels of datasets: the folder of an image file, an attribute of CelebA.
 
 labels = folder_labels("data/animals", ["cat/1.jpg", "dog/1.jpg"])
-labels.classes, labels.numbers                          # ("cat", "dog"), [0, 1]
+labels.classes, labels.targets                          # ("cat", "dog"), [0, 1]
 """
 
 import csv
@@ -24,26 +24,20 @@ class Labels(NamedTuple):
     """The names of the classes, and for each item the number of its class, counted from 0."""
 
     classes: tuple[str, ...]
-    numbers: Sequence[int]
+    targets: Sequence[int]
 
     def check(self) -> None:
         """Raise `UserError` unless there are two classes or more, with two items or more each."""
-        counts = Counter(self.numbers)
+        counts = Counter(self.targets)
         if len(self.classes) < 2:
-            raise UserError(f"--conditional true needs two classes or more; the only one is {list_classes(self)}")
+            raise UserError(f"--conditional true needs two classes or more; the only one is {join_names(self.classes)}")
         if few := [f"{name} has {counts[number]}" for number, name in enumerate(self.classes) if counts[number] < 2]:
             raise UserError(f"--conditional true needs two images or more of each class: {', '.join(few[:LISTED])}")
 
     def without(self, items: Sequence[int]) -> "Labels":
         """Return the labels of all items but these."""
         left_out = {*items}
-        return Labels(self.classes, [number for item, number in enumerate(self.numbers) if item not in left_out])
-
-
-def list_classes(labels: Labels) -> str:
-    """Return the classes with their numbers of images, such as "cat (5,000), dog (4,000)"."""
-    counts = Counter(labels.numbers)
-    return join_names([f"{name} ({counts[number]:,})" for number, name in enumerate(labels.classes)])
+        return Labels(self.classes, [number for item, number in enumerate(self.targets) if item not in left_out])
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -90,10 +84,9 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
     """Return the labels of CelebA's images: 1 where the attribute is present.
 
     Args:
-        root: `--image_path`.
-        folder: of the images; CelebA's list of attributes is in it, beside it or in `root`.
-        names: the image files, found in the list by their name without folder and ending.
-        attribute: a name such as "Smiling".
+        root, folder: the data and the images in it; CelebA's list of attributes is in either, or beside the images.
+        names: image files, found in the list by their name without folder and ending.
+        attribute: a name in the list, such as "Smiling".
 
     Raises:
         UserError: the list is missing or damaged, lacks an image, or has no such attribute.
@@ -139,7 +132,7 @@ def _read_rows(path: Path) -> Iterator[list[str]]:
 
 
 def _presence(path: Path, rows: Iterable[list[str]], column: int) -> Iterator[tuple[str, int]]:
-    """Yield name without ending, and 1 or 0, of each row: a file name, then -1 or 1 for each attribute."""
+    """Yield the name without ending, and 1 or 0, of each row: a file name, then 1 or -1 for each attribute."""
     for row in rows:
         try:
             yield Path(row[0]).stem, int(int(row[1 + column]) > 0)

@@ -22,7 +22,7 @@ from PIL import Image
 from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
 from datasets.labels import Labels, celeb_labels, folder_labels
 from datasets.toy_faces import HAIR_LENGTHS, draw_face, hair_length
-from errors import UserError, warn
+from errors import UserError, one_line, warn
 
 CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
 CELEB_CROP = 160  # pixels, as in the reference
@@ -40,10 +40,9 @@ class Source:
         name: short, for file names and messages.
         items: what to decode, in order: file names, numbers or keys.
         decode: function of an item and a size in pixels; returns an RGB Pillow image of that size. Can be pickled.
-        fingerprint: changes whenever the decoded pixels may change.
+        fingerprint: changes whenever the decoded pixels may change; does not depend on the labels.
         description: what and how many images these are.
-        labels: function that returns the class of each item; None if there are no classes. The fingerprint does not
-            depend on it: the pixels are the same for any labels.
+        labels: function that returns the class of each item; None if there are no classes.
     """
 
     name: str
@@ -70,14 +69,11 @@ def find_source(
 
     Args:
         dataset: celeb, folder, lsun, cifar10 or toy.
-        image_path: folder of the data.
         crop_size: side of the center square cut from celeb (None: 160) and folder images (None: the largest square).
         download: download celeb or cifar10 if it is missing.
-        toy_num: number of toy faces.
-        seed: of the toy faces.
-        attribute: of celeb, for its labels.
-        run_folders: folders of this run's results, which may not be or contain the folder of celeb or folder images.
-        exclude: folders that the program writes to, whose files are no images of celeb or folder.
+        toy_num, seed: how many toy faces, and which.
+        attribute: the one that divides celeb into two classes.
+        run_folders, exclude: see `find_images`.
 
     Raises:
         UserError: the data is missing, unreadable or where the program writes; the message says what is expected.
@@ -94,9 +90,8 @@ def find_source(
         case "cifar10":
             return _cifar10(root, download)
         case "toy":
-            fingerprint, labels = _digest([seed, toy_num]), partial(_toy_labels, seed, toy_num)
-            description = f"{toy_num:,} toy faces"
-            return Source("toy", range(toy_num), partial(draw_face, seed), fingerprint, description, labels)
+            decode, labels = partial(draw_face, seed), partial(_toy_labels, seed, toy_num)
+            return Source("toy", range(toy_num), decode, _digest([seed, toy_num]), f"{toy_num:,} toy faces", labels)
     raise ValueError(f"unknown dataset {dataset!r}")
 
 
@@ -105,8 +100,7 @@ def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | N
         f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
         f"'Align&Cropped Images') and unpack it to {root / 'celeba' / 'img_align_celeba'}/000001.jpg ..."
     )
-    names = ("celeba/img_align_celeba", "CelebA", "celeba", "img_align_celeba")
-    layouts = [root / name for name in names]
+    layouts = [root / name for name in ("celeba/img_align_celeba", "CelebA", "celeba", "img_align_celeba")]
     if root.name.lower() in ("celeba", "img_align_celeba", "img_align_celeba_png"):
         layouts.append(root)
     found = _first_with_images(layouts, find)
@@ -116,7 +110,7 @@ def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | N
         try:
             CelebA(str(root), split="all", download=True)
         except Exception as error:  # Google Drive's quota, no network, gdown missing: the advice is the same
-            raise UserError(f"the download of CelebA failed ({_first_line(error)}). {by_hand}") from error
+            raise UserError(f"the download of CelebA failed ({one_line(error)}). {by_hand}") from error
         found = _first_with_images(layouts, find)
     if found is None:
         raise UserError(
@@ -126,16 +120,15 @@ def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | N
     folder, files = found
     if crop_size is None:
         _check_celeb_size(folder, files)
-    count, whole = len(files), f"CelebA's {CELEB_COUNT:,} images"
-    what = f"{count:,} of {whole}" if count < CELEB_COUNT else whole if count == CELEB_COUNT else f"{count:,} images"
-    source = _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], f"{what} in {folder}")
+    description = f"{len(files):,} of CelebA's {CELEB_COUNT:,} images in {folder}"
+    source = _file_source("celeb", folder, files, crop_size or CELEB_CROP, [], description)
     return replace(source, labels=partial(celeb_labels, root, folder, source.items, attribute))
 
 
 def _first_with_images(folders: Iterable[Path], find: Callable) -> tuple[Path, list] | None:
-    """Return the first folder with images below it, and its image files: only the aligned ones, where they are apart.
+    """Return the first folder with images below it, and its image files.
 
-    CelebA's own folder has the same people's unaligned images beside them.
+    Only the aligned ones, where they are apart: CelebA's own folder has the unaligned images too.
     """
     for folder in folders:
         files = find(str(folder))[0] if os.path.isdir(folder) else []
@@ -202,8 +195,7 @@ def _lsun(root: Path) -> Source:
             keys = list(transaction.cursor().iternext(values=False))
     except lmdb.Error as error:
         raise UserError(f"{data} cannot be read: {error}") from error
-    status = data.stat()
-    fingerprint = _digest([len(keys), status.st_size, status.st_mtime_ns])
+    fingerprint = _digest([len(keys), size, data.stat().st_mtime_ns])
     description = f"{len(keys):,} images of LSUN {LSUN_CLASS} in {folder}"
     return Source("lsun", keys, partial(_decode_lsun, str(folder)), fingerprint, description)
 
@@ -230,13 +222,12 @@ def _cifar10(root: Path, download: bool) -> Source:
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
         found = (root / CIFAR10_FOLDER).is_dir()
         state = f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged" if found else f"no CIFAR-10 in {root}"
-        reason = "" if "not found or corrupted" in str(error) else f" ({_first_line(error)})"  # torchvision's advice
+        reason = "" if "not found or corrupted" in str(error) else f" ({one_line(error)})"  # torchvision's advice
         advice = "" if found or download else "use --download true, or "
         raise UserError(f"{state}{reason}: {advice}unpack cifar-10-python.tar.gz in {root}") from error
-    # The fingerprint leaves out the files, because torchvision checks their MD5 sums.
-    decode = partial(_decode_cifar10, str(root))
-    description, labels = f"{count:,} images of CIFAR-10", partial(_cifar10_labels, str(root))
-    return Source("cifar10", range(count), decode, _digest([count]), description, labels)
+    decode, labels = partial(_decode_cifar10, str(root)), partial(_cifar10_labels, str(root))
+    fingerprint = _digest([count])  # without the files, because torchvision checks their MD5 sums
+    return Source("cifar10", range(count), decode, fingerprint, f"{count:,} images of CIFAR-10", labels)
 
 
 @lru_cache(maxsize=1)
@@ -256,15 +247,10 @@ def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:
 
 
 def _toy_labels(seed: int, toy_num: int) -> Labels:
-    """Label toy faces by the length of their hair."""
-    names = [*HAIR_LENGTHS]
-    return Labels((*names,), [names.index(hair_length(seed, index)) for index in range(toy_num)])
+    names = (*HAIR_LENGTHS,)
+    return Labels(names, [names.index(hair_length(seed, index)) for index in range(toy_num)])
 
 
 def _digest(parts: Iterable[Any]) -> str:
     text = "".join(f"{part!r}\n" for part in parts)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

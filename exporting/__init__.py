@@ -1,1 +1,1 @@
-"""A trained generator in files that need no training program: safetensors, ONNX, a model card. No options."""
+"""A trained generator in files that need no training program: safetensors, ONNX, a model card; and from files."""

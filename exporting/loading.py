@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
 from torch import nn
 
+from errors import one_line
 from exporting.safetensors_file import read_generator
-from training.models import MODELS, network_options
-from training.weights import one_line, read_dict, strip_dataparallel_prefix
+from training.checkpoint import read_dict, strip_dataparallel_prefix
+from training.models import build_empty, recognize
 
 
 def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
@@ -31,7 +30,7 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
     if path.suffix == ".safetensors":
         return read_generator(path)
     content = read_dict(path)
-    return _network(path, "generator", content.get("ema", content.get("G", content)))
+    return _network(path, "generator", content.get("ema", content))
 
 
 def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
@@ -40,17 +39,12 @@ def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is an export, which has no discriminator: use {{step}}_D.pth or {{step}}_state.pth")
     content = read_dict(path)
-    beside = path.with_name(path.name.replace("_state.", "_D."))
-    if "D" not in content and beside != path and beside.exists():
-        raise ValueError(f"{path} has no discriminator: an older version of this program saved it as {beside}")
     return _network(path, "discriminator", content.get("D", content))
 
 
 def _local(checkpoint: str | os.PathLike) -> Path:
     """Return the path; of a URL, that of its file in torch.hub's folder, downloaded if it is not there."""
     text = os.fspath(checkpoint)
-    if text.startswith("file:"):
-        return Path(url2pathname(urlparse(text).path))
     if not text.startswith(("http://", "https://")):
         return Path(os.path.expanduser(text))
     # With a digest: the exports of all runs have the same name.
@@ -66,23 +60,10 @@ def _local(checkpoint: str | os.PathLike) -> Path:
 
 
 def _network(path: Path, kind: Literal["generator", "discriminator"], weights: dict[str, Any]) -> nn.Module:
-    """Return the network of a state dict."""
-    for model in MODELS.values():
-        with suppress(KeyError, AttributeError, IndexError):  # it is of another model
-            weights = strip_dataparallel_prefix(weights)
-            try:
-                if kind == "generator":
-                    sizes, make, names = model.G_sizes(weights), model.make_G, ("imsize", "z_dim", "g_conv_dim")
-                else:
-                    sizes, make, names = model.D_sizes(weights), model.make_D, ("imsize", "d_conv_dim")
-                options = network_options(sizes["num_classes"], "full" if sizes["has_attention"] else "none")
-                with torch.device("meta"):  # without memory and random numbers: the weights follow
-                    network = make(*(sizes[name] for name in names), **options)
-                network.load_state_dict(weights, assign=True)
-            except (TypeError, ValueError, RuntimeError) as error:
-                # Only generators have BatchNorm.
-                is_other = any(key.endswith("running_mean") for key in weights) != (kind == "generator")
-                reason = "these look like weights of the other network" if is_other else one_line(error)
-                raise ValueError(f"{path} has no {kind} of this program: {reason}") from error
-            return network.float().eval()
-    raise ValueError(f"{path} has no {kind} of this program")
+    try:
+        weights = strip_dataparallel_prefix(weights)
+        network = build_empty(kind, *recognize(kind, weights))
+        network.load_state_dict(weights, assign=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # torch's reason is all keys and shapes
+        raise ValueError(f"{path} has no {kind} of this program, or is damaged") from error
+    return network.float().eval()

@@ -1,31 +1,69 @@
-"""model_card.md: front matter that model hubs read, what the generator is, its data, metrics, and how to load it."""
+"""What an exported generator is and where it comes from: the metadata of its files, and model_card.md."""
 
+import json
 import re
-import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from exporting.description import Description
-from parameter import Config
+from datasets.labels import join_names
+from errors import warn
+from parameter import METRIC_RESULTS, Config
+from training.checkpoint import EXPORT_CONTENT, EXPORT_VERSION, Checkpoint
+from training.models import checksum
+from training.resuming import TestNetworks
 
+UNKNOWN = "license: unknown"
+DATASETS = {  # what the images are called, what is known of their license, and a generator's license for model hubs
+    "celeb": ("CelebA",
+              "CelebA may be used for non-commercial research only (mmlab.ie.cuhk.edu.hk/projects/CelebA.html).",
+              "license: other\nlicense_name: celeba\nlicense_link: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html\n"
+              "datasets:\n- flwrlabs/celeba"),
+    "cifar10": ("CIFAR-10",
+                "The authors of CIFAR-10 state no license (www.cs.toronto.edu/~kriz/cifar.html).",
+                f"{UNKNOWN}\ndatasets:\n- uoft-cs/cifar10"),
+    "lsun": ("the churches of LSUN",
+             "The authors of LSUN state no license for the images (github.com/fyu/lsun).", UNKNOWN),
+    "toy": ("faces drawn by the training program",
+            "They are drawn by a program under the MIT license.", "license: mit"),
+    "folder": ("images of the author of this export",
+               "Not stated yet. State the license of the images before you publish this.", UNKNOWN),
+    "": ("unknown images",
+         "Not known. Find out which images these weights were trained on before you publish.", UNKNOWN),
+}  # fmt: skip
 NETWORKS = {
     "sagan": "the network of [heykeetae's repository](https://github.com/heykeetae/Self-Attention-GAN)",
     "paper": "the ResNet of the paper",
 }
-METRICS = {
-    "fid": "FID",
-    "kid": "KID",
-    "kid_std": "KID, standard deviation over subsets",
-    "isc": "Inception score",
-    "isc_std": "Inception score, standard deviation over splits",
-    "precision": "precision",
-    "recall": "recall",
-    "f_score": "F-score of precision and recall",
-    "faces": "face rate: images in which OpenCV's detector finds a face",
-    "faces_real": "face rate of the real images",
-    "hog": "Fréchet distance of HOG features",
-    "hog_real": "Fréchet distance of HOG features between two halves of the real images",
-}
+CARD = """---
+{front_matter}
+library_name: pytorch
+tags:
+- gan
+- sagan
+---
+
+# {title}
+
+![samples](samples.png)
+
+A GAN ([arXiv 1805.08318](https://arxiv.org/abs/1805.08318)) that generates RGB images of {image_size}×{image_size}
+pixels from z of {z_dim} normal numbers{class_names}: {network}, width {conv_dim}, {with} attention layers, after
+{step} steps, {weights}.
+
+## Data and license
+
+Trained on {data}{count}. {data_license} The generator shows what it learned from these images: their
+terms may bind it too. It has their biases, and single images may resemble training images.
+
+## Metrics
+
+{metrics}
+
+## How to load it
+"""
 ONNX = """
 Without the program that trained it, by `pip install onnxruntime numpy pillow`:
 
@@ -36,12 +74,12 @@ from PIL import Image
 
 session = onnxruntime.InferenceSession("generator.onnx")
 z = np.random.default_rng(0).standard_normal((16, {z_dim}), dtype=np.float32)
-inputs = {{"z": z{labels}}}
-(images,) = session.run(["images"], inputs)  # (16, 3, {size}, {size}) in [-1, 1]
+inputs = {{"z": z{numpy_labels}}}
+(images,) = session.run(["images"], inputs)  # (16, 3, {image_size}, {image_size}) in [-1, 1]
 pixels = ((images + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
 Image.fromarray(np.concatenate(pixels, axis=1)).save("images.png")  # side by side
 ```
-"""
+{maps}"""
 TORCH = """
 In torch, by `pip install torch safetensors`; OWNER/REPOSITORY is that of the program on GitHub:
 
@@ -50,16 +88,58 @@ import torch
 
 G = torch.hub.load("OWNER/REPOSITORY", "generator", source="github", checkpoint="generator.safetensors")
 with torch.no_grad():
-    images = G(torch.randn(16, {z_dim}){labels})  # (16, 3, {size}, {size}) in [-1, 1]
+    images = G(torch.randn(16, {z_dim}){torch_labels})  # (16, 3, {image_size}, {image_size}) in [-1, 1]
 ```
 """
 
 
+def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: Collection[str]) -> dict[str, str]:
+    """Return the metadata of the exported files; `training.models.export_sizes` reads the network's sizes from it.
+
+    Args:
+        given: names of the options on the command line, which say of which images weights without their state are.
+    """
+    dataset = config.dataset if "dataset" in given else (saved.metadata or {"dataset": ""})["dataset"]
+    dataset = saved.state["config"]["dataset"] if saved.state else dataset
+    data, terms, _ = DATASETS[dataset]
+    return {
+        "content": EXPORT_CONTENT,
+        "content_version": EXPORT_VERSION,
+        "model": config.model,
+        "image_size": str(config.imsize),
+        "z_dim": str(config.z_dim),
+        "conv_dim": str(config.g_conv_dim),
+        "num_classes": str(len(networks.classes)),
+        "attention": config.attention,
+        "classes": json.dumps(networks.classes),
+        "step": str(saved.step),
+        "ema": str(networks.is_ema).lower(),
+        "checksum": saved.metadata["checksum"] if saved.metadata else str(checksum(networks.G.state_dict())),
+        "images": "(B, 3, image_size, image_size), RGB, from -1 to 1",
+        "dataset": dataset,
+        "data": data,
+        "data_license": terms,
+    }
+
+
+def read_metrics(path: Path, metadata: Mapping[str, str], saved: Checkpoint) -> dict[str, Any] | None:
+    """Return a metrics.json of `--train false`; None, with a warning, if it is not of this generator and its images."""
+    if not path.exists():
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        is_of_these_weights = str(metrics["checksum"]) == metadata["checksum"] and metrics["images"]
+        if is_of_these_weights and saved.state and metrics["data"]["checksum"] == saved.state["data"]["checksum"]:
+            return metrics
+    warn(f"{path} is not used: it is damaged, or not known to be of these weights and of their training images")
+    return None
+
+
 def model_card(
     title: str,
-    description: Description,
-    metrics: dict | None,
-    command: str,
+    metadata: Mapping[str, str],
+    num_images: int | None,
+    metrics: Mapping[str, Any] | None,
     formats: Collection[str],
     maps: Sequence[str] = (),
 ) -> str:
@@ -67,60 +147,29 @@ def model_card(
 
     Args:
         title: the `--version` of the run.
-        metrics: content of `metrics.json` of `--train false` for this generator and its training images, if any.
-        command: from `metrics_command`; "" for weights whose training images are not known.
+        metadata: from `describe`.
+        num_images: of the training; None if it is not known.
+        metrics: from `read_metrics`.
         formats: of the files beside the card: "safetensors", "onnx" or both.
         maps: names of the attention maps that generator.onnx returns.
     """
-    this, data, count = description, description.data, len(description.classes)
-    front = [f"license: {data.license}", "library_name: pytorch", "tags:", "- gan", "- sagan"]
-    front += ["- self-attention"] if this.has_attention else []
-    front += ["datasets:", f"- {data.hub_name}"] if data.hub_name else []
-    front += [f"license_name: {data.title.lower()}", f"license_link: {data.license_link}"] if data.license_link else []
-    front += [] if count else ["pipeline_tag: unconditional-image-generation"]  # hubs have none for images of a class
-    classes = ", ".join(f"{number}: {_escape(name)}" for number, name in enumerate(this.classes[:100]))
-    classes += ", ..." * (count > 100)
-    if this.classes == tuple(map(str, range(count))):  # weights alone have no names
-        classes = f"{count} classes"
-    outputs = f" generator.onnx returns them: {', '.join(maps)} (B, queries, keys)." if maps else ""
-    sizes = {"z_dim": this.z_dim, "size": this.image_size}
-    numpy_labels = f', "labels": np.arange(16, dtype=np.int64) % {count}' if count else ""
-    torch_labels = f", torch.arange(16) % {count}" if count else ""
-    return "\n".join([
-        "---", *front, "---", "", f"# {_escape(title)}", "", "![samples](samples.png)", "",
-        f"A {'self-attention ' * this.has_attention}GAN ([arXiv 1805.08318](https://arxiv.org/abs/1805.08318)) that "
-        f"generates RGB images of {this.image_size}×{this.image_size} pixels from z of {this.z_dim} normal numbers"
-        f"{f' and a class ({classes})' if count else ''}: {NETWORKS[this.model]}, width {this.conv_dim}, "
-        f"{'with its' if this.has_attention else 'without'} attention layers, after {this.step:,} steps"
-        f"{f' at batch size {this.batch_size}' if this.batch_size else ''}, "
-        f"{'EMA weights' if this.is_ema else 'the trained weights, no EMA'}.",
-        "", "## Data and license", "",
-        f"Trained on {data.title}{f' ({this.num_images:,} images)' if this.num_images else ''}. {data.terms} The "
-        "generator shows what it learned from these images: their terms may bind it too.",
-        "", "## Metrics", "",
-        _metrics_section(metrics) if metrics
-        else f"Not computed. Before the export, with the training images:\n\n    {command}" if command
-        else "Not known: these weights come without their training state, which tells the training images.",
-        "", "## Limitations", "",
-        "The images have the biases of the training images and often visible artifacts; single ones may resemble "
-        "training images. " + (
-            "Attention maps show which positions a layer reads, not why an image looks as it does." + outputs
-            if this.has_attention else "There are no attention maps."
-        ),
-        "", "## How to load it",
-        ("onnx" in formats) * ONNX.format(**sizes, labels=numpy_labels)
-        + ("safetensors" in formats) * TORCH.format(**sizes, labels=torch_labels),
-    ])  # fmt: skip
-
-
-def metrics_command(config: Config, step: int, is_ema: bool) -> str:
-    """Return the command that computes metrics for the next export of a checkpoint."""
-    wanted = config.pretrained_model if config.pretrained_file else f"{step}"
-    words = ["python", "main.py", "--train", "false", "--version", config.version, "--pretrained_model", wanted]
-    if config.model_save_path != Config.model_save_path:
-        words += ["--model_save_path", config.model_save_path]
-    words += [*([] if is_ema else ["--use_ema", "false"]), "--metrics", "fid,kid,isc,prc"]
-    return shlex.join(words)
+    classes = [f"{number}: {_escape(name)}" for number, name in enumerate(json.loads(metadata["classes"]))]
+    _, _, front_matter = DATASETS[metadata["dataset"]]
+    values = metadata | {
+        "title": _escape(title),
+        "front_matter": front_matter + ("" if classes else "\npipeline_tag: unconditional-image-generation"),
+        "class_names": f" and a class ({join_names(classes)})" if classes else "",
+        "network": NETWORKS[metadata["model"]],
+        "with": "without" if metadata["attention"] == "none" else "with its",
+        "step": f"{int(metadata['step']):,}",
+        "weights": "EMA weights" if metadata["ema"] == "true" else "the trained weights, no EMA",
+        "count": f" ({num_images:,} images)" if num_images else "",
+        "metrics": _metrics_table(metrics) if metrics else "Not computed.",
+        "numpy_labels": f', "labels": np.arange(16, dtype=np.int64) % {len(classes)}' if classes else "",
+        "torch_labels": f", torch.arange(16) % {len(classes)}" if classes else "",
+        "maps": f"\nAttention maps are outputs too: {', '.join(maps)} (B, queries, keys).\n" if maps else "",
+    }
+    return (CARD + ("onnx" in formats) * ONNX + ("safetensors" in formats) * TORCH).format_map(values)
 
 
 def _escape(text: str) -> str:
@@ -128,14 +177,8 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
-def _metrics_section(metrics: Mapping[str, Any]) -> str:
-    """Return the metrics with their protocol."""
-    rows = [f"| {label} | {metrics[name]:.4g} |" for name, label in METRICS.items() if name in metrics]
-    z = f"z truncated at {metrics['truncation']}" if metrics.get("truncation") else "z not truncated"
-    protocol = (
-        f"Protocol: {metrics['images']:,} generated images, {z}, against as many of the training images, or all if "
-        "there are fewer, cropped and resized as in training (docs/metrics.md of the program's repository)."
-    )
-    if metrics.get("feature_extractor"):
-        protocol += " Features of a network of the author's own instead of Inception and VGG16: not comparable."
-    return "\n".join(["| metric | value |", "|---|---|", *rows, "", protocol])
+def _metrics_table(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {metrics[name]:.4g} |" for name in chain(*METRIC_RESULTS.values()) if name in metrics]
+    truncated = f", z truncated at {metrics['truncation']}" if metrics.get("truncation") else ""
+    how = f"Of {metrics['images']:,} images{truncated}; docs/metrics.md of the program's repository says how."
+    return "\n".join(["| metric | value |", "|---|---|", *rows, "", how])

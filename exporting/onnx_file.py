@@ -6,19 +6,15 @@
 onnx, onnxscript and onnxruntime are optional dependencies, imported only here.
 """
 
-import contextlib
 import copy
-import io
-import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from networks.latents import as_arguments
 from networks.paper_models import UpsampledConv2d
 from spectral import replace_layers
 
@@ -27,29 +23,25 @@ MAX_BYTES = 2**31 - 2**20  # of the weights: an ONNX file without external data 
 
 
 class _Images(nn.Module):
-    """A generator's images, on request with its attention maps, in any case computed by way of the maps.
-
-    The path without maps is an autograd function written for CPUs, which cannot be exported.
-    """
+    """A generator with or without its maps as outputs; G's own path without maps, of CPUs, cannot be exported."""
 
     def __init__(self, G: nn.Module, with_maps: bool):
         super().__init__()
         self.G, self.with_maps = G, with_maps
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        outputs = self.G(z, *as_arguments(labels), return_attention=True)
-        return outputs if self.with_maps else outputs[:1]
+        images, *maps = self.G(z, labels, return_attention=True)
+        return (images, *maps) if self.with_maps else (images,)
 
 
-def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, metadata: Mapping[str, str]) -> bytes:
+def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> bytes:
     """Return the content of the file.
 
-    Inputs are z (B, z_dim) float32 and, for a conditional generator, labels (B,) int64; outputs are images and, with
-    maps, attn1 (B, N, M), ... for any B. The metadata lists these under "maps".
+    Inputs are z (B, z_dim) float32 and, of a conditional generator, labels (B,) int64; outputs are images and, with
+    maps, attn1 (B, queries, keys), ..., which it lists under "maps" in its metadata.
 
     Args:
         G: with spectral norm folded, on the CPU in evaluation mode.
-        metadata: for the file's metadata_props.
 
     Raises:
         UserError: the weights are too large for one file, or the file computes something else than G.
@@ -60,12 +52,15 @@ def onnx_bytes(G: nn.Module, z_dim: int, num_classes: int, with_maps: bool, meta
         raise UserError("these weights are too large for an ONNX file of 2 GiB: use --format safetensors")
     # Its kernel is computed from its weight, which torch.onnx exports wrongly; and some runtimes want constant kernels.
     G = replace_layers(copy.deepcopy(G), UpsampledConv2d, UpsampledConv2d.as_conv_transpose)
-    network = _Images(G, with_maps)
-    inputs = {"z": torch.randn(2, z_dim)} | ({"labels": torch.tensor([0, num_classes - 1])} if num_classes else {})
+    network = _Images(G, with_maps).eval()
+    inputs = {"z": torch.randn(2, int(metadata["z_dim"]))}
+    if num_classes := int(metadata["num_classes"]):
+        inputs["labels"] = torch.tensor([0, num_classes - 1])
     with torch.no_grad():
         outputs = network(**inputs)
     maps = [f"attn{number}" for number in range(1, len(outputs))]
-    with _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that two axes have the same name
         program = torch.onnx.export(
             network,
             (*inputs.values(),),
@@ -96,7 +91,6 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 def _check(content: bytes, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
     """Raise `UserError` if the file computes something else: torch.onnx has exported wrong graphs without a word."""
     import onnxruntime
-    import onnxscript
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -104,20 +98,6 @@ def _check(content: bytes, inputs: Mapping[str, Tensor], outputs: Sequence[Tenso
         # Means: an untrained network may turn a rounding error into another color of a pixel.
         if not (torch.from_numpy(theirs) - ours).abs().mean() <= 1e-3 * ours.abs().mean():
             raise UserError(
-                "onnxruntime does not return the images and maps of the network: use other versions than torch "
-                f"{torch.__version__}, onnxscript {onnxscript.__version__}, onnxruntime {onnxruntime.__version__}, or "
-                "--format safetensors"
+                "onnxruntime does not return the images and maps of the network: use other versions of torch, "
+                "onnxscript and onnxruntime, or --format safetensors"
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch.onnx says about its own steps from the terminal; errors are raised in any case."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -9,21 +9,16 @@ A safetensors file has a header of JSON and numbers: reading one runs no code. T
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
+from errors import one_line
 from spectral import fold_spectral_norm
-from training.models import MODELS, network_options
-from training.weights import one_line, read_export
+from training.checkpoint import read_export
+from training.models import build_empty, export_sizes
 
 
 def safetensors_bytes(G: nn.Module, metadata: Mapping[str, str]) -> bytes:
-    """Return the content of the file.
-
-    Args:
-        G: with spectral norm folded, on the CPU.
-        metadata: of `Description.metadata`.
-    """
+    """Return the content of the file: of G, on the CPU with spectral norm folded, and its metadata."""
     from safetensors.torch import save
 
     # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
@@ -47,11 +42,8 @@ def read_generator(path: str | os.PathLike) -> nn.Module:
     """
     weights, metadata = read_export(path)
     try:
-        sizes = [int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim")]
-        options = network_options(int(metadata["num_classes"]), metadata["attention"])
-        with torch.device("meta"):  # without memory and random numbers: the weights follow
-            G = fold_spectral_norm(MODELS[metadata["model"]].make_G(*sizes, **options))
+        G = fold_spectral_norm(build_empty("generator", *export_sizes(metadata)))
         G.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return G.eval()

@@ -1,148 +1,126 @@
-"""Feature extractors for FID and related scores: torch-fidelity's Inception and VGG16, or a TorchScript file.
+"""Scores by torch-fidelity: FID, KID, Inception score, precision and recall, of features of Inception and VGG16.
 
 torch-fidelity is an optional dependency: import this module only for metrics that need it.
 """
 
+import glob
 import hashlib
 import socket
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity import FeatureExtractorBase, GenerativeModelBase
+from torch_fidelity import GenerativeModelBase, calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD
 from torch_fidelity.metric_prc import KEY_METRIC_F_SCORE, KEY_METRIC_PRECISION, KEY_METRIC_RECALL  # new in 0.4
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
 from errors import UserError
+from metrics.scores import MIN_IMAGES, ImageFn, Images
+from parameter import METRIC_RESULTS
+from utils import progress
 
-RESULT_NAMES = {
-    KEY_METRIC_FID: "fid",
-    KEY_METRIC_KID_MEAN: "kid",
-    KEY_METRIC_KID_STD: "kid_std",
-    KEY_METRIC_ISC_MEAN: "isc",
-    KEY_METRIC_ISC_STD: "isc_std",
-    KEY_METRIC_PRECISION: "precision",
-    KEY_METRIC_RECALL: "recall",
-    KEY_METRIC_F_SCORE: "f_score",
+RESULT_KEYS = {  # torch-fidelity's names of METRIC_RESULTS
+    "fid": (KEY_METRIC_FID,),
+    "kid": (KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD),
+    "isc": (KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD),
+    "prc": (KEY_METRIC_PRECISION, KEY_METRIC_RECALL, KEY_METRIC_F_SCORE),
 }
+ISC_SPLITS = MIN_IMAGES
+KID_SUBSET_SIZE = 1000
+PRC_BATCH_SIZE = 1000  # rows of the distance matrix in memory at a time
 DOWNLOAD_TIMEOUT = 10  # seconds without data
 
 
 class ImageSource(GenerativeModelBase):
-    """Images in the form of a torch-fidelity generator: it ignores z and returns the next images by position.
-
-    Args:
-        read: read(start, count) returns images start ... start + count - 1, (count, 3, S, S) uint8.
-        count: number of images per extractor, added to the bar's total when an extractor reads the first.
-    """
+    """Images in the form of a torch-fidelity generator: it ignores z and returns the next images by position."""
 
     z_size, z_type, num_classes = 1, "normal", 0
 
-    def __init__(self, read: Callable[[int, int], Tensor], count: int, bar: tqdm):
+    def __init__(self, read: ImageFn, count: int, bar: tqdm):
         super().__init__()
         self.read, self.count, self.bar = read, count, bar
         self.position = 0
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.position == 0:
+        if self.position == 0:  # of another extractor
             self.bar.total += self.count
         images = self.read(self.position, len(z)).to(z.device)
-        self.position = (self.position + len(z)) % self.count  # the next extractor begins at the first image
+        self.position = (self.position + len(z)) % self.count
         self.bar.update(len(z))
         return images
 
 
-def prepare_extractor(
-    metrics: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None
-) -> str | None:
-    """Return the name in torch-fidelity's registry of the TorchScript file `feature_extractor`.
+def feature_scores(
+    names: Sequence[str], fakes: Images, reals: Images, batch_size: int, device: torch.device, cache: Path, key: str
+) -> dict[str, float]:
+    """Run torch-fidelity; it caches the features of the real images in files whose names begin with `key`."""
+    for path in cache.glob(f"{glob.escape(key)}-*.pt"):
+        if not zipfile.is_zipfile(path):  # cut off by a power failure: torch-fidelity's error would not name the file
+            path.unlink()
+    kid_subset_size = min(KID_SUBSET_SIZE, fakes.count, reals.count)
+    with progress(None, ", ".join(names), "img", total=0) as bar:
+        results = calculate_metrics(
+            input1=ImageSource(*fakes, bar),
+            input1_model_num_samples=fakes.count,
+            input2=None if names == ["isc"] else ImageSource(*reals, bar),  # isc needs no real images
+            input2_model_num_samples=reals.count,
+            input2_cache_name=key,
+            **{name: name in names for name in RESULT_KEYS},
+            isc_splits=ISC_SPLITS,
+            kid_subset_size=kid_subset_size,
+            prc_batch_size=PRC_BATCH_SIZE,
+            cuda=device.type == "cuda",
+            batch_size=batch_size,
+            cache_root=str(cache),
+            save_cpu_ram=True,
+            verbose=False,
+        )
+    if kid_subset_size == fakes.count == reals.count:  # all subsets are the whole set
+        results.pop(KEY_METRIC_KID_STD, None)
+    return {
+        result: results[theirs]
+        for name, keys in RESULT_KEYS.items()
+        for result, theirs in zip(METRIC_RESULTS[name], keys, strict=True)
+        if theirs in results
+    }
 
-    Without one, return None, for torch-fidelity's defaults, and download those of their weights that are missing.
+
+def fetch_weights(metrics: Sequence[str]) -> None:
+    """Download those weights of torch-fidelity's extractors that are missing.
 
     Raises:
-        UserError: weights are damaged or cannot be downloaded, or the TorchScript file is unusable.
+        UserError: weights are damaged or cannot be downloaded.
     """
-    if feature_extractor is not None:
-        return _register_torchscript(feature_extractor, image_size, device)
     if "prc" in metrics:
         _fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, metrics)
     if set(metrics) - {"prc"}:
         _fetch_weights(URL_INCEPTION_V3, metrics)
-    return None
-
-
-def _register_torchscript(path: Path, image_size: int, device: torch.device) -> str:
-    device = device if device.type == "cuda" else torch.device("cpu")  # torch-fidelity supports no others
-    name = f"torchscript-{_sha256(path)[:16]}"  # also in the names of cached features
-    _check_torchscript(path, image_size, device)
-
-    class TorchScriptExtractor(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **options: Any):  # all options of calculate_metrics
-            super().__init__(name, features_list)
-            self.script = torch.jit.load(str(path), map_location=device)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "features"
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (self.script(images).float(),)
-
-    FEATURE_EXTRACTORS_REGISTRY[name] = TorchScriptExtractor  # register_feature_extractor accepts a name only once
-    return name
-
-
-def _check_torchscript(path: Path, image_size: int, device: torch.device) -> None:
-    """Load the file, which runs the code in it, and try it on two images."""
-    images = torch.arange(2 * 3 * image_size**2, device=device).byte().view(2, 3, image_size, image_size)
-    try:
-        features = torch.jit.load(str(path), map_location=device).eval()(images)
-    except (ValueError, RuntimeError, torch.jit.Error) as error:
-        reason = str(error).strip().splitlines()[-1].split(". ")[0]  # without TorchScript's stack and torch's advice
-        raise UserError(f"--feature_extractor {path} does not load or run: {reason}") from error
-    is_matrix = isinstance(features, Tensor) and features.dim() == 2 and len(features) == 2 and features.shape[1] >= 2
-    if not (is_matrix and features.isfinite().all()):
-        raise UserError(
-            f"--feature_extractor {path} must return features (B, F), F >= 2, all finite, of images (B, 3, S, S) uint8"
-        )
 
 
 def _fetch_weights(url: str, metrics: Sequence[str]) -> None:
     """Download a file into torch.hub's folder, where torch-fidelity looks for it, or check the one that is there."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     digits = path.stem.rsplit("-", 1)[1]  # of the file's SHA-256, by torch.hub's naming convention
-    if path.exists():
-        if not _sha256(path).startswith(digits):  # such as a partial download; torch.hub checks only its own
-            raise UserError(f"{path} is damaged (its SHA-256 does not begin with {digits}): download {url} again")
-        return
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
     try:
+        if path.exists():
+            if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):  # torch.hub checks only its own
+                raise UserError(f"{path} is damaged (its SHA-256 does not begin with {digits}): download {url} again")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digits)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--metrics {','.join(metrics)} needs {path.name}, and its download failed ({error}): "
-            f"download {url} yourself and put it into {path.parent}"
+            f"--metrics {','.join(metrics)} needs {path}, and it cannot be read or downloaded ({error}): "
+            f"download {url} yourself and put it there"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error

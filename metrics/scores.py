@@ -1,44 +1,16 @@
 """Scores of generated images: FID, KID, Inception Score, precision and recall, face-detection rate, HOG distance.
 
-    scores = compute_scores(generate, loader.images, ["fid", "faces"], num_images=10_000, batch_size=64, ...)
+    scores = compute_metrics(config, G, loader)  # those of --metrics
 
-Protocol. `num_images` images of the EMA generator (of G with `--use_ema false`) in evaluation mode, of z drawn from
-the seed, rounded to uint8, are compared with `num_images` real images from all over the training set (the first of
-every N // num_images images of N, in the order of the files; all if there are fewer), cropped and resized as in
-training, without flips. The classes of a conditional generator are drawn from the seed, as frequent as those of the
-real images. Arithmetic is float32 for any `--precision`. torch-fidelity computes
-
-- fid, kid (mean over 100 subsets of up to 1,000 images; kid_std is their standard deviation, left out where each subset
-  would be all images) and isc (mean over 10 splits; isc_std) from the Inception network of the original FID, with its
-  own resize to 299x299;
-- precision, recall and f_score (prc) from VGG16, with its own resize to 224x224, by 3 nearest neighbors.
-
-The weights of both are downloaded once, into torch.hub's folder (`$TORCH_HOME/hub/checkpoints`).
-
-With `--feature_extractor`, a TorchScript file, all of these use it instead: images (B, 3, S, S) uint8 in, features
-(B, F) out, F >= 2; isc takes the features as logits. Loading such a file runs the code in it: use only files that you
-trust.
-
-faces is the face-detection rate: the fraction of generated images in which OpenCV's frontal-face cascade finds a face.
-faces_real is that of the real images, as a reference, because the detector misses some faces: it finds 0.96 on CelebA
-at 64x64, and 0 on noise.
-
-hog is the Fréchet distance of histograms of oriented gradients, of the shapes in the gray images: a measure without any
-network, which needs no download. hog_real is that between two halves of the real images, which are half as many, so
-that it is about twice what images as good as real ones would get. Compare values of equal `num_images` only.
-
-FID falls as the number of images grows: compare values of equal `num_images` only. 10,000 or more are customary; below
-2,048, the number of Inception features, prefer KID, which is unbiased.
-
-torch-fidelity and opencv-python-headless are optional dependencies, imported only for the metrics that need them.
+docs/metrics.md describes the metrics and their protocol. Compare values of equal `--metric_num` only: FID and the HOG
+distance fall as the number of images grows. torch-fidelity and opencv-python-headless are optional dependencies,
+imported only for the metrics that need them.
 """
 
-import glob
 import importlib
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,20 +18,18 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data_loader import Loader
 from errors import UserError, warn_once
-from utils import progress
+from networks.latents import sample_z
+from parameter import Config
+from utils import SEED_METRICS, SEED_METRICS_LABELS, derive_seed, to_uint8
 
 OPENCV_METRICS = ("faces", "hog")
-DISTANCES = ("fid", "kid", "hog")  # the lower the better
-ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
-
 OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.opencv": "opencv-python-headless<5"}
-ISC_SPLITS = 10
-MIN_IMAGES = ISC_SPLITS  # one image for each split; the other metrics need fewer
-KID_SUBSET_SIZE = 1000
-PRC_BATCH_SIZE = 1000  # rows of the distance matrix in memory at a time
+MIN_IMAGES = 10  # one for each split of isc; the other metrics need fewer
+ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
 
 class Images(NamedTuple):
@@ -67,6 +37,54 @@ class Images(NamedTuple):
 
     read: ImageFn
     count: int
+
+
+def check_metrics(config: Config, device: torch.device) -> None:
+    """Check, before any work, that `compute_metrics` will find its libraries and weights; downloads missing weights.
+
+    Raises:
+        UserError: a library or weights are missing or unusable.
+    """
+    if config.metrics:
+        with preserve_global_state(device):
+            _import_libraries(config.metrics.split(","))
+
+
+def compute_metrics(
+    config: Config, G: nn.Module, loader: Loader, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Compare `--metric_num` images of G with the loader's images.
+
+    Args:
+        G: in evaluation mode.
+        loader: opened.
+        should_stop: asked before each batch of images.
+
+    Raises:
+        UserError: see `compute_scores`.
+    """
+    count, device, labels = config.metric_num, loader.device, None
+    truncation = None if config.train else config.truncation
+    z = sample_z(derive_seed(config.seed, SEED_METRICS), count, config.z_dim, device, truncation)
+    if config.conditional:
+        rng = torch.Generator().manual_seed(derive_seed(config.seed, SEED_METRICS_LABELS))
+        labels = loader.labels[torch.randint(len(loader.labels), (count,), generator=rng).to(device)]
+
+    def generate(start: int, count: int) -> Tensor:
+        rows = slice(start, start + count)
+        return G(z[rows], None if labels is None else labels[rows])
+
+    return compute_scores(
+        generate,
+        loader.images,
+        config.metrics.split(","),
+        num_images=count,
+        batch_size=config.batch_size,
+        device=device,
+        cache_path=Path(os.path.expanduser(config.cache_path)),
+        real_name=f"{loader.source.name}_{loader.source.fingerprint}",
+        should_stop=should_stop,
+    )
 
 
 def compute_scores(
@@ -79,14 +97,12 @@ def compute_scores(
     device: torch.device,
     cache_path: Path,
     real_name: str,
-    feature_extractor: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Compare generated images with real ones. Saves and restores RNG state and backend flags.
 
     Args:
-        generate: generate(start, count) returns images start ... start + count - 1, (count, 3, S, S) in [-1, 1] on any
-            device, of a network in evaluation mode; called from 0 on for faces, for hog and for each extractor.
+        generate: returns images in [-1, 1] on any device; called from 0 on for faces, for hog and for each extractor.
         real: real images (N, S, S, 3) uint8, which may be memory-mapped or on the GPU; read batch by batch.
         names: some of "fid", "kid", "isc", "prc", "faces", "hog".
         num_images: number of generated images, and maximum number of real images.
@@ -95,15 +111,13 @@ def compute_scores(
         cache_path: what is computed from the real images, except for hog, is cached in its folder `metrics`, if that
             can be written.
         real_name: identifies the real images in the names of cached files; their size and number are added here.
-        feature_extractor: a TorchScript file to use instead of Inception and VGG16.
-        should_stop: asked before each batch of images.
 
     Returns:
         Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real, hog, hog_real that
         `names` ask for.
 
     Raises:
-        UserError: a library, weights or the extractor is missing or unusable, there are too few images, the disk is
+        UserError: a library or weights are missing or unusable, there are too few images, the disk is
             full, generated images are not finite, or it was told to stop.
     """
 
@@ -119,38 +133,22 @@ def compute_scores(
     if fewest < MIN_IMAGES:
         raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
-    fakes = Images(stoppable(lambda start, count: _to_uint8(generate(start, count))), num_images)
+    fakes = Images(stoppable(lambda start, count: _pixels_of(generate(start, count))), num_images)
     reals = Images(
         stoppable(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous()), fewest
     )
     key = f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
     scores: dict[str, float] = {}
     with preserve_global_state(device), _open_cache(cache_path / "metrics") as cache:
+        opencv, extractors = _import_libraries(names)
         if "faces" in names:
-            scores |= _face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")
+            scores |= opencv.face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")
         if "hog" in names:
-            scores |= _hog_scores(fakes, reals, batch_size)
-        if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
-            extractors = _import_optional("metrics.extractors", feature_metrics)
-            extractor = extractors.prepare_extractor(feature_metrics, real.shape[1], device, feature_extractor)
-            scores |= _feature_scores(feature_metrics, extractor, fakes, reals, batch_size, device, cache, key)
+            scores |= opencv.hog_scores(fakes, reals, batch_size)
+        if extractors:
+            features = [name for name in names if name not in OPENCV_METRICS]
+            scores |= extractors.feature_scores(features, fakes, reals, batch_size, device, cache, key)
     return scores
-
-
-def check_requirements(
-    names: Sequence[str], image_size: int, device: torch.device, feature_extractor: Path | None = None
-) -> None:
-    """Check that `compute_scores` will find all it needs, before hours of training; downloads missing weights.
-
-    Raises:
-        UserError: a library, weights or the extractor is missing or unusable.
-    """
-    with preserve_global_state(device):
-        if opencv_metrics := [name for name in names if name in OPENCV_METRICS]:
-            _import_optional("metrics.opencv", opencv_metrics)
-        if feature_metrics := [name for name in names if name not in OPENCV_METRICS]:
-            extractors = _import_optional("metrics.extractors", feature_metrics)
-            extractors.prepare_extractor(feature_metrics, image_size, device, feature_extractor)
 
 
 @contextmanager
@@ -199,6 +197,17 @@ def _open_cache(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write to {folder}: {cause.strerror}; --cache_path puts it elsewhere") from error
 
 
+def _import_libraries(names: Sequence[str]) -> tuple[ModuleType | None, ModuleType | None]:
+    """Return `metrics.opencv` and `metrics.extractors` if the metrics need them; downloads missing weights."""
+    opencv_metrics = [name for name in names if name in OPENCV_METRICS]
+    feature_metrics = [name for name in names if name not in OPENCV_METRICS]
+    opencv = _import_optional("metrics.opencv", opencv_metrics) if opencv_metrics else None
+    extractors = _import_optional("metrics.extractors", feature_metrics) if feature_metrics else None
+    if extractors:
+        extractors.fetch_weights(feature_metrics)
+    return opencv, extractors
+
+
 def _import_optional(module: str, names: Sequence[str]) -> ModuleType:
     """Import a module that needs an optional dependency, or raise a `UserError` that says what to install."""
     try:
@@ -208,76 +217,8 @@ def _import_optional(module: str, names: Sequence[str]) -> ModuleType:
         raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
 
 
-def _to_uint8(images: Tensor) -> Tensor:
-    """Round generated images in [-1, 1] to the pixels that a saved sample has."""
-    images = images.float()
+def _pixels_of(images: Tensor) -> Tensor:
+    """Return the pixels that saved samples have."""
     if not images.isfinite().all():
         raise UserError("the generator returns NaN or Inf: use an earlier checkpoint")
-    return images.add(1).mul(127.5).round().clamp(0, 255).byte().contiguous()
-
-
-def _face_scores(fakes: Images, reals: Images, batch_size: int, cached: Path) -> dict[str, float]:
-    """Return the face-detection rates; that of the real images is cached in a file."""
-    face_rate = _import_optional("metrics.opencv", ["faces"]).face_rate
-    scores = {"faces": face_rate(*fakes, batch_size, "faces")}
-    try:
-        scores["faces_real"] = float(cached.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not cached yet, or cut off
-        scores["faces_real"] = face_rate(*reals, batch_size, "faces of real images")
-        cached.write_text(str(scores["faces_real"]), encoding="utf-8")
-    return scores
-
-
-def _hog_scores(fakes: Images, reals: Images, batch_size: int) -> dict[str, float]:
-    """Return the Fréchet distances of HOG features."""
-    opencv = _import_optional("metrics.opencv", ["hog"])
-    fake = opencv.hog_features(*fakes, batch_size, "hog")
-    real = opencv.hog_features(*reals, batch_size, "hog of real images")
-    distance, distance_real = opencv.hog_distances(fake, real)
-    return {"hog": distance, "hog_real": distance_real}
-
-
-def _feature_scores(
-    names: Sequence[str],
-    extractor: str | None,
-    fakes: Images,
-    reals: Images,
-    batch_size: int,
-    device: torch.device,
-    cache: Path,
-    key: str,
-) -> dict[str, float]:
-    """Run torch-fidelity; it caches the features of the real images in files whose names begin with `key`."""
-    from torch_fidelity import calculate_metrics
-
-    from metrics.extractors import RESULT_NAMES, ImageSource
-
-    for path in cache.glob(f"{glob.escape(key)}-*.pt"):
-        if not zipfile.is_zipfile(path):  # cut off by a power failure: torch-fidelity's error would not name the file
-            path.unlink()
-    kid_subset_size = min(KID_SUBSET_SIZE, fakes.count, reals.count)
-    with progress(None, ", ".join(names), "img", total=0) as bar:
-        results = calculate_metrics(
-            input1=ImageSource(*fakes, bar),
-            input1_model_num_samples=fakes.count,
-            input2=None if names == ["isc"] else ImageSource(*reals, bar),  # isc needs no real images
-            input2_model_num_samples=reals.count,
-            input2_cache_name=key,
-            fid="fid" in names,
-            kid="kid" in names,
-            isc="isc" in names,
-            prc="prc" in names,
-            isc_splits=ISC_SPLITS,
-            kid_subset_size=kid_subset_size,
-            prc_batch_size=PRC_BATCH_SIZE,
-            feature_extractor=extractor,
-            cuda=device.type == "cuda",
-            batch_size=batch_size,
-            cache_root=str(cache),
-            save_cpu_ram=True,
-            verbose=False,
-        )
-    scores = {ours: results[theirs] for theirs, ours in RESULT_NAMES.items() if theirs in results}
-    if kid_subset_size == fakes.count == reals.count:  # all subsets are the whole set
-        scores.pop("kid_std", None)
-    return scores
+    return to_uint8(images).contiguous()

@@ -16,10 +16,7 @@ FUSED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the result of `attend` and the map of `attention_map` if asked for, else None.
-
-    The path with the map is slower and can be differentiated twice.
-    """
+    """Return the result of `attend` and None, or the result and the map: slower, and differentiable twice."""
     if not return_attention:
         return attend(query, key, value), None
     attention = attention_map(query, key)
@@ -27,15 +24,9 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, return_attention: 
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return ``softmax(q k^T) v``, not scaled by sqrt(d), with logits and softmax in fp32 for any input type.
+    """Return ``softmax(q k^T) v`` (B, N, C), not scaled by sqrt(d), for q (B, N, d), k (B, M, d) and v (B, M, C).
 
-    Args:
-        query: (B, N, d).
-        key: (B, M, d).
-        value: (B, M, C).
-
-    Returns:
-        (B, N, C), which can be differentiated once only; use `attention_map` for a double backward.
+    Logits and softmax are in fp32 for any input type. The result can be differentiated once only.
     """
     if value.device.type == "cpu":
         return _AttendOnCpu.apply(query, key, value)

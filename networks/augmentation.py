@@ -1,7 +1,7 @@
 """DiffAugment: random, differentiable changes of every image that D sees (Zhao et al., arXiv 2006.10738).
 
-    u = torch.rand(len(images), RANDOM_NUMBERS)
-    changed = augment(images, u, ("color", "translation", "cutout"))
+    noise = torch.rand(len(images), RANDOM_NUMBERS)
+    changed = augment(images, noise, ("color", "translation", "cutout"))
 
 The random numbers are arguments, because a captured step may not draw any.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 RANDOM_NUMBERS = 7  # per image: three of color, two of translation, two of cutout
 
 
-def augment(images: Tensor, u: Tensor, policy: Sequence[str]) -> Tensor:
+def augment(images: Tensor, aug_noise: Tensor, policy: Sequence[str]) -> Tensor:
     """Change each image of a batch in its own way.
 
     Args:
         images: (B, C, S, S) in [-1, 1]; the results may leave this range.
-        u: uniform random numbers in [0, 1), (B, 7).
-        policy: some of `POLICIES`; they are applied in this order.
+        aug_noise: uniform random numbers in [0, 1), (B, 7).
+        policy: some of `POLICIES`, applied in the order of `POLICIES`.
 
     Returns:
         (B, C, S, S), with gradients to the images.
@@ -29,7 +29,7 @@ def augment(images: Tensor, u: Tensor, policy: Sequence[str]) -> Tensor:
     changed = images.contiguous()  # the operations on pixels are several times faster than in channels last
     for name, (change, columns) in POLICIES.items():
         if name in policy:
-            changed = change(changed, *(column.view(-1, 1, 1, 1) for column in u[:, columns].unbind(1)))
+            changed = change(changed, *(column.view(-1, 1, 1, 1) for column in aug_noise[:, columns].unbind(1)))
     return torch.empty_like(images).copy_(changed)
 
 

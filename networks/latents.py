@@ -20,20 +20,16 @@ def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str, trun
     return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng).to(device)
 
 
-def as_arguments(labels: Tensor | None) -> tuple[Tensor, ...]:
-    """Return what a network takes after z or the images: the labels, or nothing if it has no classes."""
-    return () if labels is None else (labels,)
+def check_labels(labels: Tensor | None, num_classes: int) -> None:
+    """Raise `ValueError` for labels without classes, and for classes without labels."""
+    if (labels is not None) != (num_classes > 0):
+        raise ValueError("labels are needed by networks with num_classes > 0, and only by them")
 
 
 def class_rows(z: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a grid with a row for each class, of the same z in each.
+    """Return z (R * K, z_dim) and labels (R * K,) of a grid with a row for each of R classes.
 
-    Args:
-        z: (B, z_dim), of which the first are used.
-        classes: numbers of R classes.
-
-    Returns:
-        z (R * K, z_dim) and labels (R * K,), row by row, of K columns.
+    The K columns are the first of z (B, z_dim), the same in each row.
     """
     z = z[: class_columns(len(classes), len(z))]
     return z.repeat(len(classes), 1), torch.tensor(classes, device=z.device).repeat_interleave(len(z))

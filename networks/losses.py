@@ -4,6 +4,7 @@ A loss of D is returned in two parts, of real and of fake logits; their sum is m
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +26,32 @@ def g_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
-LOSSES = {"hinge": (hinge_d_loss, g_loss), "wgan-gp": (wasserstein_d_loss, g_loss)}  # --adv_loss: of D, of G
+class Loss(NamedTuple):
+    """The losses of D, in two parts, and of G; `has_penalty` adds the gradient penalty to D's.
+
+    The critic of a loss with a penalty has no zero: the sign of its logits means nothing.
+    """
+
+    of_D: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    of_G: Callable[[Tensor], Tensor]
+    has_penalty: bool = False
 
 
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+LOSSES = {"hinge": Loss(hinge_d_loss, g_loss), "wgan-gp": Loss(wasserstein_d_loss, g_loss, True)}  # by --adv_loss
+
+
+def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """Gradient penalty ``mean((|grad D(x)| - 1)^2)`` (Gulrajani et al., arXiv 1704.00028).
 
     Args:
         critic: maps images (B, C, H, W) to logits (B,); must support double backward.
         real, fake: images (B, C, H, W).
-        mix: interpolation coefficients (B, 1, 1, 1) in [0, 1]: ``x = mix * real + (1 - mix) * fake``.
+        alpha: interpolation coefficients (B, 1, 1, 1) in [0, 1]: ``x = alpha * real + (1 - alpha) * fake``.
 
     Returns:
         The penalty. Its gradient is finite where grad D(x) is 0; the subgradient 0 of the norm is used there.
     """
-    x = torch.lerp(fake.detach(), real, mix).requires_grad_()
+    x = torch.lerp(fake.detach(), real, alpha).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)  # (B,); sqrt(sum of squares) gives NaN gradients at 0
     return (norm - 1).square().mean()

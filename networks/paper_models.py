@@ -9,6 +9,8 @@ Spectral norm on all convolutions, linear layers and D's embedding, whose weight
 first. With classes, G has class-conditional BatchNorm, and D is a projection discriminator (arXiv 1802.05637).
 """
 
+import re
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.attention import self_attention
-from networks.latents import as_arguments
+from networks.latents import check_labels
 from spectral import SpectralNorm
 
 # Widths of G's feature maps from z to the images, in units of conv_dim, by image size; D has them in reverse.
@@ -43,10 +45,9 @@ class PooledAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> out (B, C, H, W) and the map A (B, N, N/4) if asked for, else None; N = H * W.
+        """x (B, C, H, W) -> out (B, C, H, W) and, by `self_attention`, the map A (B, N, N/4) or None; N = H * W.
 
-        ``A[b, i, j]`` is how much position i attends to the j-th 2x2 square. The path without the map is faster; the
-        path with it can be differentiated twice.
+        ``A[b, i, j]`` is how much position i attends to the j-th 2x2 square.
         """
         projected = (self.query_conv(x), F.max_pool2d(self.key_conv(x), 2), F.max_pool2d(self.value_conv(x), 2))
         query, key, value = (tensor.flatten(2).transpose(1, 2) for tensor in projected)  # (B, N or N/4, channels)
@@ -110,10 +111,10 @@ class UpBlock(nn.Module):
         self.conv1, self.conv2 = _conv(inputs, outputs, 3, UpsampledConv2d), _conv(outputs, outputs, 3)
         self.shortcut = _conv(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """x (B, inputs, H, W) -> (B, outputs, 2H, 2W); labels (B,) in a conditional block."""
-        out = self.conv1(F.relu(self.bn1(x, *labels)))
-        out = self.conv2(F.relu(self.bn2(out, *labels)))
+        out = self.conv1(F.relu(_normalize(self.bn1, x, labels)))
+        out = self.conv2(F.relu(_normalize(self.bn2, out, labels)))
         # A 1x1 convolution before upsampling has the result of one after it, for a quarter of the work.
         return out + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
 
@@ -175,21 +176,16 @@ class Generator(nn.Module):
     def forward(
         self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Generate images.
+        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also the map (B, 1024, 256).
 
         Args:
-            z: (B, z_dim).
             labels: (B,), integers below num_classes, or (B, num_classes), floats: weights by which the scales and
                 shifts of the classes are averaged, to interpolate between classes. None in an unconditional network.
-            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
-
-        Returns:
-            images (B, 3, S, S) in [-1, 1], or the images and the map, if there is an attention layer.
         """
-        _check_labels(labels, self.num_classes)
+        check_labels(labels, self.num_classes)
         x, maps = self.linear(z).unflatten(1, (-1, 4, 4)), []
         for index in range(1, self.num_blocks + 1):
-            x = getattr(self, f"block{index}")(x, *as_arguments(labels))  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
+            x = getattr(self, f"block{index}")(x, labels)  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
             if x.shape[2] == self.attention_size:
                 x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
                 maps.append(attention)
@@ -201,10 +197,8 @@ class Discriminator(nn.Module):
     """Images to logits: residual blocks, five at size 64 and six at 128, with attention at 32x32.
 
     Args:
-        image_size: 64 or 128.
         conv_dim: width of the first block, a multiple of 8.
-        num_classes: 0 for an unconditional network.
-        has_attention: False for a network without its attention layer.
+        image_size, num_classes, has_attention: as in `Generator`.
 
     Raises:
         ValueError: image_size or conv_dim is none of these.
@@ -227,17 +221,12 @@ class Discriminator(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Judge images.
+        """x (B, 3, S, S) -> logits (B,); with return_attention also the map (B, 1024, 256).
 
         Args:
-            x: (B, 3, S, S).
             labels: (B,), integers below num_classes; None in an unconditional network.
-            return_attention: also return the map (B, 1024, 256) of `PooledAttention`.
-
-        Returns:
-            logits (B,), or the logits and the map, if there is an attention layer.
         """
-        _check_labels(labels, self.num_classes)
+        check_labels(labels, self.num_classes)
         maps = []
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"block{index}")(x)  # at 64: (B, 64, 32, 32), ... (B, 512, 4, 4), (B, 1024, 4, 4)
@@ -251,6 +240,29 @@ class Discriminator(nn.Module):
         return (logits, *maps) if return_attention else logits
 
 
+def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """Return the arguments of the `Generator` with this state dict. Raises `KeyError` for other networks."""
+    sizes = {"z_dim": weights["linear.module.weight_bar"].shape[1]}
+    sizes["conv_dim"] = weights["last.module.weight_bar"].shape[1]
+    return sizes | _common_sizes(weights, "block1.bn1.gain.weight", extra_blocks=0)
+
+
+def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """Return the arguments of the `Discriminator` with this state dict. Raises `KeyError` for other networks."""
+    conv_dim = len(weights["block1.conv1.module.weight_bar"])
+    return {"conv_dim": conv_dim, **_common_sizes(weights, "embedding.module.weight_bar", extra_blocks=1)}
+
+
+def _common_sizes(weights: Mapping[str, Tensor], classes: str, extra_blocks: int) -> dict[str, int | bool]:
+    """`classes` is the key of a row for each class; `extra_blocks` is the number of blocks that keep the size."""
+    blocks = sum(re.fullmatch(r"block\d+\.conv1\.module\.weight_bar", key) is not None for key in weights)
+    return {
+        "image_size": 4 * 2 ** (blocks - extra_blocks),
+        "num_classes": len(weights[classes]) if classes in weights else 0,
+        "has_attention": any(key.startswith("attn") for key in weights),
+    }
+
+
 def _widths(image_size: int, conv_dim: int) -> tuple[int, ...]:
     """Return the channels of G's feature maps, from z to the images."""
     if image_size not in WIDTHS:
@@ -258,11 +270,6 @@ def _widths(image_size: int, conv_dim: int) -> tuple[int, ...]:
     if conv_dim < 8 or conv_dim % 8:
         raise ValueError(f"conv_dim must be a positive multiple of 8, got {conv_dim}")
     return tuple(conv_dim * factor for factor in WIDTHS[image_size])
-
-
-def _check_labels(labels: Tensor | None, num_classes: int) -> None:
-    if (labels is not None) != (num_classes > 0):
-        raise ValueError("labels are needed by networks with num_classes > 0, and only by them")
 
 
 def _spectral_norm(layer: nn.Conv2d | nn.Linear | nn.Embedding) -> SpectralNorm:
@@ -276,6 +283,10 @@ def _conv(
     inputs: int, outputs: int, kernel_size: int, layer: type[nn.Conv2d] = nn.Conv2d, bias: bool = True
 ) -> SpectralNorm:
     return _spectral_norm(layer(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias))
+
+
+def _normalize(batch_norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    return batch_norm(x) if labels is None else batch_norm(x, labels)
 
 
 def _batch_norm(channels: int, num_classes: int) -> nn.Module:

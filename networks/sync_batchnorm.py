@@ -40,10 +40,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum of a tensor over the ranks; its gradient is that of the sum of the ranks' losses.
-
-    `torch.distributed.nn.functional.all_reduce` does the same and is deprecated.
-    """
+    """Sum over the ranks, with the gradient of the sum of their losses: torch has it as a deprecated function."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -23,14 +22,14 @@ import main
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS, Tolerate
-from exporting.description import Description
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
 from spectral import fold_spectral_norm
 from trainer import Trainer
 from training import recorder
-from training.models import MODELS, network_options
-from utils import resolve_device
+from training.distributed import Ranks
+from training.models import MODELS
+from utils import set_backends, setup_device
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 Tolerate.tolerated = OSError  # so that a bug in what draws and reports fails a test
@@ -46,16 +45,40 @@ BROWSER_FLAGS = (
 )
 
 
-class SmallExtractor(torch.nn.Module):
-    """16 features of color and edges, from fixed random weights: a stand-in for Inception."""
+def use_small_extractor(patch: pytest.MonkeyPatch) -> None:
+    """In place of Inception and VGG16, which are downloads: 16 features of color and edges, of fixed random weights."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    def __init__(self):
-        super().__init__()
-        self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
-        self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    from metrics import extractors
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.filters(images.float() / 255)).mean((2, 3))
+    class SmallExtractor(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
+            self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "features"
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.relu(self.filters(images.float() / 255)).mean((2, 3)),)
+
+    for name in ("inception-v3-compat", "vgg16"):
+        patch.setitem(FEATURE_EXTRACTORS_REGISTRY, name, SmallExtractor)
+    patch.setattr(extractors, "fetch_weights", lambda names: None)
+
+
+@pytest.fixture
+def small_extractor(monkeypatch):
+    """See `use_small_extractor`."""
+    pytest.importorskip("torch_fidelity")
+    use_small_extractor(monkeypatch)
 
 
 @pytest.fixture
@@ -84,9 +107,12 @@ def make_trainer(make_config, no_report):
     return lambda **changes: build_trainer(make_config(**changes))
 
 
-def build_trainer(config: Config) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B008  it is immutable
+    """As `main.run` does."""
+    device = setup_device(config.device)
+    precision = set_backends(device, config.precision, config.deterministic)
     torch.manual_seed(config.seed)
-    return Trainer(main.make_loader(config, resolve_device(config.device)).open(), config)
+    return main.make_trainer(config, device, precision, ranks)
 
 
 def train_in(folder: Path, *words: str) -> None:
@@ -109,7 +135,7 @@ def toy(tmp_path):
 def random_generator(model: str, imsize: int, num_classes: int = 0, attention: str = "full") -> torch.nn.Module:
     """A small generator, z (B, 16), in evaluation mode, of which nothing is as it was initialized."""
     torch.manual_seed(0)
-    G = MODELS[model].make_G(imsize, 16, 8, **network_options(num_classes, attention))
+    G = MODELS[model].Generator(imsize, 16, 8, num_classes=num_classes, has_attention=attention == "full")
     with torch.no_grad():
         for layer in G.modules():
             if hasattr(layer, "gamma"):
@@ -129,21 +155,24 @@ def generator_inputs(count: int, num_classes: int = 0) -> tuple[torch.Tensor, ..
     return torch.randn(count, 16), *((torch.arange(count) % num_classes,) if num_classes else ())
 
 
-def describe(
-    model: str = "sagan", imsize: int = 32, num_classes: int = 0, attention: str = "full", **changes
-) -> Description:
-    """The description of a `random_generator`."""
-    classes = tuple(f"class {number}" for number in range(num_classes))
-    values = dict(model=model, image_size=imsize, z_dim=16, conv_dim=8, has_attention=attention == "full",
-                  classes=classes, step=7, is_ema=True, dataset="toy", num_images=20, batch_size=4,
-                  checksum=1)  # fmt: skip
-    return Description(**(values | changes))
+def export_metadata(
+    model: str = "sagan", imsize: int = 32, num_classes: int = 0, attention: str = "full", **changes: str
+) -> dict[str, str]:
+    """The metadata of an exported `random_generator`, with the keys and values of every version of the program."""
+    return {
+        "content": "sagan-generator", "content_version": "1", "model": model, "image_size": str(imsize), "z_dim": "16",
+        "conv_dim": "8", "num_classes": str(num_classes), "attention": attention,
+        "classes": json.dumps([f"class {number}" for number in range(num_classes)]), "step": "7", "ema": "true",
+        "checksum": "1", "images": "(B, 3, image_size, image_size), RGB, from -1 to 1", "dataset": "toy",
+        "data": "faces drawn by the training program",
+        "data_license": "They are drawn by a program under the MIT license.",
+    } | changes  # fmt: skip
 
 
 def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
     """Write generator.safetensors of a `random_generator`, with changed metadata; return that network."""
     G = random_generator(*network)
-    metadata = describe(*network).metadata() | changes
+    metadata = export_metadata(*network) | changes
     path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)), metadata))
     return G
 
@@ -151,18 +180,6 @@ def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
 def cache_folder(tmp_path):
     (folder,) = (tmp_path / "cache").iterdir()
     return folder
-
-
-def save_script(module: torch.nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def extractor(tmp_path_factory) -> Path:
-    return save_script(SmallExtractor(), tmp_path_factory.mktemp("extractor") / "small.pt")
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +203,15 @@ def browser(tmp_path_factory):
         chrome.get("about:blank")
         chrome.get_log("browser")  # of the browser's own first page, which wants the network
         yield chrome
+
+
+@pytest.fixture
+def quiet_browser(browser):
+    """The browser. After the test, its page must have logged nothing and requested nothing."""
+    yield browser
+    log = browser.get_log("browser")
+    assert log == [], log
+    assert browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
 
 
 @pytest.fixture
@@ -219,6 +245,14 @@ def wait_for(happened, process, seconds=150):
         time.sleep(0.05)
 
 
+def wait_until(happened, seconds=20):
+    """Wait until something happened in another thread."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def log_lines(folder):
     """The lines of a run's log that are written so far."""
     path = folder / "metrics.jsonl"
@@ -250,6 +284,20 @@ def assert_same_weights(first, second):
         assert torch.equal(value, expected[key]), key
 
 
+def inputs_of(trainer, steps):
+    """What the updates of some steps are given, those of D and then that of G; they are not run."""
+    seen, zero = [], torch.zeros(())
+    trainer.updates = lambda inputs: seen.append(inputs) or {"d_loss": zero, "g_loss": zero}
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def assert_same_inputs(first, second, names=("real", "z")):
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in names if name in one)
+
+
 def page_data(path):
     """What the script of an explorer or a playground reads."""
     text = path.read_text(encoding="utf-8")
@@ -265,16 +313,3 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def shapes_of(network, x):
-    """The shape of each child's result."""
-    shapes = {}
-    for name, layer in network.named_children():
-        layer.register_forward_hook(
-            lambda _, __, out, name=name: shapes.update(
-                {name: tuple((out[0] if isinstance(out, tuple) else out).shape)}
-            )
-        )
-    network(x)
-    return shapes

@@ -4,40 +4,48 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import ablation
-import numpy as np
 import pytest
 import torch
-from ablation import Run, make_runs, table
-from conftest import build_trainer, log, log_lines, wait_for
+from ablation import make_runs
+from conftest import build_trainer, log, log_lines, train_in, wait_for
 
 import main
 from errors import UserError
 from training.run_folders import lock_folders
 
-SMALL = ["--dataset=toy", "--toy_num=24", "--imsize=32", "--z_dim=16", "--d_conv_dim=8", "--device=cpu",
-         "--num_workers=0", "--log_step=1"]  # fmt: skip
-ATTENTION, BATCH_SIZE = ["attention", "full", "none"], ["batch_size", "4", "8"]
-TINY = [*SMALL, "--g_conv_dim=8", "--batch_size=4"]
+ATTENTION = ["attention", "full", "none"]
+NARROW = ["--dataset=toy", "--toy_num=24", "--imsize=32", "--z_dim=16", "--d_conv_dim=8", "--device=cpu",
+          "--num_workers=0", "--log_step=1", "--batch_size=4"]  # fmt: skip
+SMALL = [*NARROW, "--g_conv_dim=8"]
 
 
 def test_every_combination_is_a_run_of_each_seed():
     vary = [ATTENTION, ["augment", "none", "color,cutout"]]
-    runs = make_runs(vary, [0, 7, 0], "results", ["--total_step", "300", "--holdout", "0.2"])
-    assert [(run.config.attention, run.config.augment) for run in runs[:4]] == [
-        ("full", "none"), ("full", "color,cutout"), ("none", "none"), ("none", "color,cutout")]  # fmt: skip
-    assert [run.config.seed for run in runs] == [0] * 4 + [7] * 4
-    assert len({run.config.version for run in runs}) == 8
-    assert runs[1].config.version == "attention=full,augment=color,cutout,seed=0"
-    assert {run.config.model_folder.parent for run in runs} == {Path("results/models")}
-    for config in (run.config for run in runs):
+    configs = [run.config for run in make_runs(vary, [0, 7, 0], "out", ["--total_step", "300", "--holdout", "0.2"])]
+    assert [(config.seed, config.attention, config.augment) for config in configs] == [
+        *itertools.product((0, 7), ("full", "none"), ("none", "color,cutout"))]  # fmt: skip
+    assert configs[1].model_folder == Path("out/models/attention=full,augment=color,cutout,seed=0")
+    for config in configs:
         assert (config.total_step, config.metric_step, config.sample_step, config.holdout) == (300, 30, 30, 0.2)
-        assert (config.metrics, config.pretrained_model) == ("faces,hog", "auto")
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """A function that runs the ablation in an empty folder; training fails with code 7."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "train", lambda run: 7)
+
+    def run(vary, *words):
+        varied = [word for values in vary for word in ("--vary", *values)]
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *varied, "--seeds", "0", "1", "--out", "out", *words])
+        return ablation.main()
+
+    return run
 
 
 @pytest.mark.parametrize("vary, words, message", [
@@ -54,45 +62,20 @@ def test_what_cannot_be_compared_is_refused_in_one_line(vary, words, message, ru
     assert caught.match(message) and "\n" not in str(caught.value)
 
 
-def test_table_has_means_and_ranges():
-    steps = np.arange(1.0, 21)
-
-    def curves(level: float, speed: float) -> dict[str, np.ndarray]:
-        return {"faces": np.array([[10, 0.1], [20, level]]), "d_sign": np.stack([steps, steps], 1),
-                "ms": np.stack([steps, speed * np.where(steps == 5, 100, 1)], 1)}  # fmt: skip
-
-    assert table({"a=1": {0: curves(0.25, 1000), 3: curves(0.75, 2000)}, "a=2": {0: curves(1, 5)}}).splitlines() == [
-        "| variant | seeds | face rate | r | ms per step |",
-        "| --- | --- | --- | --- | --- |",
-        "| a=1 | 0, 3 | 0.5 (0.25 to 0.75) | 19.5 (19.5 to 19.5) | 1,500 (1,000 to 2,000) |",
-        "| a=2 | 0 | 1 | 19.5 | 5 |",  # r: of the last two of 20
-    ]
-
-
-@pytest.fixture
-def run_main(monkeypatch, tmp_path):
-    """A function that runs the ablation in an empty folder; training fails with code 7."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablation, "train", lambda run: 7)
-
-    def run(vary, *words, out="out"):
-        varied = [word for values in vary for word in ("--vary", *values)]
-        monkeypatch.setattr(sys, "argv", ["ablation.py", *varied, "--seeds", "0", "--out", out, *words])
-        return ablation.main()
-
-    return run
-
-
-def finish(vary, *words, **state):
-    """Write what is read of runs to step 4 in ./out, of which the first has d_sign in its log. Returns the runs."""
-    runs = make_runs([vary], [0], "out", words)
-    for run in runs:
-        for folder in run.config.folders.values():
+def finish(**data):
+    """Write what is read of runs to step 4 in ./out; those without attention have no d_sign. Returns the runs."""
+    runs = make_runs([ATTENTION], [0, 1], "out", [*SMALL, "--total_step=4"])
+    for config in (run.config for run in runs):
+        for folder in config.folders.values():
             folder.mkdir(parents=True)
-        values = {"step": 4, "images_per_s": 8, "faces": 8, "hog": 8} | ({"d_sign": 8} if run is runs[0] else {})
-        (run.config.log_folder / "metrics.jsonl").write_text(json.dumps(values))
-        contents = {"step": 4, "config": vars(run.config), "G": {}, "D": {}, **state}
-        torch.save(contents, run.config.model_folder / "4_state.pth")
+        lines = [{"step": step, "images_per_s": 1 if step == 3 else 8} for step in range(1, 5)]
+        for line in lines if config.has_attention else []:
+            line["d_sign"] = line["step"]
+        lines[-1] |= {"faces": 1 + config.seed, "hog": 8}
+        (config.log_folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        images = data or main.make_loader(config, torch.device("cpu")).open().fingerprint
+        contents = {"step": 4, "config": vars(config), "G": {}, "D": {}, "data": images}
+        torch.save(contents, config.model_folder / "4_state.pth")
     return runs
 
 
@@ -100,47 +83,39 @@ def finish(vary, *words, **state):
     (["--total_step=4"], 0), (["--total_step=9"], 7), (["--total_step=3"], "is at step 4"),
     (["--total_step=9", "--lr_schedule=linear"], "--total_step 9 .was 4.*--lr_schedule linear"),
     (["--total_step=4", "--g_lr=0.01"], "attention=full,seed=0 in --out .*: --g_lr 0.01 .was 0.0001.$"),
-    (["--total_step=4", "--metrics=hog"], "--metrics hog .was faces,hog."),
     (["--total_step=4", "--dataset=folder", "--image_path=dogs"], "--image_path dogs"),
 ])  # fmt: skip
 def test_finished_runs_are_kept_made_longer_or_refused_by_name(words, outcome, run_main, monkeypatch):
-    finish(ATTENTION, *TINY, "--total_step=4", "--cache_path=elsewhere")
-    Path("out").rename("moved")
+    finish()
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     monkeypatch.setattr(ablation, "share_weights", lambda runs: None)  # those of `finish` are empty
     with nullcontext() if isinstance(outcome, int) else pytest.raises(UserError, match=outcome):
-        assert run_main([ATTENTION], *TINY, *words, out="moved") == outcome
+        assert run_main([ATTENTION], *SMALL, *words) == outcome
+    assert all(path.read_bytes() == content for path, content in before.items())
+    if outcome == 0:
+        written = Path("out/ablation_attention.md").read_text()
+        same, speed = "0, 1 | 1.5 (1 to 2) | 8 (8 to 8)", "500 (500 to 500)"
+        assert f"| attention=full | {same} | 4 (4 to 4) | {speed} |" in written  # r: of the last tenth; ms: a median
+        assert f"| attention=none | {same} | \N{EN DASH} | {speed} |" in written
+        assert "4 runs, all with model sagan, imsize 32," in written and " attention " not in written.splitlines()[2]
+        assert Path("out/ablation_attention.png").stat().st_size > 10_000
 
 
 def test_runs_of_other_images_in_use_or_without_their_log_are_refused(run_main):
-    finish(BATCH_SIZE, *SMALL, "--total_step=4", data={"images": 24, "checksum": 1})
-    with pytest.raises(UserError, match="batch_size=4,seed=0 in --out was trained on other images"):
-        run_main([BATCH_SIZE], *SMALL, "--total_step=4")
-    runs = finish(ATTENTION, *TINY, "--total_step=4")
-    with lock_folders(runs[0].config), pytest.raises(UserError, match=r"another run is writing.*another --out$"):
-        run_main([ATTENTION], *TINY, "--total_step=4")
-    path = runs[1].config.log_folder / "metrics.jsonl"
-    path.write_text(path.read_text().replace("hog", "dog"))
-    with pytest.raises(UserError, match=r"attention=none,seed=0/metrics.jsonl has no hog of step 4"):
-        run_main([ATTENTION], *TINY, "--total_step=4")
-
-
-def test_the_report_names_what_all_runs_share_and_its_files_what_varies(run_main, capsys):
-    finish(ATTENTION, *TINY, "--total_step=4")
-    finish(BATCH_SIZE, *SMALL, "--total_step=4")
-    assert run_main([ATTENTION], *TINY, "--total_step=4") == run_main([BATCH_SIZE], *SMALL, "--total_step=4") == 0
-    first, second = (Path(f"out/ablation_{name}.md").read_text() for name in ("attention", "batch_size"))
-    assert first in capsys.readouterr().out and "(ablation_attention.png)" in first
-    assert "| attention=full | 0 | 8 | 8 | 8 | 500 |\n| attention=none | 0 | 8 | 8 | \N{EN DASH} | 500 |" in first
-    assert "| batch_size=8 | 0 | 8 | 8 | \N{EN DASH} | 1,000 |" in second
-    assert "2 runs, all with model sagan, imsize 32," in first and " batch_size 4," in first
-    assert " attention " not in first.splitlines()[2] and "batch_size" not in second.splitlines()[2]
-    assert all(Path(f"out/ablation_{name}.png").stat().st_size > 10_000 for name in ("attention", "batch_size"))
+    run, *_ = finish(images=24, checksum=1)
+    with pytest.raises(UserError, match="attention=full,seed=0 in --out was trained on other images"):
+        run_main([ATTENTION], *SMALL, "--total_step=4")
+    with lock_folders(run.config), pytest.raises(UserError, match=r"another run is writing.*another --out$"):
+        run_main([ATTENTION], *SMALL, "--total_step=4")
+    (run.config.log_folder / "metrics.jsonl").write_text('{"step": 4, "images_per_s": 8, "faces": 8}')
+    with pytest.raises(UserError, match=r"attention=full,seed=0/metrics.jsonl has no hog of step 4"):
+        ablation.read_run(run)
 
 
 def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
     """Where shapes allow it; those of the first are those of main.py. Variants can be added in any order."""
-    assert run_main([["g_conv_dim", "16", "8"], ATTENTION], *SMALL, "--batch_size=4") == 7
-    assert run_main([["g_conv_dim", "24", "8"], ["attention", "none", "full"]], *SMALL, "--batch_size=4") == 7
+    assert run_main([["g_conv_dim", "16", "8"], ATTENTION], *NARROW) == 7
+    assert run_main([["g_conv_dim", "24", "8"], ["attention", "none", "full"]], *NARROW) == 7
     trainer = build_trainer(make_config(g_conv_dim=16))
     for part, network in (("G", trainer.G), ("D", trainer.D)):
         weights = {path.parent.name: torch.load(path) for path in Path("out/models").glob(f"*/0_{part}.pth")}
@@ -150,6 +125,12 @@ def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
         for one, other in itertools.combinations(weights.values(), 2):
             for key in one.keys() & other.keys():
                 assert one[key].shape != other[key].shape or torch.equal(one[key], other[key]), key
+
+    path = Path("out/models/g_conv_dim=8,attention=full,seed=0/0_D.pth")  # those of a run that is started stay
+    torch.save({key: value * 0 for key, value in first.items()}, path)
+    before = path.read_bytes()
+    assert run_main([["g_conv_dim", "8", "32"], ["attention", "none", "full"]], *NARROW) == 7
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell that a process was killed")
@@ -165,24 +146,12 @@ def test_a_killed_ablation_ends_its_run(start_process, tmp_path):
     wait_for((tmp_path / "ended").exists, start_process(["sleep", "60"], tmp_path), seconds=30)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_signal_while_a_run_is_started_reaches_it(monkeypatch, tmp_path):
-    def interrupted(*words, popen=subprocess.Popen, **options):
-        signal.raise_signal(signal.SIGINT)
-        return popen(*words, **options)
-
-    (tmp_path / "main.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    assert ablation.train(Run("", 0, [], None)) == 130
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_report, run_main):
+def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, run_main):
     """Ctrl-C saves a checkpoint; the same command, here with fewer steps and in this process, goes on from there."""
     pytest.importorskip("cv2")
-    options = [*TINY, "--metric_num=12", "--metric_step=1000"]
+    options = [*SMALL, "--metric_num=12", "--metric_step=1000"]
     words = [sys.executable, ablation.__file__, "--vary", *ATTENTION, "--seeds", "0", "--out", "out", *options]
     process = start_process([*words, "--total_step=100000"], tmp_path)
     wait_for(lambda: log_lines(tmp_path / "out/logs/attention=full,seed=0"), process)
@@ -191,14 +160,8 @@ def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, no_r
     assert process.returncode == 130 and "the same command goes on from here" in output
     (saved,) = Path("out/models/attention=full,seed=0").glob("*_state.pth")
     total = int(saved.name.partition("_")[0]) + 2
-
-    def train(run):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["main.py", *run.arguments])
-            return main.main()
-
-    monkeypatch.setattr(ablation, "train", train)
-    assert run_main([ATTENTION], *options, f"--total_step={total}") == 0
+    monkeypatch.setattr(ablation, "train", lambda run: train_in(tmp_path, *run.arguments))
+    assert run_main([ATTENTION], "--seeds", "0", *options, f"--total_step={total}") == 0
     printed = capfd.readouterr().out
     full, none = (log(Path(f"out/logs/attention={name},seed=0"), "d_loss") for name in ("full", "none"))
     assert [entry["step"] for entry in full] == [entry["step"] for entry in none] == [*range(1, total + 1)]

@@ -13,16 +13,17 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, build_trainer
+from conftest import assert_same_weights, build_trainer, log
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 import data_loader
+import main
 import tester
 from networks import attention
 from networks.attention import attend, attention_map
 from networks.losses import gradient_penalty
 from training.background import Background
-from training.divergence import iter_tensors
 from training.resuming import load_test_checkpoint
 from visuals.figures import sample_grid
 
@@ -31,6 +32,10 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 REAL = dict(device="cuda", imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64, batch_size=16, toy_num=64)
 PAPER = dict(model="paper", g_conv_dim=16, d_conv_dim=16)
 BUSY = 2**30  # clock cycles, about half a second
+
+
+def tensors_of(state):
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
 
 
 def losses_of(trainer, steps):
@@ -58,8 +63,8 @@ def losses_and_output_of_a_failed_capture(config, steps):
     trainer = build_trainer(config)
     updates = trainer.updates.step
 
-    def read_back(*inputs):
-        stats = updates(*inputs)
+    def read_back(inputs):
+        stats = updates(inputs)
         stats["d_loss"].item()
         return stats
 
@@ -123,7 +128,7 @@ def test_work_in_the_background_may_overlap_a_capture(make_trainer, deterministi
     options = REAL | deterministic
     expected = losses_of(make_trainer(**options, cuda_graph="false"), 6)
     trainer = make_trainer(**options, cuda_graph="true")
-    images, updates = trainer.loader.batch(0), trainer.updates.step
+    (images, _), updates = trainer.loader.batch(0), trainer.updates.step
     drawn, stop, overlapped = threading.Event(), threading.Event(), []
 
     def draw():
@@ -131,8 +136,8 @@ def test_work_in_the_background_may_overlap_a_capture(make_trainer, deterministi
             sample_grid(images)
             drawn.set()
 
-    def wait_for_grids(*inputs):
-        stats = updates(*inputs)
+    def wait_for_grids(inputs):
+        stats = updates(inputs)
         if torch.cuda.is_current_stream_capturing():
             for _ in range(2):  # the first may have been begun before
                 drawn.clear()
@@ -155,18 +160,18 @@ def test_a_checkpoint_loads_on_a_machine_without_a_gpu(make_trainer):
     trainer.train()
     for path in trainer.config.model_folder.glob("*.pth"):
         content = torch.load(path, weights_only=True)  # to the devices in the file
-        assert {tensor.device.type for tensor in iter_tensors(content)} == {"cpu"}
+        assert {tensor.device.type for tensor in tensors_of(content)} == {"cpu"}
 
 
 def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(make_trainer):
     """The state is copied after half a second of other work on the GPU, and before two seconds and two steps."""
     trainer = make_trainer(**REAL, cuda_graph="true")
     losses_of(trainer, 5)
-    state, saved = trainer._state(), []
-    expected = [tensor.cpu() for tensor in iter_tensors(state)]
+    state, saved = trainer.state.state_dict(), []
+    expected = [tensor.cpu() for tensor in tensors_of(state)]
 
     def save(copied):
-        saved.extend(tensor.cpu() for tensor in iter_tensors(copied))
+        saved.extend(tensor.cpu() for tensor in tensors_of(copied))
 
     with Background(trainer.device) as background:
         torch.cuda._sleep(BUSY)
@@ -178,7 +183,7 @@ def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(
     assert not later.query()
     assert len(saved) == len(expected) > 100
     assert all(torch.equal(copied, tensor) for copied, tensor in zip(saved, expected, strict=True))
-    assert any(not torch.equal(now.cpu(), tensor) for now, tensor in zip(iter_tensors(state), expected, strict=True))
+    assert any(not torch.equal(now.cpu(), tensor) for now, tensor in zip(tensors_of(state), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -209,7 +214,7 @@ def test_the_first_step_agrees_with_the_cpu(make_trainer, options):
     options = REAL | options
     cpu = make_trainer(**(options | {"device": "cpu"}))
     cuda = make_trainer(**options, precision="fp32", cuda_graph="false")
-    real, z = cpu.loader.batch(0), torch.randn(16, 128)
+    (real, _), z = cpu.loader.batch(0), torch.randn(16, 128)
     for step, inputs in (("d_step", (real, z)), ("g_step", (z,))):
         expected = getattr(cpu, step)(*inputs)
         actual = getattr(cuda, step)(*(tensor.cuda() for tensor in inputs))
@@ -264,9 +269,9 @@ def test_images_live_on_the_gpu_and_batches_are_the_cpu_s(make_trainer, monkeypa
     streamed = make_trainer(**REAL, hflip=True)
     assert not streamed.loader.images.is_cuda
     for position in (0, 1, 2, 7, 3):
-        expected = cpu.loader.batch(position)
+        expected, _ = cpu.loader.batch(position)
         for trainer in (on_gpu, streamed):
-            torch.testing.assert_close(trainer.loader.batch(position).cpu(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(trainer.loader.batch(position)[0].cpu(), expected, rtol=0, atol=1e-6)
 
 
 def test_streamed_images_train_as_resident_ones_do(make_trainer, deterministic, monkeypatch):
@@ -296,34 +301,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, deterministic, 
     assert_same_weights(whole, resumed)
 
 
-def test_metrics_leave_training_unchanged(make_trainer, deterministic, extractor):
+def test_metrics_leave_training_unchanged(make_trainer, deterministic, small_extractor):
     """Before the capture, right before it, and after it."""
-    pytest.importorskip("torch_fidelity")
     options = REAL | deterministic | dict(total_step=8)
-    metrics = dict(metrics="fid,kid,isc,prc", metric_step=1, metric_num=32, feature_extractor=str(extractor))
+    metrics = dict(metrics="fid,kid,isc,prc", metric_step=1, metric_num=32)
     trainers = [make_trainer(**options, version="plain"), make_trainer(**options, **metrics, version="measured")]
     for trainer in trainers:
         assert trainer.train() == 0
     assert_same_weights(*trainers)
-    lines = (trainers[1].config.log_folder / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 8 and all(math.isfinite(json.loads(line)["fid"]) for line in lines)
+    entries = log(trainers[1].config.log_folder, "fid")
+    assert len(entries) == 8 and all(math.isfinite(entry["fid"]) for entry in entries)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0])
-def test_evaluation_agrees_with_the_cpu(make_trainer, make_config, extractor, monkeypatch, fraction):
+def test_evaluation_agrees_with_the_cpu(make_trainer, make_config, small_extractor, monkeypatch, fraction):
     """With the training images on the GPU, and where they do not fit there."""
-    pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(data_loader, "MAX_GPU_MEMORY_FRACTION", fraction)
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 32)
     trainer = make_trainer(**REAL, total_step=2)
     trainer.train()
     assert trainer.loader.images.is_cuda == (fraction > 0)
     found = []
-    for device in ("cuda", "cpu"):
-        options = REAL | dict(device=device)
-        config = make_config(**options, metrics="fid,kid,isc,prc", metric_num=48, feature_extractor=str(extractor))
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        config = make_config(**(REAL | dict(device=device.type)), metrics="fid,kid,isc,prc", metric_num=48)
         saved, _ = load_test_checkpoint(config, set(vars(config)))
-        tested = tester.Tester(config, make_trainer(**options).loader, saved)
+        tested = tester.Tester(config, main.make_loader(config, device).open(), saved, device)
         assert tested.test() == 0
         numbers = [json.loads((tested.folder / f"{name}.json").read_text()) for name in ("metrics", "attention")]
         pictures = [np.asarray(Image.open(tested.folder / f"{name}.png"), int) for name in ("grid", "interpolation")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import PeerFailed, RankLost, Tolerate, UserError, exit_code, silence_other_ranks, stop_signals, warn_once
+from errors import PeerFailed, RankLost, Tolerate, UserError, exit_code, stop_on_signals, stop_signals, warn_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,14 +56,6 @@ def test_a_bug_is_raised_again(capsys, error):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("rank, printed", [(0, "text\n"), (3, "")])
-def test_only_rank_zero_prints(capsys, rank, printed):
-    with silence_other_ranks(rank):
-        print("text")
-    print("after")
-    assert capsys.readouterr().out == printed + "after\n"
-
-
 def test_an_error_is_tolerated_with_one_warning_for_each_kind(capsys, monkeypatch):
     monkeypatch.setattr(Tolerate, "tolerated", Exception)
     tolerate = Tolerate("pictures")
@@ -99,6 +91,18 @@ def test_a_warning_may_be_printed_once_only(capsys):
     for message in ("a", "a", "b"):
         warn_once(message)
     assert capsys.readouterr().err.splitlines() == ["warning: a", "warning: b"]
+
+
+@pytest.mark.parametrize("number", stop_signals())
+def test_the_first_signal_is_received_and_the_second_exits(number):
+    previous = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert stop.signal_number == 0
+        signal.raise_signal(number)
+        assert stop.signal_number == number
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == previous
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

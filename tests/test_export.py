@@ -5,24 +5,22 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from conftest import describe, train_in
+from conftest import export_metadata, train_in
 from PIL import Image
 
 import export
-import main
-from errors import UserError
+from exporting.files import FILES
 from exporting.safetensors_file import read_generator, read_metadata
 from parameter import get_parameters
-from sagan_models import Generator
-from training import checkpoint
+from training.models import checksum
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -31,8 +29,17 @@ SMALL = shlex.split(
 RUNS = {
     "plain": ["--imsize", "32", "--holdout", "0.2"],
     "classes": ["--imsize", "64", "--model", "paper", "--conditional", "true"],
+    "no_maps": ["--imsize", "32", "--attention", "none"],
 }
-FILES = {*export.FILES}
+NETWORKS = {"plain": ("sagan", 32), "classes": ("paper", 64, 3)}  # the same, for `export_metadata`
+PLAIN = ["--version", "plain", "--format", "safetensors"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tester.SUMMARY_IMAGES", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,16 @@ def trained(tmp_path_factory):
     for version, options in RUNS.items():
         train_in(folder, *SMALL, *options, "--total_step", "2", "--version", version)
     return folder
+
+
+@pytest.fixture(scope="module")
+def scores(trained):
+    """The content of metrics.json of the run "plain", which is where the tests put it."""
+    train_in(trained, "--train", "false", "--version", "plain", "--metrics", "hog", "--metric_num", "12")
+    path = trained / "samples/plain/test_2/metrics.json"
+    text = path.read_text()
+    path.unlink()
+    return text
 
 
 @pytest.fixture
@@ -74,198 +91,149 @@ def fail(run):
     return fail
 
 
-def code_blocks(card: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", card.read_text(encoding="utf-8"), re.M | re.S)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run_card(folder, monkeypatch):
-    """Run the code of an export's card, and return the names that each block leaves."""
+@pytest.mark.slow
+@pytest.mark.parametrize("version, options", [("plain", ["--maps", "true"]), ("classes", ["--pretrained_model", "2"])])
+def test_the_files_and_the_code_of_the_card(run, tmp_path, monkeypatch, version, options):
+    code, out, err = run("--version", version, *options)
+    folder = tmp_path / "exports" / version / "2"
+    assert (code, err) == (0, "") and all(name in out for name in (*FILES, str(folder)))
+    assert {*contents(folder)} == {*FILES}
     monkeypatch.chdir(folder)
     results = []
-    for block in code_blocks(folder / "model_card.md"):
-        assert len(block.splitlines()) <= 10
+    for block in re.findall(r"^```python\n(.*?)^```$", Path("model_card.md").read_text("utf-8"), re.M | re.S):
         block = block.replace('"OWNER/REPOSITORY"', repr(str(ROOT))).replace('source="github"', 'source="local"')
-        (folder / "block.py").write_text(block)
-        torch.manual_seed(0)
+        Path("block.py").write_text(block)
         results.append(runpy.run_path("block.py"))
-    return results
-
-
-@pytest.mark.slow
-def test_from_the_shell_with_maps(trained, tmp_path, monkeypatch):
-    """Then the card's code is run."""
-    command = [sys.executable, str(ROOT / "export.py"), "--version", "plain", "--maps", "true"]
-    command += ["--export_path", str(tmp_path / "exports")]
-    done = subprocess.run(command, cwd=trained, capture_output=True, text=True)
-    folder = tmp_path / "exports" / "plain" / "2"
-    assert (done.returncode, done.stderr) == (0, "")
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert all(name in done.stdout for name in (*FILES, str(folder)))
-
-    numpy_only, hub = run_card(folder, monkeypatch)
-    assert Image.open(folder / "images.png").size == (16 * 32, 32)
-    G = read_generator(folder / "generator.safetensors")
+    numpy_only, hub = results
+    size = 64 if version == "classes" else 32
+    assert Image.open("images.png").size == (16 * size, size) and hub["images"].shape == (16, 3, size, size)
+    labels = torch.arange(16) % 3 if version == "classes" else None
     with torch.no_grad():
-        expected = G(torch.from_numpy(numpy_only["z"]), return_attention=True)
-    np.testing.assert_allclose(numpy_only["images"], expected[0].numpy(), rtol=0, atol=1e-4)
-    assert hub["images"].shape == (16, 3, 32, 32)
-    maps = numpy_only["session"].run(["attn1", "attn2"], numpy_only["inputs"])
-    for ours, theirs in zip(expected[1:], maps, strict=True):
+        expected = read_generator("generator.safetensors")(torch.from_numpy(numpy_only["z"]), labels, True)
+    found = numpy_only["session"].run(None, numpy_only["inputs"])
+    assert len(found) == (1 if version == "classes" else 3)
+    for ours, theirs in zip(expected, found, strict=version == "plain"):
         np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(numpy_only["images"], found[0])
 
 
-@pytest.mark.slow
-def test_a_conditional_generator(run, tmp_path, monkeypatch, trained):
-    code, _, err = run("--version", "classes", "--pretrained_model", "2")
-    assert (code, err) == (0, "")
-    folder = tmp_path / "exports" / "classes" / "2"
-    model = onnx.load(folder / "generator.onnx")
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(metadata["classes"]) == ["short", "medium", "long"]
-    assert [output.name for output in model.graph.output] == ["images"]
-    numpy_only, hub = run_card(folder, monkeypatch)
-    G = read_generator(folder / "generator.safetensors")
-    with torch.no_grad():
-        expected = G(torch.from_numpy(numpy_only["z"]), torch.arange(16) % 3)
-    np.testing.assert_allclose(numpy_only["images"], expected.numpy(), rtol=0, atol=1e-4)
-    assert hub["images"].shape == (16, 3, 64, 64)
-
-
-def test_numpy_pillow_and_onnxruntime_are_all_that_the_first_way_needs():
-    from exporting.model_card import model_card
-
-    (block,) = re.findall(r"```python\n(.*?)```", model_card("v", describe(), None, "", ["onnx"]), re.S)
-    assert {*re.findall(r"^(?:import|from) (\w+)", block, re.M)} == {"numpy", "onnxruntime", "PIL"}
+@pytest.mark.parametrize("version, options", [
+    ("plain", ["--seed", "3"]), ("plain", ["--use_ema", "false", "--truncation", "0.5"]), ("classes", []),
+])  # fmt: skip
+def test_metadata_weights_and_grid_are_those_of_train_false(run, tmp_path, trained, version, options):
+    """Also of the export of an export, and of its test."""
+    words = ["--version", version, "--num_samples", "4", "--device", "cpu", *options]
+    code, out, _ = run(*words, "--format", "safetensors")
+    path = tmp_path / "exports" / version / "2" / "generator.safetensors"
+    part = "G" if "--use_ema" in options else "ema"
+    assert code == 0 and ("EMA" in out) == (part == "ema")
+    assert ("no EMA" in (path.parent / "model_card.md").read_text("utf-8")) == (part == "G")
+    saved = torch.load(trained / "models" / version / "2_state.pth")
+    assert read_metadata(path) == export_metadata(*NETWORKS[version]) | {
+        "step": "2", "checksum": str(checksum(saved[part])), "ema": str(part == "ema").lower(),
+        "classes": json.dumps(saved["classes"]), "format": "pt",  # for Hugging Face's loaders
+    }  # fmt: skip
+    train_in(trained, "--train", "false", *words)
+    train_in(tmp_path, "--train", "false", *words, "--pretrained_model", str(path), "--dataset", "folder")
+    for folder in (trained, tmp_path):
+        grid = folder / "samples" / version / "test_2" / "grid.png"
+        assert grid.read_bytes() == (path.parent / "samples.png").read_bytes()
+    again = ["--pretrained_model", str(path), "--format", "safetensors", "--export_path", str(tmp_path / "again")]
+    assert run(*again)[0] == 0
+    copied = tmp_path / "again" / version / "2" / "generator.safetensors"
+    assert read_metadata(copied) == read_metadata(path)
+    weights = read_generator(copied).state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in read_generator(path).state_dict().items())
 
 
 def test_an_export_is_replaced_on_request_and_other_files_stay(run, fail, tmp_path):
     folder = tmp_path / "exports" / "plain" / "2"
     folder.mkdir(parents=True)
-    for name in ("notes.txt", "generator.onnx", "model_card.md"):
-        (folder / name).write_text("before")
-    words = ["--version", "plain", "--format", "safetensors"]
-    assert re.search(r"already has generator\.onnx, model_card\.md.* --overwrite true$", fail(*words))
-    assert (folder / "model_card.md").read_text() == "before"
-    assert run(*words, "--overwrite", "true")[0] == 0
-    assert {path.name for path in folder.iterdir()} == FILES - {"generator.onnx"} | {"notes.txt"}
-    assert (folder / "notes.txt").read_text() == "before" != (folder / "model_card.md").read_text()
+    before = {name: b"before" for name in ("notes.txt", "generator.onnx", "model_card.md")}
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+    assert re.search(r"already has generator\.onnx, model_card\.md: .* --overwrite true$", fail(*PLAIN))
+    assert contents(folder) == before
+    assert run(*PLAIN, "--overwrite", "true")[0] == 0
+    after = contents(folder)
+    assert {*after} == {*FILES, "notes.txt"} - {"generator.onnx"}
+    assert after["notes.txt"] == b"before" != after["model_card.md"]
 
 
-def test_the_weights_and_the_grid_are_those_of_train_false(run, tmp_path, trained, monkeypatch):
-    """With the options of main.py: the EMA generator or not, which z."""
-    monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
-    saved = torch.load(trained / "models/plain/2_state.pth", weights_only=True)
-    for number, options in enumerate((["--seed", "3"], ["--use_ema", "false", "--truncation", "0.5"])):
-        words = ["--version", "plain", *options]
-        code, out, _ = run(*words, "--format", "safetensors", "--overwrite", "true")
-        assert code == 0 and ("EMA" in out) == (number == 0)
-        folder = tmp_path / "exports" / "plain" / "2"
-        monkeypatch.setattr(sys, "argv", ["main.py", "--train", "false", *words])
-        assert main.main() == 0
-        assert (folder / "samples.png").read_bytes() == (trained / "samples/plain/test_2/grid.png").read_bytes()
-        G = Generator(32, 16, 8).eval()
-        G.load_state_dict(saved["G" if number else "ema"])
-        z = torch.randn(2, 16)
-        with torch.no_grad():
-            torch.testing.assert_close(read_generator(folder / "generator.safetensors")(z), G(z), rtol=0, atol=1e-6)
-        assert ("no EMA" in (folder / "model_card.md").read_text()) == bool(number)
-
-
-def test_weights_that_somebody_shares(run, tmp_path, trained):
-    """Nothing is claimed of data that is not known, unless the command line says what it is."""
-    folder = trained / "models" / "shared"
-    folder.mkdir()
-    (folder / "5_G.pth").write_bytes((trained / "models/plain/2_G.pth").read_bytes())
-    card = tmp_path / "exports" / "shared" / "5" / "model_card.md"
-    words = ["--version", "shared", "--format", " safetensors"]
-    assert run(*words)[0] == 0
-    assert "unknown images" in card.read_text() and "batch size" not in card.read_text()
-    assert run(*words, "--dataset", "toy", "--batch_size", "4", "--overwrite", "true")[0] == 0
-    assert "faces drawn by" in card.read_text() and "at batch size 4" in card.read_text()
-
-
-def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_path, trained, monkeypatch):
-    """And only there: not where another generator is, nor over a card that somebody edited."""
+def test_a_format_is_added_to_an_export_of_the_same_generator(run, fail, tmp_path):
+    """And only there. Files that are there change only with --overwrite, which keeps what is of this generator."""
     folder = tmp_path / "exports" / "plain" / "2"
-    card, words = folder / "model_card.md", ["--version", "plain", "--format"]
-    assert run(*words, "onnx", "--maps", "true")[0] == 0
-    written = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert "already has" in fail(*words, "safetensors", "--use_ema", "false")
-    text = card.read_text()
-    assert "was changed" not in fail(*words, "onnx") and "--format" not in fail(*words, "onnx")
-    assert "--format safetensors adds" in fail(*words, "onnx,safetensors")
-    for edited in (text + "mine", text.replace("Not computed.", "My own FID is 12.")):
-        card.write_text(edited)
-        assert "model_card.md was changed" in fail(*words, "safetensors")
-        assert card.read_text() == edited
-    card.write_text(text)
-    monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
-    train_in(trained, "--train", "false", "--version", "plain", "--metrics", "hog", "--metric_num", "12")
-    assert run(*words, "safetensors", "--seed", "5")[0] == 0 and "Fréchet" in card.read_text(encoding="utf-8")
-    (trained / "samples/plain/test_2/metrics.json").unlink()
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert all((folder / name).read_bytes() == written[name] for name in ("generator.onnx", "samples.png"))
-    assert all(word in card.read_text() for word in ("attn1, attn2", "onnxruntime", "torch.hub.load"))
-    assert run(*words, "safetensors", "--overwrite", "true")[0] == 0
-    assert {path.name for path in folder.iterdir()} == FILES
-    code, out, _ = run(*words, "safetensors", "--overwrite", "true", "--use_ema", "false")
+    card, onnx = folder / "model_card.md", [*PLAIN[:-1], "onnx"]
+    assert run(*onnx, "--maps", "true")[0] == 0
+    written = contents(folder)
+    for words in ([*PLAIN, "--use_ema", "false"], onnx, [*PLAIN[:-1], "onnx,safetensors"]):
+        assert "already has generator.onnx, model_card.md, samples.png: " in fail(*words)
+        assert contents(folder) == written
+    code, out, _ = run(*PLAIN, "--seed", "5")
+    assert code == 0 and "model_card.md is left as it was" in out
+    after = contents(folder)
+    assert {*after} == {*FILES} and written.items() <= after.items()
+    assert run(*PLAIN, "--overwrite", "true")[0] == 0
+    assert {*contents(folder)} == {*FILES}
+    assert all(word in card.read_text("utf-8") for word in ("attn1, attn2", "onnxruntime", "torch.hub.load"))
+    code, out, _ = run(*PLAIN, "--overwrite", "true", "--use_ema", "false")
     assert code == 0 and f"removed {folder / 'generator.onnx'}" in out
-    assert {path.name for path in folder.iterdir()} == FILES - {"generator.onnx"}
+    assert {*contents(folder)} == {*FILES} - {"generator.onnx"}
 
 
-def test_metrics_are_those_of_the_same_generator_on_its_training_images(run, tmp_path, trained, monkeypatch):
-    """Of metrics of other weights or images, or of an older version, a warning says why the card has none."""
-    monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
+def test_metrics_are_those_of_the_same_generator_on_its_training_images(run, tmp_path, trained, scores):
     path, card = trained / "samples/plain/test_2/metrics.json", tmp_path / "exports/plain/2/model_card.md"
-    words = ["--version", "plain", "--format", "safetensors", "--overwrite", "true"]
-    tests = {}
-    for images in ("20", "16"):
-        options = ["--metrics", "hog", "--metric_num", "12", "--toy_num", images]
-        monkeypatch.setattr(sys, "argv", ["main.py", "--train", "false", "--version", "plain", *options])
-        assert main.main() == 0
-        tests[images] = path.read_text()
-    older = {key: value for key, value in json.loads(tests["20"]).items() if key not in ("checksum", "data")}
-    for text, options, reason in (
-        (tests["20"], [], ""), (tests["16"], [], "other images"),
-        (tests["20"], ["--use_ema", "false"], "other weights"),
-        (json.dumps(older), [], "older version"), ("[1]", [], "damaged"), ("{", [], "damaged"),
+    result = json.loads(scores)
+    other_images = result | {"data": result["data"] | {"checksum": 1}}
+    for text, options, is_used in (
+        (scores, [], True), (scores, ["--use_ema", "false"], False), (json.dumps(other_images), [], False),
+        ('{"hog": 1}', [], False), ("[1]", [], False), ("{", [], False), (None, [], False),
     ):  # fmt: skip
-        path.write_text(text)
-        code, _, err = run(*words, *options)
-        assert code == 0 and bool(reason) == bool(err) and reason in err
-        assert ("python main.py --train false --version plain" in err) == bool(reason)
-        assert ("| Fréchet distance" in card.read_text()) == (not reason) == ("Not computed" not in card.read_text())
-    assert "(16 images)" in card.read_text()  # the others are held out
-    path.unlink()
+        path.write_text(text) if text else path.unlink()
+        code, out, err = run(*PLAIN, *options, "--overwrite", "true")
+        assert code == 0 and ("metrics.json is not used" in err) == (text is not None and not is_used)
+        assert ("| hog |" in card.read_text("utf-8")) == is_used != ("Not computed" in card.read_text("utf-8"))
+        if not is_used:
+            words = shlex.split(re.search("no metrics: compute them by python main.py (.*), then", out)[1])
+            command = get_parameters(words)
+            assert (command.train, command.version, command.pretrained_model) == (False, "plain", "2")
+            assert command.metrics and command.use_ema != bool(options)
+    assert "(16 images)" in card.read_text("utf-8")  # the others are held out
 
 
-def test_names_that_are_no_utf_8(trained, run, tmp_path):
-    """Of class folders and of the version: text in the files, as bytes that are none."""
-    folder = trained / "pictures"
-    for name in ("a", os.fsdecode(b"caf\xe9")):
-        (folder / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (8, 8), (80 * number,) * 3).save(folder / name / f"{number}.png")
+def test_weights_that_somebody_shares(run, tmp_path, trained, scores):
+    """Nothing is claimed of data that is not known, unless the command line says what it is."""
+    for path, content in (("models/shared/2_G.pth", (trained / "models/plain/2_G.pth").read_bytes()),
+                          ("samples/shared/test_2/metrics.json", scores.encode())):  # fmt: skip
+        (trained / path).parent.mkdir(parents=True)
+        (trained / path).write_bytes(content)
+    card = tmp_path / "exports" / "shared" / "2" / "model_card.md"
+    words = ["--version", "shared", "--format", " safetensors"]
+    code, out, err = run(*words, "--use_ema", "false")
+    assert code == 0 and "metrics.json is not used" in err and "compute them" not in out
+    assert "unknown images" in card.read_text("utf-8") and "Not computed." in card.read_text("utf-8")
+    assert run(*words, "--dataset", "toy", "--overwrite", "true")[0] == 0
+    assert "faces drawn by" in card.read_text("utf-8")
+
+
+def test_a_version_that_is_no_utf_8(trained, run, tmp_path):
+    """Text in the files, as bytes that are none. (Names of classes become text where they are read.)"""
     version = os.fsdecode(b"v\xe9")
-    images = ["--dataset", "folder", "--image_path", str(folder), "--version", version, "--total_step", "1"]
-    train_in(trained, *SMALL[:-4], *RUNS["classes"], *images)
+    shutil.copytree(trained / "models/plain", trained / "models" / version)
     assert run("--version", version, "--format", "safetensors")[0] == 0
-    export = tmp_path / "exports" / version / "1"
-    assert r"(0: a, 1: caf\\xe9)" in (export / "model_card.md").read_text(encoding="utf-8")
-    copy = tmp_path / "copy.safetensors"  # the library opens no path that is no UTF-8
-    copy.write_bytes((export / "generator.safetensors").read_bytes())
-    assert json.loads(read_metadata(copy)["classes"]) == ["a", r"caf\xe9"]
+    assert "# v\\\\xe9\n" in (tmp_path / "exports" / version / "2" / "model_card.md").read_text("utf-8")
 
 
 def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):
-    def full_disk(path, content):
-        if path.name.startswith("model_card"):
-            raise OSError(28, "No space left on device")
-        return write_bytes(path, content)
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
 
-    write_bytes = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    assert "No space left" in fail("--version", "plain", "--format", "safetensors")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert "No space left" in fail(*PLAIN)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -276,6 +244,7 @@ def test_a_failed_export_leaves_nothing(fail, tmp_path, monkeypatch):
     (["--format"], "--format: expected one argument"),
     (["--maps", "perhaps"], "must be true or false"),
     (["--maps", "true", "--format", "safetensors"], "--maps true is for --format onnx"),
+    (["--maps", "true", "--version", "no_maps"], "has no attention layers"),
     (["--version", "none"], "no checkpoint in models/none"),
     (["--version", "plain", "--pretrained_model", "5"], "newest there: 2"),
     (["--version", "plain", "--imsize", "64"], "another architecture"),
@@ -285,24 +254,17 @@ def test_mistakes_are_one_line(fail, words, message):
     assert message in (line := fail(*words)) and "main.py --help" not in line
 
 
-def test_maps_of_a_generator_without_attention(trained, fail):
-    train_in(trained, *SMALL, "--imsize", "32", "--attention", "none", "--total_step", "1", "--version", "none_of_them")
-    assert "has no attention layers" in fail("--version", "none_of_them", "--maps", "true")
-
-
-@pytest.mark.parametrize("package, missing_for", [("safetensors", "safetensors"), ("onnx", "onnx"),
-                                                  ("onnxscript", "onnx"), ("onnxruntime", "onnx")])  # fmt: skip
-def test_missing_packages_are_one_line_for_the_formats_that_need_them(
-    fail, monkeypatch, tmp_path, package, missing_for
-):
-    """And those that cannot be imported, for whatever reason."""
+@pytest.mark.parametrize("package, format", [(name, format) for format in export.PACKAGES
+                                             for name in export.PACKAGES[format]])  # fmt: skip
+def test_a_package_that_cannot_be_imported_is_one_line_for_its_format(fail, monkeypatch, tmp_path, package, format):
+    assert package in (ROOT / "requirements-export.txt").read_text()
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / f"{package}.py").write_text(r"raise TypeError('protobuf does not fit\nmore')")
     monkeypatch.syspath_prepend(tmp_path)
-    message = fail("--version", "plain", "--format", missing_for)
+    message = fail("--version", "plain", "--format", format)
     assert f"needs {package}" in message and "pip install -r" in message and "does not fit" in message
-    other = {"safetensors": "onnx", "onnx": "safetensors"}[missing_for]
+    (other,) = {*export.PACKAGES} - {format}
     assert "no checkpoint" in fail("--version", "none", "--format", other)
 
 
@@ -312,36 +274,9 @@ def test_main_py_s_options_are_those_of_train_false():
     assert (config.train, config.attribute) == (False, "Smiling")
 
 
-def test_help_says_that_the_options_of_main_py_apply():
-    """And loads nothing heavy for it."""
+def test_help_loads_nothing_heavy():
     code = "import sys, export; sys.argv = ['export.py', '--help']\ntry: export.main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'numpy', 'onnx'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "All options of main.py" in done.stdout and all(
-        f"--{name} " in done.stdout for name in ("format", "maps", "export_path")
-    )
-
-
-def test_the_optional_packages_are_those_of_requirements_export():
-    listed = re.findall(r"^\w+", (ROOT / "requirements-export.txt").read_text(), re.M)
-    assert sorted(listed) == sorted(name for names in export.PACKAGES.values() for name in names)
-
-
-@pytest.mark.parametrize("version", RUNS)
-def test_an_export_is_tested_and_exported_as_the_checkpoint_it_is_of(run, trained, tmp_path, version, capfd):
-    assert run("--version", version, "--format", "safetensors")[0] == 0
-    path = tmp_path / "exports" / version / "2" / "generator.safetensors"
-    shown = ("--num_samples", "4", "--num_workers", "0", "--device", "cpu", "--image_path", "none")
-    train_in(trained, "--train", "false", "--version", version, *shown)
-    expected = (trained / "samples" / version / "test_2" / "grid.png").read_bytes()
-    train_in(tmp_path, "--train", "false", "--pretrained_model", str(path), "--dataset", "folder", *shown)
-    assert (tmp_path / "samples" / version / "test_2" / "grid.png").read_bytes() == expected
-    again = tmp_path / "again"
-    assert run("--pretrained_model", str(path), "--format", "safetensors", "--export_path", str(again))[0] == 0
-    copied = again / version / "2" / "generator.safetensors"
-    assert read_metadata(copied) == read_metadata(path)
-    weights = read_generator(copied).state_dict()
-    assert all(torch.equal(weights[key], value) for key, value in read_generator(path).state_dict().items())
-    with pytest.raises(UserError, match="no discriminator"):
-        checkpoint.load(trained, path)
+    assert all(word in done.stdout for word in ("All options of main.py", "--format ", "--maps ", "--export_path "))

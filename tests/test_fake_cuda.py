@@ -9,6 +9,8 @@ import torch
 from conftest import build_trainer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from data_loader import Loader
+
 GPU = dict(  # what `torch.cuda` says of it
     device_count=lambda: 1,
     set_device=lambda _: None,
@@ -36,6 +38,7 @@ def move(network, device, memory_format):
             layer.register_parameter(name, torch.nn.Parameter(parameter.to(device)))
         for name, buffer in layer.named_buffers(recurse=False):
             layer.register_buffer(name, buffer.to(device))
+    return network
 
 
 @pytest.fixture
@@ -47,7 +50,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", move)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, x, create_graph: (loss * x,))  # of the penalty
-    monkeypatch.setattr(torch.optim, "Adam", mock.Mock(return_value=mock.Mock(param_groups=[])))
+    monkeypatch.setattr("trainer.Adam", mock.Mock())
+    monkeypatch.setattr(Loader, "fingerprint", {"checksum": 0, "held_out_checksum": 0})  # of values
     with FakeTensors():
         yield
 
@@ -66,7 +70,7 @@ OPTIONS = [
 def test_no_tensor_of_a_step_is_on_the_cpu(make_config, fake_gpu, options):
     """Nor of what is shown of the networks."""
     trainer = build_trainer(make_config(device="cuda", cuda_graph="false", holdout=0.2, **options))
-    shown = trainer.train_step() | trainer.monitor.samples() | trainer.monitor.holdout_logits(1)
+    shown = trainer.train_step() | trainer.previews.samples() | trainer.previews.scalars(1)
     assert {tensor.device for tensor in shown.values()} == {torch.device("cuda", 0)}
     with suppress(DataDependentOutputException):  # the names of the classes
-        trainer.monitor.attention()
+        trainer.previews.attention()

@@ -197,32 +197,9 @@ def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
     assert loader.classes == ("not_Smiling", "Smiling") and loader.labels.tolist() == [0, 1] * 5
     assert (loader.images[:, :, 0] == torch.tensor([255, 0, 0])).all()
     assert (loader.images[:, :, -1] == torch.tensor([0, 0, 255])).all()
-    batch = torch.cat([loader.batch(position) for position in range(4)])
+    batch = torch.cat([loader.batch(index)[0] for index in range(4)])
     assert {*batch[:, 0, 0, 0].tolist()} == {-1, 1}  # flipped ones are blue there
     assert (loader.seed, loader.holdout, len(loader)) == (3, 0.2, 2)
-
-
-def test_no_data(fail, tmp_path):
-    error = fail(*SMALL)
-    for token in ("celeba/img_align_celeba", "CelebA/", "--dataset toy"):
-        assert token in error
-    (tmp_path / "data").mkdir()
-    assert "no image" in fail(*SMALL, "--dataset", "folder")
-
-
-@pytest.mark.parametrize("variables, token", [
-    (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK"),
-    (dict(WORLD_SIZE="2"), "torchrun"), (dict(WORLD_SIZE="two"), "WORLD_SIZE"),
-])  # fmt: skip
-def test_a_launcher_s_incomplete_environment(fail, monkeypatch, variables, token):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert token in fail(*TOY)
-
-
-def test_a_rank_without_a_world_size_silences_nothing(fail, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert "no image" in fail(*SMALL, "--dataset", "folder", "--image_path", ".")
 
 
 def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp_path):
@@ -250,18 +227,18 @@ def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, cap
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_fewer_images_than_a_batch(fail):
-    assert "3 images" in fail(*SMALL, "--dataset", "toy", "--toy_num", "3")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_one(fail):
-    assert "--device auto" in fail(*TOY, "--device", "cuda")
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that not even root can write")
-def test_a_folder_that_cannot_be_written(fail):
-    assert "/proc/samples" in fail(*TOY, "--sample_path", "/proc/samples")
+@pytest.mark.parametrize("words, token", [
+    ("", "--dataset toy, which needs no data"), ("", "celeba/img_align_celeba"),
+    ("--dataset folder", "folder of images"),
+    ("--dataset folder --image_path .", "no image"), ("--dataset toy --toy_num 3", "3 images"),
+    ("--dataset toy --log_path " + 300 * "v", "vvv"), ("--dataset toy --pretrained_model 7", "--pretrained_model 7"),
+    pytest.param("--dataset toy --sample_path /proc/samples", "/proc/samples",
+                 marks=pytest.mark.skipif(not os.path.isdir("/proc"), reason="no folder that even root cannot write")),
+    pytest.param("--dataset toy --device cuda", "--device auto",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")),
+])  # fmt: skip
+def test_a_mistake_is_one_line_that_says_what_to_do(fail, words, token):
+    assert token in fail(*SMALL, *words.split())
 
 
 @pytest.mark.parametrize("option", ["sample_path", "attn_path", "model_save_path", "log_path", "cache_path"])
@@ -286,45 +263,13 @@ def trained(finished, tmp_path):
     return tmp_path / "models" / "sagan_celeb"
 
 
-def test_a_missing_checkpoint(fail):
-    assert "--pretrained_model 7" in fail(*TOY, "--pretrained_model", "7")
-
-
-def test_a_step_without_checkpoint_names_those_there(trained, fail):
-    assert ": 2" in fail(*TOY, "--pretrained_model", "7")
-
-
-def test_a_checkpoint_of_another_architecture(trained, fail):
-    assert "--z_dim 16" in fail(*TOY, "--z_dim", "8", "--pretrained_model", "latest")
-
-
-@pytest.mark.parametrize("part", ["G", "D", "state"])
-def test_a_truncated_checkpoint(trained, fail, part):
-    if part != "state":  # the state file holds the networks too
-        (trained / "2_state.pth").unlink()
-    os.truncate(trained / f"2_{part}.pth", 1000)
-    assert f"2_{part}.pth" in fail(*TOY, "--pretrained_model", "2")
-
-
-def test_a_folder_of_broken_images(fail, tmp_path):
-    (tmp_path / "data").mkdir()
-    for number in range(4):
-        (tmp_path / "data" / f"{number}.png").write_text("no image")
-    assert "4 images" in fail(*SMALL, "--dataset", "folder")
-
-
-def test_an_incomplete_checkpoint(trained, fail):
-    state = torch.load(trained / "2_state.pth", weights_only=True)
-    torch.save({key: value for key, value in state.items() if key != "ema"}, trained / "2_state.pth")
-    assert "checkpoint 2" in fail(*TOY, "--pretrained_model", "2")
-    (trained / "2_state.pth").unlink()  # which holds the networks too
-    weights = torch.load(trained / "2_G.pth", weights_only=True)
-    torch.save({key: value for key, value in weights.items() if key != "attn1.gamma"}, trained / "2_G.pth")
-    assert "attn1.gamma" in fail(*TOY, "--pretrained_model", "2")
-
-
-def test_a_name_that_is_too_long(fail):
-    assert "vvv" in fail(*TOY, "--log_path", "v" * 300)
+@pytest.mark.parametrize("words, token", [
+    ("", "--overwrite true"), ("--pretrained_model 7", ": 2"), ("--pretrained_model latest --z_dim 8", "--z_dim 16"),
+    ("--train false --pretrained_model best", "--pretrained_model best"),
+    ("--train false --metrics faces --dataset celeb", "no CelebA"),
+])  # fmt: skip
+def test_a_mistake_beside_earlier_results_is_one_line(trained, fail, words, token):
+    assert token in fail(*TOY, *words.split())
 
 
 @pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False)])
@@ -342,8 +287,23 @@ def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, star
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_new_run_overwrites_results_only_on_request(trained, fail):
-    assert "--overwrite true" in fail(*TOY)
+def test_the_weights_of_a_run_depend_on_its_seed(tmp_path):
+    weights = {}
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        (tmp_path / name).mkdir()
+        train_in(tmp_path / name, *TOY, "--seed", seed, "--total_step", "1")
+        weights[name] = torch.load(tmp_path / name / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"]
+    assert torch.equal(weights["first"], weights["again"]) and not torch.equal(weights["first"], weights["other"])
+
+
+def test_precision_and_determinism_are_those_of_the_options(tmp_path, capfd):
+    try:
+        train_in(tmp_path, *TOY, "--total_step", "1", "--precision", "bf16", "--deterministic", "true")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "on cpu in bf16" in capfd.readouterr().out
+    assert torch.load(tmp_path / "models/sagan_celeb/1_state.pth", weights_only=True)["config"]["precision"] == "bf16"
 
 
 def test_auto_starts_or_resumes(tmp_path, monkeypatch, capfd, no_report):

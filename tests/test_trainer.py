@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import D_STATS, weights_of
+from conftest import D_STATS, assert_same_inputs, inputs_of, weights_of
 from torch import nn
 
 from sagan_models import SelfAttention
@@ -10,7 +10,7 @@ from sagan_models import SelfAttention
 
 def test_d_step_updates_d_alone_and_g_step_g_alone(make_trainer):
     trainer = make_trainer()
-    real, z = trainer.loader.batch(0), torch.randn(4, 16)
+    real, z = trainer.loader.batch(0)[0], torch.randn(4, 16)
 
     def changed_by(step):
         before = {name: {key: value.clone() for key, value in network.named_parameters()}
@@ -28,7 +28,7 @@ def test_d_step_updates_d_alone_and_g_step_g_alone(make_trainer):
 
 def test_no_gradient_is_computed_that_nobody_uses(make_trainer):
     trainer = make_trainer()
-    trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16))
+    trainer.d_step(trainer.loader.batch(0)[0], torch.randn(4, 16))
     assert all(parameter.grad is None for parameter in trainer.G.parameters())
     before = [parameter.grad.clone() for parameter in trainer.D.parameters()]
     trainer.g_step(torch.randn(4, 16))
@@ -42,7 +42,7 @@ def test_the_step_equals_a_textbook_step(make_trainer, options):
     betas = options.get("beta1", 0.0), options.get("beta2", 0.9)
     d_optimizer = torch.optim.Adam(plain.D.parameters(), options.get("d_lr", 4e-4), betas)
     g_optimizer = torch.optim.Adam(plain.G.parameters(), options.get("g_lr", 1e-4), betas)
-    for real in (ours.loader.batch(0), ours.loader.batch(1)):
+    for real in (ours.loader.batch(0)[0], ours.loader.batch(1)[0]):
         z, z2 = torch.randn(2, 4, 16)
         stats = ours.d_step(real, z) | ours.g_step(z2)
 
@@ -67,62 +67,54 @@ def test_the_step_equals_a_textbook_step(make_trainer, options):
 
 
 def test_optimizers_have_the_options_rates_and_betas_also_after_resuming(make_trainer):
-    make_trainer().train()
-    for resume in ({}, {"pretrained_model": "latest", "total_step": 4}):
-        trainer = make_trainer(g_lr=1e-3, d_lr=2e-3, beta1=0.5, beta2=0.999, **resume)
+    options = dict(g_lr=1e-3, d_lr=2e-3, beta1=0.5, beta2=0.999)
+    new, saved = make_trainer(**options), make_trainer()
+    saved.train()
+    for trainer in (new, make_trainer(pretrained_model="latest", total_step=4, **options)):
         for optimizer, rate in ((trainer.g_optimizer, 1e-3), (trainer.d_optimizer, 2e-3)):
             (group,) = optimizer.param_groups
             assert group["lr"] == rate and group["betas"] == (0.5, 0.999)
 
 
-def test_networks_and_batches_have_the_memory_format_of_the_device(make_trainer, monkeypatch):
-    """Contiguous on some; the results are the same up to rounding."""
+def test_contiguous_networks_and_batches_compute_the_same(make_trainer, monkeypatch):
+    """As on MPS, and on CUDA in fp32; up to rounding."""
     stats = make_trainer().train_step()
-    for module in ("trainer", "training.monitor"):
-        monkeypatch.setattr(f"{module}.conv_memory_format", lambda device, precision: torch.contiguous_format)
-    trainer, given = make_trainer(), []
-    updates = trainer.updates
-    monkeypatch.setattr(trainer, "updates", lambda real, *inputs: given.extend(real) or updates(real, *inputs))
+    monkeypatch.setattr("utils.conv_memory_format", lambda device, precision: torch.contiguous_format)
+    trainer = make_trainer()
+    networks = (trainer.G, trainer.D, trainer.ema.network)
+    tensors = [parameter for network in networks for parameter in network.parameters()]
+    tensors += [trainer.loader.batch(0)[0], *(sample.images for sample in trainer.previews.attention())]
+    assert all(tensor.is_contiguous() for tensor in tensors)
     for name, value in trainer.train_step().items():
         assert value.item() == pytest.approx(stats[name].item(), rel=1e-4, abs=1e-6), name
-    given += [sample.images for sample in trainer.monitor.attention() if sample.name == "real"]
-    assert len(given) == 2
-    networks = (trainer.G, trainer.D, trainer.ema.network)
-    weights = [parameter for network in networks for parameter in network.parameters()]
-    assert all(tensor.is_contiguous() for tensor in (*given, *weights))
 
 
 def test_every_image_that_d_sees_is_augmented(make_trainer, monkeypatch):
     """Real, generated, and those of the penalty; with G's gradients through it."""
     trainer, seen = make_trainer(augment="color,cutout", adv_loss="wgan-gp"), []
-    zeros = lambda images, u, policy: seen.append((images, u, policy)) or images * 0.5  # noqa: E731
-    monkeypatch.setattr("trainer.augment", zeros)
+    halve = lambda images, noise, policy: seen.append((images, noise, policy)) or images * 0.5  # noqa: E731
+    monkeypatch.setattr("trainer.augment", halve)
     given = []
     trainer.D.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    real, z, u = trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 2, 7)
-    trainer.d_step(real, z, torch.ones(4, 1, 1, 1), u=u)
+    real, z, noise = trainer.loader.batch(0)[0], torch.randn(4, 16), torch.rand(4, 2, 7)
+    trainer.d_step(real, z, alpha=torch.ones(4, 1, 1, 1), aug_noise=noise)
     assert [policy for *_, policy in seen] == [["color", "cutout"]] * 2
-    assert torch.equal(seen[0][0], real) and torch.equal(seen[0][1], u[:, 0]) and torch.equal(seen[1][1], u[:, 1])
+    assert torch.equal(seen[0][0], real) and torch.equal(seen[0][1], noise[:, 0])
+    assert torch.equal(seen[1][1], noise[:, 1])
     assert torch.equal(given[0], real * 0.5) and torch.equal(given[1], seen[1][0] * 0.5)
     torch.testing.assert_close(given[2], given[0])  # the penalty's, here at the real images
-    trainer.g_step(z, u=u[:, 0])
+    trainer.g_step(z, aug_noise=noise[:, 0])
     assert torch.equal(given[3], seen[2][0] * 0.5) and seen[2][0].requires_grad
 
 
 def test_augmentation_is_drawn_last_for_each_update(make_trainer):
     """Without it, all other numbers are the same; images change, and differ from each other."""
-    found = {}
-    for name in ("none", "color,translation,cutout"):
-        trainer, found[name] = make_trainer(augment=name, n_critic=2), []
-        updates = trainer.updates
-        trainer.updates = lambda *inputs, name=name, updates=updates: found[name].append(inputs) or updates(*inputs)
-        for _ in range(2):
-            trainer.train_step()
-    for without, having in zip(*found.values(), strict=True):
-        assert all(torch.equal(*pair) for old, new in zip(without[:2], having[:2], strict=True)
-                   for pair in zip(old, new, strict=True))  # fmt: skip
-        assert without[5] == [] and [u.shape for u in having[5]] == [(4, 2, 7), (4, 2, 7), (4, 7)]
-    numbers = torch.cat([u.flatten() for *_, us in found["color,translation,cutout"] for u in us])
+    plain, augmented = (inputs_of(make_trainer(augment=name, n_critic=2), 2) for name in ("none", "color,cutout"))
+    for without, having in zip(plain, augmented, strict=True):
+        assert_same_inputs(without, having)
+        assert not any("aug_noise" in given for given in without)
+        assert [given["aug_noise"].shape for given in having] == [(4, 2, 7), (4, 2, 7), (4, 7)]
+    numbers = torch.cat([given["aug_noise"].flatten() for step in augmented for given in step])
     assert len(numbers.unique()) == len(numbers) and numbers.min() >= 0 and numbers.max() < 1
 
 
@@ -131,7 +123,7 @@ def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer)
     for layer in trainer.D.modules():
         if isinstance(layer, SelfAttention):
             nn.init.constant_(layer.gamma, 0.5)
-    stats = trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 1, 1, 1))
+    stats = trainer.d_step(trainer.loader.batch(0)[0], torch.randn(4, 16), alpha=torch.rand(4, 1, 1, 1))
     total = stats["d_loss_real"] + stats["d_loss_fake"] + 5 * stats["d_penalty"]
     assert stats["d_loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert trainer.train() == 0
@@ -142,21 +134,26 @@ def test_wgan_gp_penalty_is_part_of_the_loss_and_finite_over_steps(make_trainer)
 def test_adv_loss_chooses_the_losses(make_trainer, adv_loss):
     trainer = make_trainer(adv_loss=adv_loss)
     torch.nn.init.constant_(trainer.D.last[0].bias, 5.0)  # beyond hinge's margin
-    stats = trainer.d_step(trainer.loader.batch(0), torch.randn(4, 16), torch.rand(4, 1, 1, 1))
+    stats = trainer.d_step(trainer.loader.batch(0)[0], torch.randn(4, 16), alpha=torch.rand(4, 1, 1, 1))
     expected = -stats["d_real"].item() if adv_loss == "wgan-gp" else 0.0
     assert stats["d_loss_real"].item() == pytest.approx(expected, abs=1e-6)
     assert ("d_penalty" in stats) == (adv_loss == "wgan-gp")
 
 
-def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_trainer, monkeypatch):
-    trainer, drawn = make_trainer(adv_loss="wgan-gp", n_critic=2), []
-    stats = {"d_loss": torch.zeros(()), "g_loss": torch.zeros(())}
-    monkeypatch.setattr(trainer, "updates", lambda real, z, mix, *_: drawn.extend(mix) or stats)
-    for _ in range(100):
-        trainer.train_step()
-    mix = torch.stack(drawn)
-    assert mix.shape == (200, 4, 1, 1, 1) and len(mix.flatten().unique()) == mix.numel()
-    assert 0 <= mix.min() < 0.01 and 0.99 < mix.max() < 1 and abs(mix.mean() - 0.5) < 0.05
+def test_interpolation_coefficients_are_uniform_and_fresh_for_each_penalty(make_trainer):
+    steps = inputs_of(make_trainer(adv_loss="wgan-gp", n_critic=2), 100)
+    alpha = torch.stack([given["alpha"] for *of_D, _ in steps for given in of_D])
+    assert alpha.shape == (200, 4, 1, 1, 1) and len(alpha.flatten().unique()) == alpha.numel()
+    assert 0 <= alpha.min() < 0.01 and 0.99 < alpha.max() < 1 and abs(alpha.mean() - 0.5) < 0.05
+
+
+def test_the_first_step_of_the_ema(make_trainer):
+    """Its decay is ramped up from 0.1."""
+    trainer = make_trainer(g_lr=0.1)
+    before = [parameter.detach().clone() for parameter in trainer.G.parameters()]
+    trainer.train_step()
+    for old, new, ema in zip(before, trainer.G.parameters(), trainer.ema.network.parameters(), strict=True):
+        torch.testing.assert_close(ema, 0.1 * old + 0.9 * new)
 
 
 def test_ema_does_not_change_training(make_trainer):
@@ -176,23 +173,18 @@ def test_data_latents_and_steps_depend_on_the_seed_and_nothing_else(make_trainer
         torch.manual_seed(0)
         torch.randn(len(runs))  # the global generator must not matter
         stats = trainer.train_step()
-        runs[name] = trainer.fixed_z, trainer.loader.batch(0), stats["d_loss"]
+        runs[name] = trainer.state.fixed_z, trainer.loader.batch(0)[0], stats["d_loss"]
     for first, again, other in zip(*runs.values(), strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_n_critic_takes_a_fresh_batch_and_z_for_each_update(make_trainer, monkeypatch):
-    trainer = make_trainer(n_critic=3, total_step=2)
-    seen = []
-    original = trainer.d_step
-    monkeypatch.setattr(
-        trainer, "d_step", lambda real, z, *_: seen.append((real.clone(), z.clone())) or original(real, z)
-    )
-    trainer.train()
-    assert len(seen) == 6
-    for index, (real, _) in enumerate(seen):
-        assert torch.equal(real, trainer.loader.batch(index))
-    assert len({z.numpy().tobytes() for _, z in seen}) == 6
+def test_n_critic_takes_a_fresh_batch_and_z_for_each_update(make_trainer):
+    trainer = make_trainer(n_critic=3)
+    steps = inputs_of(trainer, 2)
+    real = [given["real"] for *of_D, _ in steps for given in of_D]
+    assert len(real) == 6
+    assert all(torch.equal(images, trainer.loader.batch(index)[0]) for index, images in enumerate(real))
+    assert len({given["z"].numpy().tobytes() for step in steps for given in step}) == 8
 
 
 @pytest.mark.parametrize("schedule, n_critic, expected", [("constant", 1, [1, 1, 1, 1, 1]),
@@ -202,7 +194,7 @@ def test_learning_rate_schedules(make_trainer, schedule, n_critic, expected):
     """20 images and batch size 4 make an epoch of 5 batches, of which a step uses n_critic."""
     trainer = make_trainer(lr_schedule=schedule, lr_decay=0.5, n_critic=n_critic, total_step=10)
     scales = []
-    for trainer.step in (0, 1, 2, 3, 9):
+    for trainer.state.step in (0, 1, 2, 3, 9):
         trainer.train_step()
         scales.append(trainer.d_optimizer.param_groups[0]["lr"] / 4e-4)
         assert trainer.g_optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * scales[-1])

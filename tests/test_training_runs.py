@@ -3,21 +3,58 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import D_STATS, assert_same_weights, build_trainer, log, metrics_of, weights_of
+from conftest import D_STATS, assert_same_weights, build_trainer, log, metrics_of, wait_until, weights_of
 from PIL import Image
 
+import main
 import tester
 from errors import UserError
-from metrics.evaluation import compute_metrics
+from metrics.scores import compute_metrics
 from training import checkpoint
+from training.guards import NonFiniteError
 from training.resuming import load_test_checkpoint
 from utils import files_by_step
+
+PAPER = dict(model="paper", imsize=64, batch_size=2, g_num=2)
+RESUMED = {
+    "hinge": {},
+    "wgan-gp": dict(adv_loss="wgan-gp", n_critic=2),
+    "linear": dict(hflip=True, lr_schedule="linear"),
+    "wide": dict(imsize=64, g_conv_dim=16),
+    "augment": dict(augment="color,translation,cutout"),
+    "no attention": dict(attention="none"),
+    "bf16": dict(precision="bf16"),
+    "paper": PAPER,
+    "classes": PAPER | dict(adv_loss="wgan-gp", conditional=True, n_critic=2),
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, options):
+    """Bit for bit: weights, EMA, fixed z, optimizers, samples and the log."""
+    options = dict(total_step=4, log_step=1, sample_step=4) | options
+    whole = make_trainer(version="whole", **options)
+    whole.train()
+    first = options | ({} if "lr_schedule" in options else {"total_step": 2})  # its rates depend on total_step
+    make_trainer(version="parts", model_save_step=0.2, keep_checkpoints=0, **first).train()
+    resumed = make_trainer(version="parts", pretrained_model="2", overwrite=True, **options)
+    assert resumed.step == 2
+    resumed.train()
+    assert_same_weights(whole, resumed)
+    assert torch.equal(whole.state.fixed_z, resumed.state.fixed_z)
+    for name in ("g_optimizer", "d_optimizer"):
+        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, resumed)]
+        for index, state in states[0].items():
+            assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
+    for kind in ("fake", "ema"):
+        samples = [trainer.config.sample_folder / f"4_{kind}.png" for trainer in (whole, resumed)]
+        assert samples[0].read_bytes() == samples[1].read_bytes()
+    assert metrics_of(whole) == metrics_of(resumed)
 
 
 def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer):
@@ -40,38 +77,19 @@ def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer
     assert_same_weights(*resumed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(adv_loss="hinge"), dict(adv_loss="wgan-gp", conditional=True, n_critic=2)])
-def test_the_papers_networks_resume_exactly(make_trainer, options):
-    options |= dict(model="paper", imsize=64, batch_size=2, g_num=2)
-    whole = make_trainer(**options, version="whole", total_step=4)
-    whole.train()
-    make_trainer(**options, version="parts", total_step=2).train()
-    resumed = make_trainer(**options, version="parts", total_step=4, pretrained_model="latest")
-    resumed.train()
-    assert_same_weights(whole, resumed)
-
-
-@pytest.mark.parametrize("options", [{}, dict(model="paper", imsize=64, adv_loss="wgan-gp")])
-def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config, capsys, options):
-    options |= dict(attention="none", log_step=1)
-    whole = make_trainer(version="whole", total_step=2, **options)
-    whole.train()
-    config = whole.config
+def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config, capsys):
+    trainer = make_trainer(attention="none", total_step=1, log_step=1)
+    trainer.train()
+    config = trainer.config
     assert [path.name for path in config.attn_folder.iterdir() if path.name != ".lock"] == []
     out = capsys.readouterr()
     assert "explorer" not in out.out and "gamma" not in out.err
-    assert not any(name.startswith("gamma") for line in metrics_of(whole) for name in line)
-    make_trainer(version="parts", total_step=1, **options).train()
-    resumed = make_trainer(version="parts", total_step=2, pretrained_model="latest", **options)
-    resumed.train()
-    assert_same_weights(whole, resumed)
+    assert not any(name.startswith("gamma") for line in metrics_of(trainer) for name in line)
     with pytest.raises(UserError, match=r"--attention none \(not full\)"):
-        make_trainer(version="parts", pretrained_model="latest", **(options | dict(attention="full")))
-    saved, tested = load_test_checkpoint(make_config(version="whole"), {"version"})
-    assert tested.attention == "none"
-    tester.Tester(tested, whole.loader, saved).test()
-    results = {path.name for path in (config.sample_folder / "test_2").iterdir()}
+        make_trainer(pretrained_model="latest")
+    saved, tested = load_test_checkpoint(make_config(), set())
+    tester.Tester(tested, trainer.loader, saved, trainer.device).test()
+    results = {path.name for path in config.test_folder(1).iterdir()}
     assert {"grid.png", "playground.html"} <= results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
 
 
@@ -80,7 +98,7 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
     """A D that has learned the training images alone has other logits on the held-out ones."""
     trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
     before = weights_of(trainer)
-    means = trainer.monitor.holdout_logits(trainer.step)
+    means = trainer.previews.scalars(trainer.step)
     assert all(torch.equal(value, before[key]) for key, value in weights_of(trainer).items())  # spectral norm's too
     trainer.D.eval()
     held_out = trainer.loader.held_out(0, 4)
@@ -98,10 +116,8 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
 @pytest.mark.parametrize("loss, checked", [("hinge", [2, 4, 5]), ("wgan-gp", [])])
 def test_r_is_watched_where_logits_have_a_zero(make_trainer, monkeypatch, loss, checked):
     seen = []
-    monkeypatch.setattr(
-        "trainer.OverfittingCheck",
-        lambda *options: SimpleNamespace(add=lambda step, r: seen.append((options, step, r))),
-    )
+    watch = lambda *options: SimpleNamespace(add=lambda step, r: seen.append((options, step, r)))  # noqa: E731
+    monkeypatch.setattr("training.recorder.OverfittingCheck", watch)
     trainer = make_trainer(adv_loss=loss, total_step=5, log_step=2, n_critic=2, augment="cutout")  # 5 batches an epoch
     trainer.train()
     logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
@@ -115,34 +131,6 @@ def test_augmented_images_are_shown_at_the_start(make_trainer):
     assert real.size == augmented.size and real.tobytes() != augmented.tobytes()
     make_trainer(total_step=1, overwrite=True).train()
     assert not (trainer.config.sample_folder / "augmented.png").exists()
-
-
-@pytest.mark.parametrize("options", [{}, dict(adv_loss="wgan-gp", n_critic=2), dict(hflip=True, lr_schedule="linear"),
-                                     dict(imsize=64, g_conv_dim=16),
-                                     dict(augment="color,translation,cutout")])  # fmt: skip
-def test_three_steps_resumed_to_six_equal_six_steps(make_trainer, options):
-    """Bit for bit: weights, EMA, optimizers, samples and the log."""
-    whole = make_trainer(version="whole", total_step=6, log_step=1, sample_step=6, **options)
-    whole.train()
-    schedule = {"total_step": 6} if "lr_schedule" in options else {"total_step": 3}
-    first = make_trainer(version="parts", log_step=1, sample_step=6, model_save_step=0.2, keep_checkpoints=0,
-                         **schedule, **options)  # fmt: skip
-    first.train()
-    resumed = make_trainer(version="parts", total_step=6, log_step=1, sample_step=6, pretrained_model="3",
-                           overwrite=True, **options)  # fmt: skip
-    assert resumed.step == 3
-    resumed.train()
-
-    assert_same_weights(whole, resumed)
-    assert torch.equal(whole.fixed_z, resumed.fixed_z)
-    for name in ("g_optimizer", "d_optimizer"):
-        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, resumed)]
-        for index, state in states[0].items():
-            assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
-    for kind in ("fake", "ema"):
-        samples = [trainer.config.sample_folder / f"6_{kind}.png" for trainer in (whole, resumed)]
-        assert samples[0].read_bytes() == samples[1].read_bytes()
-    assert metrics_of(whole) == metrics_of(resumed)
 
 
 def test_a_run_writes_all_its_files(make_trainer):
@@ -230,11 +218,12 @@ def test_resuming_a_finished_run_takes_no_step(make_trainer):
     assert all(torch.equal(value, before[key]) for key, value in weights_of(resumed).items())
 
 
-def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer):
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer, batch_size):
     first = make_trainer()
     first.train()
-    resumed = make_trainer(pretrained_model="latest", batch_size=8, total_step=4, sample_step=4)
-    assert torch.equal(resumed.fixed_z, first.fixed_z)
+    resumed = make_trainer(pretrained_model="latest", batch_size=batch_size, g_num=2, total_step=4, sample_step=4)
+    assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     resumed.train()
     samples = [Image.open(first.config.sample_folder / f"{step}_ema.png").size for step in (3, 4)]
     assert samples[0] == samples[1]
@@ -248,10 +237,15 @@ def test_save_minutes_saves_by_the_clock(make_trainer):
     assert left == {"4_state.pth", "5_state.pth", "5_G.pth", "5_D.pth"}
 
 
-def test_checkpoints_of_a_small_dataset_are_at_least_min_save_step_apart(make_trainer):
-    trainer = make_trainer(total_step=7, model_save_step=0.2, min_save_step=3, keep_checkpoints=0)
+@pytest.mark.parametrize("options, saved", [
+    (dict(model_save_step=0.2, min_save_step=3), [3, 6, 7]),
+    (dict(model_save_step=2.0, n_critic=2), [5, 7]),  # 20 images are 5 batches, of which a step takes n_critic
+    (dict(model_save_step=1.0), [5, 7]),
+])  # fmt: skip
+def test_steps_of_checkpoints(make_trainer, options, saved):
+    trainer = make_trainer(total_step=7, keep_checkpoints=0, **options)
     trainer.train()
-    assert checkpoint.list_steps(trainer.config.model_folder) == [7, 6, 3]
+    assert list(files_by_step(trainer.config.model_folder, "state.pth")) == saved
 
 
 def test_old_results_are_thinned_as_the_options_say(make_trainer):
@@ -262,13 +256,6 @@ def test_old_results_are_thinned_as_the_options_say(make_trainer):
     assert list(files_by_step(trainer.config.model_folder, "G.pth")) == [*range(1, 10)]
     assert list(files_by_step(trainer.config.sample_folder, "ema.png")) == [4, 8, 9]
     assert list(files_by_step(trainer.config.attn_folder, "G_attn1.png")) == [4, 8, 9]
-
-
-def test_model_save_step_counts_epochs_of_the_data(make_trainer):
-    """20 images and batch size 4 make an epoch of 5 batches, of which a step uses n_critic."""
-    trainer = make_trainer(n_critic=2, model_save_step=2.0, total_step=7)
-    trainer.train()
-    assert {path.name for path in trainer.config.model_folder.glob("*_state.pth")} == {"5_state.pth", "7_state.pth"}
 
 
 def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
@@ -284,7 +271,7 @@ def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
         return stats
 
     monkeypatch.setattr(trainer, "train_step", spoil)
-    with pytest.raises(UserError, match="--pretrained_model 4"):
+    with pytest.raises(NonFiniteError):
         trainer.train()
     assert checkpoint.list_steps(first.config.model_folder)[0] == 4
 
@@ -304,16 +291,9 @@ def test_resuming_a_checkpoint_of_another_version_lists_the_changed_options(make
     )
 
 
-def test_bf16_resumes_bit_for_bit_and_stays_near_fp32(make_trainer):
-    exact = make_trainer(version="fp32")
-    whole = make_trainer(version="whole", total_step=4, precision="bf16")
-    losses = [exact.train_step()["d_loss"].item(), whole.train_step()["d_loss"].item()]
+def test_bf16_stays_near_fp32(make_trainer):
+    losses = [make_trainer(precision=name).train_step()["d_loss"].item() for name in ("fp32", "bf16")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
-    whole.train()
-    make_trainer(version="parts", total_step=2, precision="bf16").train()
-    resumed = make_trainer(version="parts", total_step=4, precision="bf16", pretrained_model="latest")
-    resumed.train()
-    assert_same_weights(whole, resumed)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")
@@ -341,16 +321,16 @@ def evaluations(monkeypatch, *scores):
     """Let the metrics of a run be these dicts, or raise these errors, one after the other."""
     scores = iter(scores)
 
-    def compute_metrics(config, G, z, *_):
-        assert not G.training and z.shape == (config.metric_num, config.z_dim)
-        G(z[:4])
+    def compute_metrics(config, G, *_):
+        assert not G.training
+        G(torch.randn(4, config.z_dim))
         score = next(scores)
         if isinstance(score, UserError):
             raise score
         return score
 
     monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
-    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
+    monkeypatch.setattr("metrics.scores.check_metrics", lambda *_: None)
 
 
 def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
@@ -383,6 +363,7 @@ def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, mon
     assert best_after(6.0, use_ema=False) == 8
     assert best_after(7.0, metrics="fid") == 9
     assert best_after(8.0, toy_num=99) == 10
+    assert best_after(float("nan")) == 10
     evaluations(monkeypatch)
     make_trainer(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True}).train()
 
@@ -392,35 +373,36 @@ def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch)
     options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4, model_save_step=0.4)
 
     def stopped(config, *arguments):
-        wait_for(config.model_folder / "2_state.pth")
+        wait_until((config.model_folder / "2_state.pth").exists)
         signal.raise_signal(signal.SIGTERM)
         return compute_metrics(config, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr("trainer.compute_metrics", stopped)
-        assert make_trainer(**options).train() == 128 + signal.SIGTERM
+        assert make_trainer(**options).train() == signal.SIGTERM
     trainer = make_trainer(pretrained_model="latest", **options)
     folder, train_step = trainer.config.log_folder, trainer.train_step
     assert not log(folder, "hog")
 
     def out_of_memory():
-        wait_for(trainer.config.model_folder / "3_state.pth")
+        wait_until((trainer.config.model_folder / "3_state.pth").exists)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(trainer, "train_step", lambda: train_step() | {"signal": signal.raise_signal(signal.SIGTERM)})
-    monkeypatch.setattr(trainer.monitor, "attention", out_of_memory)
+    monkeypatch.setattr(trainer.previews, "attention", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     make_trainer(pretrained_model="latest", **options).train()
     assert [entry["step"] for entry in log(folder, "hog")] == [2, 4]
 
 
-def wait_for(path):
-    """Wait until a background thread has written a file."""
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} was not saved first"
-        time.sleep(0.01)
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume_from(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer()
+    real_images = trainer.previews.real_images
+    monkeypatch.setattr(trainer.previews, "real_images", lambda: signal.raise_signal(signal.SIGTERM) or real_images())
+    main.print_outcome(trainer.config, 0, trainer.train())
+    assert capsys.readouterr().out.splitlines()[-1] == "SIGTERM before the first step"
+    make_trainer().train()
 
 
 def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
@@ -442,17 +424,16 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_metrics_during_training_are_of_the_ema_generator_unless_switched_off(make_trainer, monkeypatch, use_ema):
     measured = []
-    monkeypatch.setattr("trainer.compute_metrics", lambda _, G, z, *__: measured.append((G, len(z))) or {"fid": 1.0})
-    monkeypatch.setattr("trainer.check_metrics", lambda *_: None)
-    trainer = make_trainer(metrics="fid", metric_num=11, use_ema=use_ema)
+    monkeypatch.setattr("trainer.compute_metrics", lambda config, G, *_: measured.append((config, G)) or {"hog": 1.0})
+    trainer = make_trainer(metrics="hog", metric_num=11, use_ema=use_ema)
     trainer.train()
-    assert measured == [(trainer.ema.network if use_ema else trainer.G, 11)]
+    assert measured == [(trainer.config, trainer.ema.network if use_ema else trainer.G)]
 
 
 def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):
     trainer = build_trainer(make_config(version="named"))
     config = trainer.config
-    trainer.train()
+    main.print_outcome(config, 3, trainer.train())
     lines = capsys.readouterr().out.splitlines()
     paths = [
         config.log_folder / "report.html",

@@ -1,7 +1,6 @@
 import mmap
 import os
 import platform
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError, stop_signals, warn_once
+from errors import UserError, warn_once
 from sagan_models import Generator
 from utils import (
-    EMA,
-    StopSignals,
     check_writable,
     conv_memory_format,
     derive_seed,
@@ -22,9 +19,9 @@ from utils import (
     files_by_step,
     memory_mib,
     no_param_grads,
-    resolve_device,
-    resolve_precision,
-    set_learning_rate,
+    set_backends,
+    setup_device,
+    write_atomically,
 )
 
 
@@ -52,7 +49,7 @@ def machine(monkeypatch):
 ])  # fmt: skip
 def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
     machine(**devices)
-    assert resolve_device(name, local_rank) == torch.device(expected)
+    assert setup_device(name, local_rank) == torch.device(expected)
     assert not capsys.readouterr().err
 
 
@@ -63,14 +60,14 @@ def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
 def test_an_unavailable_device_is_a_user_error(machine, devices, name, local_rank):
     machine(**devices)
     with pytest.raises(UserError, match="--device"):
-        resolve_device(name, local_rank)
+        setup_device(name, local_rank)
 
 
 def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
     machine(mps=True)
     warn_once.cache_clear()
     for _ in range(2):  # `main` and `Trainer`
-        assert resolve_device("mps").type == "mps"
+        assert setup_device("mps").type == "mps"
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -81,7 +78,7 @@ def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
 ])  # fmt: skip
 def test_resolved_precision(machine, name, device, capability, expected):
     machine(gpus=1, capability=capability)
-    assert resolve_precision(name, torch.device(device)) == expected
+    assert set_backends(torch.device(device), name, deterministic=False) == expected
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
 
 
@@ -99,7 +96,7 @@ def test_memory_format_of_convolutions(device, precision, expected):
 def test_precision_without_tensor_cores_is_a_user_error(machine, name, device):
     machine(gpus=1, capability=(7, 5))
     with pytest.raises(UserError, match=f"--precision {name}"):
-        resolve_precision(name, torch.device(device))
+        set_backends(torch.device(device), name, deterministic=False)
 
 
 def test_check_writable_creates_nothing(tmp_path):
@@ -110,6 +107,41 @@ def test_check_writable_creates_nothing(tmp_path):
         check_writable(tmp_path / "file" / "below")
 
 
+def test_deterministic_and_cudnns_search_are_set(monkeypatch):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        set_backends(torch.device("cpu"), "fp32", deterministic=False)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic and not torch.backends.cudnn.benchmark
+        set_backends(torch.device("cpu"), "fp32", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
+def test_files_are_written_all_or_none_and_flushed_before_they_are_renamed(tmp_path, monkeypatch, failing):
+    paths, calls = [tmp_path / "a", tmp_path / "b"], []
+    for path in paths:
+        path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            function = getattr(os, name)
+            patch.setattr(os, name, lambda *given, name=name, function=function: calls.append(name) or function(*given))
+        write_atomically({path: b"new" for path in paths})
+    assert [path.read_bytes() for path in paths] == [b"new"] * 2
+    assert "".join(name[0] for name in calls) in ("ffrrf", "ffrr")  # the folder is flushed on POSIX
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, fail)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically({path: b"newer" for path in paths})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"new"}
+
+
 def test_seeds_are_distinct_and_stable():
     seeds = {derive_seed(seed, stream, step) for seed in range(10) for stream in range(2) for step in range(100)}
     assert len(seeds) == 2000
@@ -117,25 +149,13 @@ def test_seeds_are_distinct_and_stable():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
-def test_the_learning_rate_of_all_groups_is_set(rate):
-    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    optimizer = torch.optim.Adam([{"params": [a]}, {"params": [b]}], lr=rate, foreach=False)
-    before = [group["lr"] for group in optimizer.param_groups]
-    set_learning_rate(optimizer, 0.5)
-    after = [group["lr"] for group in optimizer.param_groups]
-    assert [float(lr) for lr in after] == [0.5, 0.5]
-    if isinstance(rate, torch.Tensor):  # in place
-        assert all(new is old for new, old in zip(after, before, strict=True))
-
-
 def test_eval_mode_restores_training_mode_after_an_error():
-    G = Generator(32, 16, 8)
-    with pytest.raises(RuntimeError), eval_mode(G):
+    G, always = Generator(32, 16, 8), Generator(32, 16, 8).eval()
+    with pytest.raises(RuntimeError), eval_mode(G, always):
         assert not G.training
         assert not torch.is_grad_enabled()
         raise RuntimeError
-    assert G.training
+    assert G.training and not always.training
     assert torch.is_grad_enabled()
 
 
@@ -146,48 +166,6 @@ def test_no_param_grads_lets_input_gradients_through():
     assert x.grad is not None
     assert network.weight.grad is None
     assert network.weight.requires_grad
-
-
-def test_ema_is_the_weighted_average_with_a_ramp():
-    torch.manual_seed(0)
-    G = Generator(32, 16, 8)
-    ema = EMA(G, decay=0.5)
-    expected = {key: value.clone() for key, value in G.state_dict().items()}
-    for step in range(20):
-        with torch.no_grad():
-            for parameter in G.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        G(torch.randn(4, 16))
-        ema.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        for key, value in G.state_dict().items():
-            copied = key.endswith(("_u", "_v", "num_batches_tracked"))
-            expected[key] = value.clone() if copied else decay * expected[key] + (1 - decay) * value
-    for key, value in ema.network.state_dict().items():
-        torch.testing.assert_close(value, expected[key])
-
-
-def test_ema_does_not_change_the_source():
-    G = Generator(32, 16, 8)
-    ema = EMA(G, 0.9)
-    assert not any(parameter.requires_grad for parameter in ema.network.parameters())
-    with torch.no_grad():
-        G.last[0].bias.add_(1)
-    before = {key: value.clone() for key, value in G.state_dict().items()}
-    ema.update(0)
-    assert all(torch.equal(before[key], value) for key, value in G.state_dict().items())
-
-
-@pytest.mark.parametrize("number", stop_signals())
-def test_the_first_signal_is_received_and_the_second_exits(number):
-    previous = signal.getsignal(number)
-    with StopSignals() as stop:
-        assert stop.received == 0
-        os.kill(os.getpid(), number)
-        assert stop.received == number
-        with pytest.raises(SystemExit, match=str(128 + number)):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == previous
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is not measured on Windows")

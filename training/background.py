@@ -22,9 +22,6 @@ class Background:
     On CUDA the thread has a stream of its own, so that a job waits for the GPU up to where it was submitted, and not
     for the training steps queued since. On MPS, `submit` moves tensors to the CPU: operations on MPS in two threads
     abort the process.
-
-    Args:
-        device: of the tensors among the arguments of jobs.
     """
 
     def __init__(self, device: torch.device, capacity: int = 8):
@@ -35,18 +32,17 @@ class Background:
         self._pending: deque[Future] = deque()
 
     def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Queue a job."""
+        """Queue a job; the tensors among its arguments, also those inside of containers, are on `device`."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self.capacity):
             self._pending.popleft().result()
         if self.device.type == "mps":
             arguments = tree_map_only(Tensor, Tensor.cpu, arguments)
         if self._stream:
             arguments = (torch.cuda.current_stream(self.device).record_event(), job, *arguments)
-            job = self._run_after
+            job = self._run_on_stream
         self._pending.append(self._thread.submit(job, *arguments))
 
-    def _run_after(self, submitted: torch.cuda.Event, job: Callable[..., None], *arguments: Any) -> None:
-        """Run a job on the thread's stream when the GPU has reached an event."""
+    def _run_on_stream(self, submitted: torch.cuda.Event, job: Callable[..., None], *arguments: Any) -> None:
         self._stream.wait_event(submitted)
         job(*arguments)
         self._stream.synchronize()  # before the arguments are freed: their memory is reused on the stream of the loop

@@ -5,18 +5,17 @@ A checkpoint is one file, `{step}_state.pth`: G, D and all else that the next st
 A checkpoint that is only for resuming has no exports, and is removed when it is no longer one of the newest.
 
 Crash safety: all three files are written under temporary names and flushed to the disk, so that a full disk changes
-nothing. Then the state file is renamed, and the exports after it. A process killed before the first rename leaves the
-earlier checkpoints as they were; one killed after it leaves a complete checkpoint whose exports are missing, or are
-those of an earlier save of the same step. In the other order it could leave exports without a state file, which look
-like weights saved by the reference.
+nothing, then renamed, the state file first. A process killed between two renames leaves a complete checkpoint whose
+exports are missing, or are those of an earlier save of the same step. In the other order it could leave exports without
+a state file, which look like weights saved by the reference.
 """
 
 import io
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from datasets.labels import join_names
-from errors import UserError, warn
-from parameter import option_text
-from training.models import MODELS
-from training.weights import one_line, read_dict, read_export, strip_dataparallel_prefix
-from utils import files_by_step, flush_to_disk
+from errors import UserError, one_line, warn
+from utils import files_by_step, write_atomically
 
-PARTS = ("state", "G", "D")  # in the order in which the files are renamed
+EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of generator.safetensors
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 
 
@@ -51,38 +46,28 @@ class Checkpoint:
     metadata: dict[str, str] | None = None
 
 
-def save(
-    folder: Path,
-    name: Name,
-    state: Mapping[str, Any],
-    *,
-    export: bool = True,
-    keep_checkpoints: int = 0,
-) -> None:
-    """Write a checkpoint, and its exports on request, then remove old ones.
+def save(folder: Path, name: Name, state: Mapping[str, Any], *, export: bool = True, keep_checkpoints: int = 0) -> None:
+    """Write a checkpoint, then remove old ones.
 
     All but the newest `keep_checkpoints` lose their state file and keep their exports; 0 keeps all. The state file also
     stays where a kill cost a checkpoint its exports, and where the checkpoint is of a later step or the best one.
 
     Args:
-        folder: where the checkpoints are; created if it is missing.
+        folder: created if it is missing.
         name: the step, or "best", which replaces the best checkpoint so far.
-        state: what the next step depends on. "G" and "D" are the state dicts to export, "step" names the step.
+        state: what the next step depends on, with the "step" and the state dicts to export, "G" and "D".
         export: write the exports; False for a checkpoint that is only for resuming.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written. Earlier checkpoints are intact.
     """
     state = tree_map_only(Tensor, Tensor.cpu, {**state})  # so that the files load on machines without a GPU
-    contents = {"state": state | {"exported": export}} | ({part: state[part] for part in ("G", "D")} if export else {})
-    temporary = {part: _path(folder, name, part).with_suffix(".tmp") for part in contents}
+    contents = {"state": state | {"exported": export}}  # renamed first
+    if export:
+        contents |= {"G": state["G"], "D": state["D"]}
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
-        for part, content in contents.items():
-            _write(temporary[part], content)
-        for part in contents:
-            os.replace(temporary[part], _path(folder, name, part))
-        _sync_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically({_path(folder, name, part): _to_bytes(content) for part, content in contents.items()})
         if name != "best":
             _prune(folder, name, keep_checkpoints)
     except OSError as error:
@@ -90,16 +75,12 @@ def save(
             f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Earlier checkpoints are intact: "
             "free space or permit writing, then resume with --pretrained_model latest"
         ) from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoint:
     """Read a checkpoint to the CPU, with `weights_only=True`: code inside the files does not run.
 
     Args:
-        folder: where the checkpoints are.
         wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged, the best one if that is
             all there is; or the path of a `*_state.pth`, of a `*_G.pth` with its `*_D.pth` beside it, or of an export.
         needs_D: do not return a generator alone.
@@ -120,79 +101,15 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
 
 
 def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
-    """Return the steps of the checkpoints in a folder in the order in which "latest" tries them.
-
-    Those with a state file come first, then those with weights only, each newest first.
-    """
+    """Return the steps in the order of "latest": those with a state file, then those with weights; newest first."""
     full, weights = _full_and_weights(folder, needs_D)
     return full + [step for step in weights if step not in full]
-
-
-def saved_architecture(checkpoint: Checkpoint) -> dict[str, int | str | bool]:
-    """Return the options that decide the shapes of a checkpoint's networks; without D, all but d_conv_dim.
-
-    Raises:
-        UserError: these are none of `MODELS`.
-    """
-    sizes = _saved_sizes(checkpoint)
-    attention = "full" if sizes.pop("has_attention") else "none"
-    return {"conditional": sizes.pop("num_classes") > 0, "attention": attention, **sizes}
-
-
-def saved_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of a checkpoint's classes, of weights without a state file "0", "1", ...; () if it has none."""
-    if checkpoint.metadata:
-        return tuple(json.loads(checkpoint.metadata["classes"]))
-    count = _saved_sizes(checkpoint)["num_classes"]
-    names = checkpoint.state.get("classes") if checkpoint.state else None
-    return tuple(names or map(str, range(count)))
-
-
-def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
-    """Raise `UserError` that says which if the classes of the training images are not those of a checkpoint."""
-    saved = saved_classes(checkpoint)
-    if not (checkpoint.state or checkpoint.metadata) and len(saved) == len(classes):  # their names are not known
-        return
-    ours, theirs = ([name for name in one if name not in other] for one, other in ((classes, saved), (saved, classes)))
-    only = [f"only the checkpoint has {join_names(theirs)}"] if theirs else []
-    only += [f"only the images have {join_names(ours)}"] if ours else []
-    if only:
-        raise UserError(f"checkpoint {checkpoint.step} is of other classes than the images: {'; '.join(only)}")
-    if saved != tuple(classes):  # such as those of toy and of folders with their names
-        raise UserError(f"checkpoint {checkpoint.step} has the classes in another order: {join_names(saved)}")
-
-
-def _saved_sizes(checkpoint: Checkpoint) -> dict[str, int | str]:
-    if checkpoint.metadata:
-        names = {"imsize": "image_size", "z_dim": "z_dim", "g_conv_dim": "conv_dim", "num_classes": "num_classes"}
-        sizes = {option: int(checkpoint.metadata[name]) for option, name in names.items()}
-        return {
-            "model": checkpoint.metadata["model"],
-            "has_attention": checkpoint.metadata["attention"] == "full",
-        } | sizes
-    for name, model in MODELS.items():
-        with suppress(KeyError, AttributeError, IndexError):  # it is not of this model
-            D_sizes = model.D_sizes(checkpoint.D) if checkpoint.D is not None else {}
-            return {"model": name, **D_sizes, **model.G_sizes(checkpoint.G)}
-    raise UserError(f"checkpoint {checkpoint.step} does not contain the networks of any --model")
-
-
-def check_architecture(checkpoint: Checkpoint, expected: Mapping[str, int | str | bool]) -> None:
-    """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
-    saved = saved_architecture(checkpoint)
-    different = [
-        f"--{name} {option_text(saved[name])} (not {option_text(expected[name])})"
-        for name in saved
-        if name in expected and saved[name] != expected[name]
-    ]
-    if different:
-        raise UserError(f"checkpoint {checkpoint.step} is of another architecture: it needs {', '.join(different)}")
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of a process killed while it saved. No other may be writing to the folder."""
     for path in folder.iterdir():
-        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.tmp", path.name):
+        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.pth\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -216,17 +133,58 @@ def path_of(folder: Path, name: Name | str) -> Path:
     return state if state.exists() else _path(folder, name, "G")
 
 
-def peek(path: Path) -> dict[str, Any]:
-    """Return the content of a state file without reading its tensors; {} if it is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # as in `_read`
-        return {}
-
-
 def peek_best(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's best checkpoint; see `peek`."""
-    return peek(_path(folder, "best", "state"))
+    """Return the state of the best checkpoint without reading its tensors; {} if it is missing or damaged."""
+    return _peek(_path(folder, "best", "state"))
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    """Return the dict that a file of torch.save contains, on the CPU, read with `weights_only=True`.
+
+    Raises:
+        ValueError: the file is missing, damaged or contains something else; the message is one line.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums in its own zip files
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"wrong checksum of {broken}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it contains a {type(content).__name__}, not a dict")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}") from error
+    except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
+        # torch's messages are long, and advise to switch off `weights_only`.
+        reason = str(error) if isinstance(error, (OSError, TypeError, ValueError)) else "torch cannot read it"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(reason.split())})") from error
+    return content
+
+
+def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the weights and the metadata of a generator.safetensors, see `exporting.model_card`.
+
+    Raises:
+        ValueError: the file is missing, damaged or not an export of this program; the message is one line.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
+        if (metadata.get("content"), metadata.get("content_version")) != (EXPORT_CONTENT, EXPORT_VERSION):
+            raise ValueError(f"its metadata does not say {EXPORT_CONTENT}, version {EXPORT_VERSION}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
+    return weights, metadata
+
+
+def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the "module." that the reference's `--parallel` puts before every key."""
+    is_prefixed = all(key.startswith("module.") for key in weights)
+    return {key.removeprefix("module."): value for key, value in weights.items()} if is_prefixed else weights
 
 
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
@@ -236,8 +194,7 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
             raise UserError(f"--pretrained_model best: none in {folder}; --metrics fid, kid or hog saves one")
         return ["best"]
     steps = list_steps(folder, needs_D=needs_D)
-    found = steps if wanted == "latest" else [step for step in steps if step == int(wanted)]
-    if found:
+    if found := steps if wanted == "latest" else [step for step in steps if step == int(wanted)]:
         return found
     if wanted == "latest" and has_any(folder):
         return ["best"]
@@ -251,37 +208,28 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
 
 
 def _load_file(path: Path, needs_D: bool) -> Checkpoint:
-    """Read a state file, or weights, whose step is the number in their name, 0 if there is none."""
+    """Read a state file, an export, or weights, whose step is the number in their name, 0 if there is none."""
     name, _, ending = path.name.rpartition("_")
     if not path.exists():
         raise UserError(f"--pretrained_model: there is no {path}")
-    if ending == "state.pth":
-        state = _read(path)
-        with reraise_load_errors(name):
-            return Checkpoint(state["step"], state["G"], state["D"], state)
     if path.suffix == ".safetensors":
         if needs_D:
             raise UserError(f"--pretrained_model {path}: an export has no discriminator; only --train false takes it")
-        return _load_export(path)
+        weights, metadata = _read(read_export, path)
+        return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
+    if ending == "state.pth":
+        state = _read(read_dict, path)
+        with reraise_load_errors(name):
+            return Checkpoint(state["step"], state["G"], state["D"], state)
     if ending != "G.pth":
         raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth, _G.pth or .safetensors")
     D_path = path.with_name(f"{name}_D.pth")
     if needs_D and not D_path.exists():
         raise UserError(f"--pretrained_model {path}: {D_path} is missing; only --train false can do without")
-    D = _read(D_path) if D_path.exists() else None
+    G, D = _read(read_dict, path), _read(read_dict, D_path) if D_path.exists() else None
     with reraise_load_errors(name):
-        G = strip_dataparallel_prefix(_read(path))
-        return Checkpoint(int(name) if name.isdecimal() else 0, G, strip_dataparallel_prefix(D) if D else None, None)
-
-
-def _load_export(path: Path) -> Checkpoint:
-    try:
-        weights, metadata = read_export(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
-    return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
+        G, D = strip_dataparallel_prefix(G), strip_dataparallel_prefix(D) if D else None
+    return Checkpoint(int(name) if name.isdecimal() else 0, G, D, None)
 
 
 def _path(folder: Path, name: Name | str, part: str) -> Path:
@@ -290,42 +238,36 @@ def _path(folder: Path, name: Name | str, part: str) -> Path:
 
 def _full_and_weights(folder: Path, needs_D: bool = True) -> tuple[list[int], list[int]]:
     """Return the steps with a state file, and those with exported weights, each newest first."""
-    state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in PARTS)
+    state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in ("state", "G", "D"))
     return sorted(state, reverse=True), sorted(G & D if needs_D else G, reverse=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the dict that a file contains; `UserError` if it is damaged."""
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    """Return what `read_dict` or `read_export` does; `UserError` if it cannot."""
     try:
-        return read_dict(path)
+        return read(path)
     except ValueError as error:
         raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file and flush it to the disk."""
+def _peek(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `read_dict`
+        return {}
+
+
+def _to_bytes(content: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()  # torch.save to a file would turn a full disk's OSError into a RuntimeError
     torch.save(dict(content), buffer)
-    with open(path, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        flush_to_disk(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk: a power failure could undo a rename otherwise."""
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            flush_to_disk(descriptor)
-        finally:
-            os.close(descriptor)
+    return buffer.getbuffer()
 
 
 def _prune(folder: Path, newest: int, keep_checkpoints: int) -> None:
     """Remove old state files up to step `newest`, see `save`."""
-    full, weights = ([step for step in steps if step <= newest] for steps in _full_and_weights(folder))
-    kept = full[: keep_checkpoints or None]
-    for step in set(full) - set(kept):
-        if step in weights or not peek(_path(folder, step, "state")).get("exported", True):
+    full, weights = _full_and_weights(folder)
+    for step in [step for step in full if step <= newest][keep_checkpoints or len(full) :]:
+        if step in weights or not _peek(_path(folder, step, "state")).get("exported", True):
             _path(folder, step, "state").unlink()

@@ -5,36 +5,33 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from errors import UserError
+from errors import UserError, one_line
 
 WARM_UP = 3  # eager steps before the capture, in which libraries do their lazy initialization; they count as steps
 
-Inputs = Sequence[Sequence[Tensor]]  # real batches, latents, mixing coefficients, labels
+Inputs = Sequence[dict[str, Tensor]]  # of each update
 
 
 def can_capture(device: torch.device, cuda_graph: str, world_size: int) -> bool:
     """Return whether to capture the step; print the reason where `--cuda_graph auto` falls back to eager.
 
-    Args:
-        cuda_graph: the option: auto, true or false.
-        world_size: number of ranks; an all-reduce of gradients is not captured.
+    The all-reduce of gradients between ranks is not captured.
 
     Raises:
         UserError: `--cuda_graph true` on several ranks, or without an NVIDIA GPU.
     """
-    if cuda_graph == "false":
+    if cuda_graph == "true" and (device.type != "cuda" or world_size > 1):
+        raise UserError(
+            f"--cuda_graph true needs an NVIDIA GPU and a single process; this run has {world_size} on {device}: "
+            "use --cuda_graph auto"
+        )
+    if cuda_graph == "false" or device.type != "cuda":
         return False
-    if device.type != "cuda":
-        if cuda_graph == "true":
-            raise UserError(f"--cuda_graph true needs an NVIDIA GPU, this run is on {device}: use --cuda_graph auto")
-        return False
-    if world_size == 1:
-        return True
-    if cuda_graph == "true":
-        raise UserError("--cuda_graph true works in a single process only; use --cuda_graph auto")
-    print("CUDA graph disabled, running eagerly: gradients are all-reduced between ranks")
-    return False
+    if world_size > 1:
+        print("CUDA graph disabled, running eagerly: gradients are all-reduced between ranks")
+    return world_size == 1
 
 
 class GraphedStep:
@@ -45,13 +42,13 @@ class GraphedStep:
     overwritten by the next call.
 
     Args:
-        step: takes lists of tensors: real batches, latents, ...; returns named 0-d tensors.
+        step: takes the inputs of all its updates; returns named 0-d tensors.
         device: the GPU, which must be the current one.
         fallback: run `step` eagerly, with one printed line, where the capture fails; False raises instead. Some
             versions of torch do not free the memory of a failed capture.
     """
 
-    def __init__(self, step: Callable[..., dict[str, Tensor]], device: torch.device, fallback: bool = True):
+    def __init__(self, step: Callable[[Inputs], dict[str, Tensor]], device: torch.device, fallback: bool = True):
         self.step = step
         self.fallback = fallback
         self.stream = torch.cuda.Stream(device)
@@ -60,17 +57,16 @@ class GraphedStep:
         self.results: dict[str, Tensor] = {}
         self.calls = 0
 
-    def __call__(self, *inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self._warm_up(inputs)
         if self.calls == WARM_UP + 1:
             self._capture(inputs)
         if self.graph is None:
-            return self.step(*inputs)
-        for static, given in zip(self.inputs, inputs, strict=True):
-            for target, source in zip(static, given, strict=True):
-                target.copy_(source)
+            return self.step(inputs)
+        for target, source in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            target.copy_(source)
         self.graph.replay()
         return self.results
 
@@ -79,30 +75,25 @@ class GraphedStep:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*capturable=True")  # the optimizer is not captured yet
-            results = self.step(*inputs)
+            results = self.step(inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
     def _capture(self, inputs: Inputs) -> None:
         """Capture the step; capturing executes nothing."""
-        self.inputs = [[torch.zeros_like(tensor) for tensor in tensors] for tensors in inputs]  # keeps memory formats
+        self.inputs = tree_map(torch.zeros_like, inputs)  # keeps memory formats
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             # "thread_local": other threads may use CUDA meanwhile, such as the one that writes images.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.results = self.step(*self.inputs)
+                self.results = self.step(self.inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the capturing stream current
             if not self.fallback:
                 raise
-            print(f"CUDA graph disabled, running eagerly: {_first_cause(error)}")
+            while error.__context__:  # leaving a failed capture raises further, less specific errors
+                error = error.__context__
+            print(f"CUDA graph disabled, running eagerly: {one_line(error)}")
         else:
             self.graph = graph
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return the first line of what went wrong first: leaving a failed capture raises further, less specific errors."""
-    while error.__context__:
-        error = error.__context__
-    return str(error).split("\n")[0]

@@ -3,16 +3,15 @@
     torchrun --nproc_per_node=2 main.py ...
 
 Several ranks compute what a single process would: each takes its shard of the global batch, and gradients and BatchNorm
-statistics are averaged over all. A single process is a `Ranks()`, all of whose methods are the identity.
+statistics are averaged over all. A single process is a `Ranks()`, for which nothing is exchanged.
 """
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from errors import PeerFailed, RankLost, UserError, stop_signals
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from spectral import replace_layers
-from training.environment import read_launch
 
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(seconds=60)  # of the collectives of a step, which all ranks reach at about the same time
 WAIT_TIMEOUT = timedelta(days=7)  # while rank 0 works alone: builds the cache, computes metrics, writes
 BUCKET_MB = 4  # of gradients per all-reduce: torch's 25 hold most of a network's, so that nothing overlaps backward
-SYNC_SECONDS = 1  # between two syncs; a signal to stop waits for the next one
+# Set by torchrun, Slurm's srun, Open MPI, and MPICH or Intel MPI.
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 @dataclass(frozen=True)
@@ -151,30 +150,42 @@ class Ranks:
         return value.item()
 
 
-class SyncSchedule:
-    """The steps after which ranks exchange signals and errors: about once a second, for a single process each one.
+def read_launch() -> Ranks:
+    """Return this process as the environment says, not connected; a single one without a WORLD_SIZE above 1.
 
-    Between many machines, an exchange may take as long as a step on a GPU.
+    Raises:
+        UserError: a variable is missing or wrong.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Ranks()
+    local = next((name for name in LOCAL_RANKS if name in os.environ), "LOCAL_RANK")
+    texts = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", local, "MASTER_PORT", "MASTER_ADDR")}
+    *numbers, address = texts.values()
+    if address and all(text.isdecimal() for text in numbers):
+        size, rank, local_rank, port = map(int, numbers)
+        if rank < size and local_rank < size and 0 < port < 2**16:
+            return Ranks(rank, size, local_rank)
+    found = ", ".join(f"{name}='{text}'" for name, text in texts.items())
+    raise UserError(
+        f"the environment does not describe the processes of a run ({found}): start them with torchrun, or unset "
+        "WORLD_SIZE for a single one"
+    )
 
-    def __init__(self, ranks: Ranks, step: int):
-        self._ranks = ranks
-        self._last_step, self._last_time, self._next = step, time.perf_counter(), step + 1
 
-    def is_due(self, step: int) -> bool:
-        return self._ranks.size == 1 or step >= self._next
-
-    def done(self, step: int) -> None:
-        """Schedule the next sync. All ranks must call this after each sync, also after one that was not due."""
-        now = time.perf_counter()
-        steps_per_second = (step - self._last_step) / (now - self._last_time)  # too low for once if this sync was slow
-        self._last_step, self._last_time = step, now
-        self._next = step + self._ranks.max(max(1, round(SYNC_SECONDS * steps_per_second)))
+@contextmanager
+def silence_other_ranks() -> Iterator[None]:
+    """Discard what is printed inside, unless this is rank 0. Raises `UserError` as `read_launch` does."""
+    with ExitStack() as stack:
+        if read_launch().rank:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(null))
+        yield
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Connect the ranks that torchrun started, and yield the `Ranks` of this process.
+    """Connect the ranks that a launcher started, and yield the `Ranks` of this process.
 
     Args:
         device: `--device`. CUDA devices use NCCL where there is one (not on Windows), others gloo.
@@ -182,9 +193,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     Raises:
         RankLost: another rank died or does not answer. Each collective can notice it.
     """
-    launch = read_launch()
-    if launch.size == 1:
-        yield Ranks()
+    ranks = read_launch()
+    if ranks.size == 1:
+        yield ranks
         return
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     try:
@@ -200,32 +211,24 @@ def process_group(device: str) -> Iterator[Ranks]:
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             # Harmless: DDP copies the few gradients of 1x1 convolutions, whose strides are ambiguous.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
-            yield Ranks(rank, size, launch.local_rank, wait_group)
+            yield replace(ranks, wait_group=wait_group)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, which begin with the path of its source file.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise RankLost(f"rank {launch.rank}: lost connection to another rank ({reason})") from error
+        raise RankLost(f"rank {ranks.rank}: lost connection to another rank ({reason})") from error
     dist.destroy_process_group()
 
 
 def processes_to_start(device: str, train: bool) -> int:
-    """Return, and print, how many processes `--parallel true` starts: one per visible GPU. 1 is this one alone."""
+    """Return how many processes `--parallel true` starts, one per visible GPU; 1 if this process runs alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ or read_launch().size > 1:  # this is one of them
         return 1
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if gpus > 1 and train:
-        print(f"--parallel true starts {gpus} processes, one per visible GPU")
-        return gpus
-    if not train:
-        reason = "--train false runs in one process"
-    elif gpus:
-        reason = "only one GPU"
-    else:
-        reason = "no GPU" if device in ("auto", "cuda") else f"--device {device}"
-    print(f"--parallel true ignored: {reason}")
-    return 1
+    gpus = torch.cuda.device_count() if train and device in ("auto", "cuda") else 0
+    if gpus <= 1:
+        print("--parallel true ignored: it needs --train true, --device auto or cuda, and more than one GPU")
+    return max(gpus, 1)
 
 
 def launch(processes: int) -> int:

@@ -15,61 +15,48 @@ from utils import flush_to_disk
 class RunLog:
     """Append to a run's logs, as a context that closes them; first drop the entries after `step`.
 
-    A failed write costs the entry: a warning. Files that somebody else removes are made again.
+    A failed write costs the entry: a warning.
 
     Args:
-        folder: the run's log folder.
         step: finished steps at the start; a resumed run logs the later ones again.
         use_tensorboard: write TensorBoard's event files too.
 
     Raises:
+        UserError: tensorboardX cannot be imported.
         OSError: the folder cannot be written at the start.
     """
 
     def __init__(self, folder: Path, step: int, use_tensorboard: bool):
-        self._path, self._use_tensorboard = folder / "metrics.jsonl", use_tensorboard
-        self._tolerate = Tolerate("log entries")
-        if self._path.exists():
-            os.truncate(self._path, _size_up_to(self._path, step))
-        self._open(purge_step=step + 1 if step else None)
-
-    def _open(self, purge_step: int | None = None) -> None:
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
+        path, self._tolerate = folder / "metrics.jsonl", Tolerate("log entries")
+        if path.exists():
+            os.truncate(path, _size_up_to(path, step))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
-        has_later = purge_step and any(self._path.parent.glob("events.out.tfevents.*"))
-        if self._use_tensorboard or has_later:
+        if use_tensorboard:
             try:
                 from tensorboardX import SummaryWriter  # takes a second to import
             except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
                 raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
-            self._writer = SummaryWriter(str(self._path.parent), purge_step=purge_step)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # marks later entries
             # An error would end tensorboardX's thread, and `add_scalar` would wait for it without end.
             with suppress(AttributeError):  # names that are its own, which another release may change
                 events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
                 events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
                 events.close = tolerate(events.close)
-        if self._writer and not self._use_tensorboard:  # it has marked the entries after `step` as purged
-            self._writer.close()
-            self._writer = None
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        writer, self._writer = self._writer, None
         with self._tolerate:
-            if writer:
-                writer.close()
+            if self._writer:
+                self._writer.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a log entry. TensorBoard groups curves by the part of their name before "/"."""
         rounded = {name: float(f"{value:.9g}") for name, value in values.items()}  # a float32 has no more digits
         with self._tolerate:
-            if self._file.closed or not self._path.exists():
-                self.__exit__()
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._open()
             self._append((json.dumps({"step": step, **rounded}) + "\n").encode())
         with self._tolerate:
             for name, value in values.items() if self._writer else ():
@@ -87,8 +74,7 @@ class RunLog:
     def flush(self) -> None:
         """Force the entries so far to the disk."""
         with self._tolerate:
-            if not self._file.closed:  # as it is where the file was removed and could not be made again
-                flush_to_disk(self._file.fileno())
+            flush_to_disk(self._file.fileno())
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Write an image, to TensorBoard only."""

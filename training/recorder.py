@@ -4,33 +4,37 @@ The trainer passes tensors and goes on; whatever takes time happens in a backgro
 """
 
 import copy
-import dataclasses
+import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data_loader import Loader
 from errors import Tolerate
-from parameter import Config, option_groups
+from networks.losses import LOSSES
+from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
+from training.guards import OverfittingCheck
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
-from utils import LINE_SECONDS, bar_options, memory_mib
+from utils import LINE_SECONDS, bar_options, memory_mib, write_atomically
 from visuals.attention_stats import AttentionSample
 from visuals.curves import read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import CLASS_ROWS, attention_figures, sample_grid, shorten
-from visuals.report import Run, report_page
+from visuals.report import report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 # Where stderr is no terminal, `log` prints lines: after its entries, which have the numbers.
@@ -42,51 +46,41 @@ REPORT_SECONDS = 60  # between two reports at least, longer where they take long
 class Recorder:
     """Record a run from `step` on, as a context that holds the run's folders and ends when everything is written.
 
-    The methods take the number of finished steps first. Tensors may be on any device; those passed to `checkpoint` are
-    copied, others must not change afterwards.
+    Steps are finished ones. Tensors may be on any device; those passed to `checkpoint` are copied, others must not
+    change afterwards.
 
     Args:
-        step: finished steps at the start; log entries of later ones are dropped.
-        precision: of the training, for the report.
-        skipped: the images that could not be read, a line each.
-        total: the number of images, with those.
-        classes: the names of the classes, for conditional networks.
+        step: at the start; log entries of later ones are dropped.
+        machine: device and precision, for the report.
+        loader: opened.
 
     Attributes:
         saved_step: step of the newest checkpoint; at first that of the start.
-        best: what `is_best` was given for the best checkpoint in the folder; {} if there is none.
+        best: step, score and protocol of the best checkpoint in the folder; {} if there is none.
 
     Raises:
         UserError: a folder is in use or cannot be written.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        step: int,
-        device: torch.device,
-        precision: str,
-        skipped: Sequence[str],
-        total: int,
-        classes: Sequence[str] = (),
-    ):
-        self.config, self.device, self.saved_step = config, device, step
-        self._row_names = [shorten(name) for name in classes[:CLASS_ROWS]]
-        self._run = _report_run(config, f"{device} in {precision}", classes)
+    def __init__(self, config: Config, step: int, machine: str, loader: Loader):
+        self.config, self.loader, self.saved_step = config, loader, step
+        self._row_names = [shorten(name) for name in loader.classes[:CLASS_ROWS]]
+        self._machine = machine
+        epoch, has_augment = len(loader) // config.n_critic, config.augment != "none"
+        self._overfitting = OverfittingCheck(epoch, config.holdout > 0, has_augment)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
         self._prints_lines, self._line_due = not sys.stderr.isatty(), 0.0
-        results = ("sample grids", "attention figures", "the explorer", "the report")
-        self._tolerate = {name: Tolerate(name) for name in results}
+        self._tolerate = functools.cache(Tolerate)  # one of each name, because it warns once
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
-            init_folders(config, step, skipped, total)
+            init_folders(config, step, loader.skipped, len(loader.source.items))
             self.best = checkpoint.peek_best(config.model_folder).get("best", {})
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
-            self._background = stack.enter_context(Background(device))
+            self._background = stack.enter_context(Background(loader.device))
             self._bar = stack.enter_context(
                 tqdm(
                     total=config.total_step,
@@ -107,14 +101,17 @@ class Recorder:
         """Move the progress bar to a step."""
         self._bar.update(step - self._bar.n)
 
-    def log(self, step: int, tensors: Mapping[str, Tensor], others: Mapping[str, float]) -> None:
-        """Write a log entry: 0-d tensors, which leave the device here in one transfer, and other numbers."""
-        numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) | others
+    def log(self, step: int, tensors: Mapping[str, Tensor], lr_factor: float) -> None:
+        """Write a log entry: 0-d tensors, which leave the device in one transfer, learning rates, speed and memory."""
+        numbers = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+        numbers |= {"lr/g": self.config.g_lr * lr_factor, "lr/d": self.config.d_lr * lr_factor}
         now, (then, step_then) = time.perf_counter(), self._logged_at
         numbers["images_per_s"] = (step - step_then) * self.config.batch_size / (now - then)
-        numbers["memory_mib"] = memory_mib(self.device)
+        numbers["memory_mib"] = memory_mib(self.loader.device)
         self._logged_at = (now, step)
         self._log.scalars(step, numbers)
+        if not LOSSES[self.config.adv_loss].has_penalty:
+            self._overfitting.add(step, numbers["d_sign"])
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
         words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas else [])]
         self._bar.set_postfix_str(" ".join(words), refresh=False)
@@ -122,46 +119,52 @@ class Recorder:
             self._bar.refresh()
             self._line_due = now + LINE_SECONDS
 
-    def scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Write the metrics of a step to the log."""
+    def scores(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Write metrics to the log. Returns whether they are the best, and becomes `best` then.
+
+        The best have the lowest of the first of `--metrics` that is a distance; it starts anew where they are computed
+        in another way than `best`.
+        """
         self._log.scalars(step, scores)
         self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
+        config = self.config
+        metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
+        protocol = {"metric": metric, "images": config.metric_num, "ema": config.use_ema}
+        protocol["data"] = self.loader.fingerprint["checksum"]
+        if metric is None or not math.isfinite(scores[metric]):
+            return False
+        if protocol.items() <= self.best.items() and scores[metric] >= self.best["score"]:
+            return False
+        self.best = protocol | {"step": step, "score": scores[metric]}
+        return True
 
     def has_scores(self, step: int) -> bool:
-        """Return whether the log has the metrics of a step."""
-        name = self.config.metrics.split(",")[0].replace("prc", "precision")
+        """Return whether the log has metrics of a step."""
+        name = METRIC_RESULTS[self.config.metrics.split(",")[0]][0]
         return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
 
-    def is_best(self, record: Mapping[str, Any]) -> bool:
-        """Return whether an evaluation is better than that of the best checkpoint, or compares otherwise.
-
-        Args:
-            record: its "step" and its "score", of which the lowest is the best, and how it was computed.
-        """
-        how = {name: value for name, value in record.items() if name not in ("step", "score")}
-        return not how.items() <= self.best.items() or record["score"] < self.best["score"]
-
-    def real_images(self, images: Tensor, name: str) -> None:
+    def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
-        with self._tolerate["sample grids"]:
+        with self._tolerate("sample grids"):
             sample_grid(images, row_names=self._row_names).save(self.config.sample_folder / f"{name}.png")
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
         """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row."""
-        self._background.submit(self._tolerate["sample grids"](self._write_samples), step, images)
+        self._background.submit(self._tolerate("sample grids")(self._write_samples), step, images)
 
     def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write a figure for each attention layer, `{step}_{layer}.png`."""
-        self._background.submit(self._tolerate["attention figures"](self._write_attention), step, samples)
+        self._background.submit(self._tolerate("attention figures")(self._write_attention), step, samples)
 
     def explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write the interactive page of the attention maps, `{step}_explorer.html`."""
-        self._background.submit(self._tolerate["the explorer"](self._write_explorer), step, samples)
+        write = self._tolerate("the explorer")(write_explorer)
+        self._background.submit(write, self.config.attn_folder, self.config.version, step, samples)
 
     def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
         """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
         if name == "best":
-            self.best = state["best"]
+            state = {**state, "best": self.best}
         else:
             self.saved_step, self._saved_at = name, time.monotonic()
         self._background.submit(self._write_checkpoint, name, copy.deepcopy(state), export)
@@ -171,51 +174,37 @@ class Recorder:
         return 0 < self.config.save_minutes <= (time.monotonic() - self._saved_at) / 60
 
     def _write_samples(self, step: int, images: Mapping[str, Tensor]) -> None:
-        folder, config = self.config.sample_folder, self.config
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        for name, batch in images.items():
-            grid = sample_grid(batch, row_names=self._row_names)
-            grid.save(folder / f"{step}_{name}.png")
-            self._log.image(step, f"samples/{name}", grid)
-            if config.keep_samples:
-                thin_results(folder, f"{name}.png", config.sample_step, config.keep_samples, step)
+        grids = {name: sample_grid(batch, row_names=self._row_names) for name, batch in images.items()}
+        self._write_pictures("samples", self.config.sample_folder, step, grids, self.config.sample_step)
 
     def _write_attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
-        folder, config = self.config.attn_folder, self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in attention_figures(samples, step).items():
-            figure.save(folder / f"{step}_{name}.png")
-            self._log.image(step, f"attention/{name}", figure)
-            if config.keep_samples:
-                thin_results(folder, f"{name}.png", config.attn_step, config.keep_samples, step)
+        figures = attention_figures(samples, step)
+        self._write_pictures("attention", self.config.attn_folder, step, figures, self.config.attn_step)
 
-    def _write_explorer(self, step: int, samples: Sequence[AttentionSample]) -> None:
-        self.config.attn_folder.mkdir(parents=True, exist_ok=True)
-        write_explorer(self.config.attn_folder, self.config.version, step, samples)
+    def _write_pictures(self, kind: str, folder: Path, step: int, pictures: Mapping[str, Image], interval: int) -> None:
+        for name, picture in pictures.items():
+            picture.save(folder / f"{step}_{name}.png")
+            self._log.image(step, f"{kind}/{name}", picture)
+            if self.config.keep_samples:
+                thin_results(folder, f"{name}.png", interval, self.config.keep_samples, step)
 
     def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool) -> None:
         self._log.flush()  # a run that resumes here finds all log entries up to here
-        checkpoint.save(
-            self.config.model_folder,
-            name,
-            state,
-            export=export,
-            keep_checkpoints=self.config.keep_checkpoints,
-        )
+        config = self.config
+        checkpoint.save(config.model_folder, name, state, export=export, keep_checkpoints=config.keep_checkpoints)
         if name != "best":
             self._written_step = name
-            if time.monotonic() >= self._report_due and name < self.config.total_step:  # otherwise `_finish` writes it
+            if time.monotonic() >= self._report_due and name < config.total_step:  # otherwise `_finish` writes it
                 self._write_report("running")
 
     def _write_report(self, state: str) -> None:
-        """Write the report of the run up to its newest checkpoint."""
         start = time.monotonic()
         command = self.config.command_line(pretrained_model=str(self._written_step))
         path = self.config.log_folder / "report.html"
-        with self._tolerate["the report"]:
-            page = report_page(self._run, self._written_step, command, datetime.now(), state, self.best)
-            path.with_suffix(".tmp").write_text(page, encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)  # a browser may reload it at any time
+        with self._tolerate("the report"):
+            arguments = (self.config, self._machine, self.loader.classes, self._written_step, command)
+            page = report_page(*arguments, datetime.now(), state, self.best)
+            write_atomically({path: page.encode()})  # a browser may reload it at any time
         end = time.monotonic()
         self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))
 
@@ -223,24 +212,3 @@ class Recorder:
         interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C
         if self._written_step and not interrupted:
             self._write_report("stopped")
-
-
-def _report_run(config: Config, machine: str, classes: Sequence[str]) -> Run:
-    """Return what the report says of a run at any step."""
-    options = {
-        title: {field.name: getattr(config, field.name) for field in fields}
-        for title, fields in option_groups().items()
-    }
-    return Run(
-        title=config.version,
-        total_step=config.total_step,
-        image_size=config.imsize,
-        batch_size=config.batch_size,
-        machine=machine,
-        classes=classes,
-        log_folder=config.log_folder,
-        sample_folder=config.sample_folder,
-        attn_folder=config.attn_folder,
-        options=options,
-        defaults={field.name: field.default for field in dataclasses.fields(config)},
-    )

@@ -1,96 +1,226 @@
 """Continue from a checkpoint: find it, compare its options and images, advise after a non-finite loss."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from errors import warn
+from torch import Tensor, nn
+
+from datasets.labels import join_names
+from errors import UserError, warn
 from parameter import Config, option_text
+from spectral import fold_spectral_norm
 from training import checkpoint
-from training.divergence import NonFiniteError
+from training.distributed import Ranks
+from training.guards import NonFiniteError
+from training.models import build_networks, export_sizes, recognize
+from training.optimizers import Adam, Schedule
 
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
 def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint that `--pretrained_model` names, None for a new run.
-
-    Args:
-        classes: of the training images.
+    """Return the checkpoint that `--pretrained_model` names, None for a new run; `classes` are the training images'.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks or classes.
     """
     wanted = config.pretrained_file or config.pretrained_model
-    if wanted == "auto":
-        wanted = "latest" if checkpoint.has_any(config.model_folder) else None
-    if wanted is None:
+    if wanted is None or (wanted == "auto" and not checkpoint.has_any(config.model_folder)):
         return None
-    saved = checkpoint.load(config.model_folder, wanted)
-    checkpoint.check_architecture(saved, config.architecture)
-    checkpoint.check_classes(saved, classes)
+    saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
+    check_architecture(saved, config.architecture)
+    check_classes(saved, classes)
     return saved
+
+
+class TestNetworks(NamedTuple):
+    """Networks to evaluate, on the CPU in evaluation mode."""
+
+    G: nn.Module
+    D: nn.Module | None
+    classes: tuple[str, ...]
+    is_ema: bool  # whether G has the EMA weights
+
+
+def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetworks:
+    """Return the networks of a checkpoint, with `--use_ema` the EMA generator; `UserError` if it is incomplete."""
+    classes = saved_classes(saved)
+    is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
+    G, D = build_networks(config, len(classes))
+    if saved.metadata:
+        fold_spectral_norm(G)
+    with checkpoint.reraise_load_errors(saved.step):
+        G.load_state_dict(saved.state["ema"] if saved.state and is_ema else saved.G)
+        if saved.D is not None:
+            D.load_state_dict(saved.D)
+    return TestNetworks(G.eval(), D.eval() if saved.D is not None else None, classes, is_ema)
+
+
+def saved_architecture(saved: checkpoint.Checkpoint) -> dict[str, int | str | bool]:
+    """Return the options that decide the shapes of a checkpoint's networks; without D, all but d_conv_dim.
+
+    Raises:
+        UserError: these are none of `MODELS`.
+    """
+    model, sizes = _generator_sizes(saved)
+    attention = "full" if sizes["has_attention"] else "none"
+    options = {"model": model, "conditional": sizes["num_classes"] > 0, "attention": attention}
+    options |= {"imsize": sizes["image_size"], "z_dim": sizes["z_dim"], "g_conv_dim": sizes["conv_dim"]}
+    if saved.D is not None:
+        with checkpoint.reraise_load_errors(saved.step):
+            options["d_conv_dim"] = recognize("discriminator", saved.D)[1]["conv_dim"]
+    return options
+
+
+def saved_classes(saved: checkpoint.Checkpoint) -> tuple[str, ...]:
+    """Return the names of a checkpoint's classes, of weights without a state file "0", "1", ...; () if it has none."""
+    if saved.metadata:
+        return tuple(json.loads(saved.metadata["classes"]))
+    names = saved.state["classes"] if saved.state else map(str, range(_generator_sizes(saved)[1]["num_classes"]))
+    return tuple(names)
+
+
+def check_classes(saved: checkpoint.Checkpoint, classes: Sequence[str]) -> None:
+    """Raise `UserError` that says which if the classes of the training images are not those of a checkpoint."""
+    theirs = saved_classes(saved)
+    if not (saved.state or saved.metadata) and len(theirs) == len(classes):  # their names are not known
+        return
+    only = [("the checkpoint has", [name for name in theirs if name not in classes])]
+    only += [("the images have", [name for name in classes if name not in theirs])]
+    if different := [f"only {which} {join_names(names)}" for which, names in only if names]:
+        raise UserError(f"checkpoint {saved.step} is of other classes than the images: {'; '.join(different)}")
+    if theirs != tuple(classes):  # such as those of toy and of folders with their names
+        raise UserError(f"checkpoint {saved.step} has the classes in another order: {join_names(theirs)}")
+
+
+def check_architecture(saved: checkpoint.Checkpoint, expected: Mapping[str, int | str | bool]) -> None:
+    """Raise `UserError` that names the options if the saved networks have other sizes than expected, by name."""
+    different = [
+        f"--{name} {option_text(value)} (not {option_text(expected[name])})"
+        for name, value in saved_architecture(saved).items()
+        if name in expected and value != expected[name]
+    ]
+    if different:
+        raise UserError(f"checkpoint {saved.step} is of another architecture: it needs {', '.join(different)}")
+
+
+def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
+    if saved.metadata:
+        return export_sizes(saved.metadata)
+    with checkpoint.reraise_load_errors(saved.step):
+        return recognize("generator", saved.G)
+
+
+@dataclass
+class TrainingState:
+    """All that the next step depends on, saved and loaded as one. Random numbers and batches follow from the step."""
+
+    step: int  # finished ones
+    G: nn.Module
+    D: nn.Module
+    ema: nn.Module  # the network
+    g_optimizer: Adam
+    d_optimizer: Adam
+    fixed_z: Tensor  # (B, z_dim), latents of the sample grids
+    schedule: Schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers, tensors and state dicts by the names above."""
+        parts = vars(self) | {"schedule": dataclasses.asdict(self.schedule)}
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint; weights alone get new optimizers and EMA. `UserError` if it does not fit."""
+        self.step = saved.step
+        parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
+        with checkpoint.reraise_load_errors(saved.step):
+            for name in ("G", "D", "ema", "g_optimizer", "d_optimizer") if saved.state else parts:
+                getattr(self, name).load_state_dict(parts[name])
+            if saved.state:
+                self.fixed_z = saved.state["fixed_z"].to(self.fixed_z.device)
+                self.schedule = self.schedule.resumed(Schedule(**saved.state["schedule"]), saved.step)
+
+
+def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
+    """Print what a run resumes from, and which options and images differ; `data` is the run's `Loader.fingerprint`."""
+    if saved.step:  # weights of step 0 are initial ones
+        warn_of_trained_holdout(saved.state and saved.state["data"], data)
+    if saved.state is None:
+        if saved.step:
+            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
+        return
+    changes = changed_options(saved.state["config"], config)
+    print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
+    warn_of_other_images(saved.state["data"], data)
+
+
+def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
+    """Raise `UserError` if another rank has other images or labels, or holds out others."""
+    same = ranks.all_equal(data["checksum"] ^ data["held_out_checksum"])
+    with ranks.raise_together():
+        if not same:
+            raise UserError("the machines have different images or labels: copy them, or --cache_path, to all of them")
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
     """Return the checkpoint that `--train false` evaluates, and the options with those of its networks and data.
 
-    Options on the command line are kept; a line says which others are the checkpoint's, and which differ from it. The
-    results of a file go to the `--version` that its folder is named after, unless the command line has another.
-
-    Args:
-        given: names of the options on the command line.
+    Options on the command line, whose names are `given`, are kept; a line says which others are the checkpoint's, and
+    which differ from it. The results of a file go to the `--version` that its folder is named after.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks than the command line says.
     """
     wanted = "latest" if config.pretrained_model in (None, "auto") else config.pretrained_model
     saved = checkpoint.load(config.model_folder, config.pretrained_file or wanted, needs_D=False)
-    checkpoint.check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
+    check_architecture(saved, {name: getattr(config, name) for name in config.architecture if name in given})
     with checkpoint.reraise_load_errors(saved.step):
-        options = saved.state["config"] if saved.state else {}
-        if saved.metadata and saved.metadata["dataset"]:
-            options = {"dataset": saved.metadata["dataset"]}
-        names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
-        options = {name: options[name] for name in names if name in options} | checkpoint.saved_architecture(saved)
-        if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
-            options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
-        if config.pretrained_file:
-            folders = (folder.name for folder in config.pretrained_file.absolute().parents)
-            options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
-        adopted = {name: options[name] for name in options if name not in given}
-        adopted = {name: value for name, value in adopted.items() if value != getattr(config, name)}
+        options = _options_for_test(saved, config, given)
+        different = {name: value for name, value in options.items() if value != getattr(config, name)}
+        adopted = {name: value for name, value in different.items() if name not in given}
         tested = dataclasses.replace(config, **adopted)
     if adopted:
-        print("from the checkpoint: " + " ".join(f"--{name} {option_text(value)}" for name, value in adopted.items()))
-    different = {name: value for name, value in options.items() if name != "version" and value != getattr(tested, name)}
-    if different:
-        trained_with = (f"--{name} {option_text(value)}" for name, value in different.items())
-        warn("the checkpoint was trained with " + " ".join(trained_with))
+        print("from the checkpoint: " + _command_line(adopted))
+    if kept := {name: value for name, value in different.items() if name in given and name != "version"}:
+        warn("the checkpoint was trained with " + _command_line(kept))
     return saved, tested
 
 
-def warn_of_other_images(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
-    """Print a warning if the images are not those that a checkpoint was trained with, if it says which.
+def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of the options of an evaluation."""
+    trained = saved.state["config"] if saved.state else {}
+    if saved.metadata and saved.metadata["dataset"]:
+        trained = {"dataset": saved.metadata["dataset"]}
+    names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
+    options = {name: trained[name] for name in names if name in trained} | saved_architecture(saved)
+    if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
+        options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
+    if config.pretrained_file:
+        folders = (folder.name for folder in config.pretrained_file.absolute().parents)
+        options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
+    return options
 
-    Args:
-        saved, current: `Loader.identity` then and now.
-    """
-    if saved is None or (saved["images"], saved["checksum"]) == (current["images"], current["checksum"]):
-        return
-    if saved["images"] == current["images"]:
-        warn(f"the {current['images']:,} images are not those of the checkpoint")
-    else:
+
+def _command_line(options: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {option_text(value)}" for name, value in options.items())
+
+
+def warn_of_other_images(saved: Mapping[str, float], current: Mapping[str, float]) -> None:
+    """Print a warning if the images are not those that a checkpoint was trained with, by `Loader.fingerprint`."""
+    if saved["images"] != current["images"]:
         warn(f"the dataset has {current['images']:,} images; it had {saved['images']:,} when the checkpoint was saved")
+    elif saved["checksum"] != current["checksum"]:
+        warn(f"the {current['images']:,} images are not those of the checkpoint")
 
 
 def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
     """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
 
-    Added images are no reason: which of the others are held out does not depend on them.
-
-    Args:
-        saved, current: `Loader.identity` then and now; None or without "holdout" in checkpoints of older versions.
+    Added images are no reason: which of the others are held out does not depend on them. `saved` and `current` are
+    `Loader.fingerprint` then and now; None for weights alone, and without "holdout" in checkpoints of older versions.
     """
     saved = saved or {}
     same = {key: saved.get(key) == value for key, value in current.items()}
@@ -104,24 +234,23 @@ def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """List how this run's options differ from those in a checkpoint, maybe of another version of this program."""
-    current = dataclasses.asdict(config)
     # The default of an option that an older version lacks is what that version did.
     saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
-    for name in current | saved:
+    for name, value in saved.items():
         if name in ("pretrained_model", "overwrite", "version"):  # these are expected to differ
             continue
-        if name not in current:
-            changes.append(f"{name} {option_text(saved[name])} (no longer an option)")
-        elif current[name] != saved[name]:
-            changes.append(f"--{name} {option_text(current[name])} (was {option_text(saved[name])})")
+        if not hasattr(config, name):
+            changes.append(f"{name} {option_text(value)} (no longer an option)")
+        elif (current := getattr(config, name)) != value:
+            changes.append(f"--{name} {option_text(current)} (was {option_text(value)})")
     return changes
 
 
 def non_finite_message(config: Config, error: NonFiniteError) -> str:
     """Return the error line of a run that diverged: what happened, and the command to resume with."""
-    steps = checkpoint.list_steps(config.model_folder)
-    if not steps:
-        return f"the run diverged: {error}. No checkpoint was saved: start again with lower --g_lr and --d_lr"
-    command = config.command_line(pretrained_model=str(steps[0]))
-    return f"the run diverged: {error}. Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"
+    advice = "No checkpoint was saved: start again with lower --g_lr and --d_lr"
+    if steps := checkpoint.list_steps(config.model_folder):
+        command = config.command_line(pretrained_model=str(steps[0]))
+        advice = f"Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"
+    return f"the run diverged: {error}. {advice}"

@@ -38,7 +38,8 @@ def check_folders(config: Config, step: int) -> None:
     if config.overwrite or config.pretrained_model in ("latest", "auto"):
         return
     if _starts_course(config):
-        if _is_nonempty(config.log_folder / "metrics.jsonl") or any(_later_results(config, 0, KINDS)):
+        log = config.log_folder / "metrics.jsonl"
+        if (log.exists() and log.stat().st_size) or any(_later_results(config, 0, KINDS)):
             raise UserError(
                 f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
                 "another --version, or delete them with --overwrite true"
@@ -60,29 +61,28 @@ def _starts_course(config: Config) -> bool:
 def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
     """Warn if the disk of the checkpoints has no room for three: networks, EMA and the moments of both optimizers."""
     size = 4 * sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    folder = config.model_folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     with suppress(OSError):  # a file system that does not tell
-        if shutil.disk_usage(config.model_folder).free < 3 * size:
+        if shutil.disk_usage(existing).free < 3 * size:
             warn(f"the disk of {config.model_folder} has no room for three checkpoints of {size / 2**20:,.1f} MiB each")
 
 
 @contextmanager
 def lock_folders(config: Config) -> Iterator[None]:
-    """Create the folders and lock them for this process until the context ends or the process dies.
-
-    Raises:
-        UserError: another run has locked one of them.
-    """
+    """Create the folders and lock them until the context or the process ends; `UserError` if another run has them."""
+    folders = {os.path.realpath(folder): folder for folder in config.folders.values()}.values()  # some may be the same
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    without = [folder for folder in folders if not _can_lock(folder)]
+    if without:
+        names = ", ".join(map(str, without))
+        warn(f"no locks on the file system of {names}: make sure that no other run writes there")
     with ExitStack() as locks:
-        for folder in config.folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-        folders = {os.path.realpath(folder): folder for folder in config.folders.values()}  # some may be the same
-        if without := [str(folder) for folder in folders.values() if not _can_lock(folder)]:
-            warn(f"no locks on the file system of {', '.join(without)}: make sure that no other run writes there")
-        for folder in folders.values():
-            if str(folder) in without:
-                continue
+        for folder in folders:
             try:
-                locks.enter_context(FileLock(folder / ".lock", timeout=0))
+                if folder not in without:
+                    locks.enter_context(FileLock(folder / ".lock", timeout=0))
             except Timeout as error:
                 raise UserError(
                     f"another run is writing to {folder}: wait until it ends, or choose another --version"
@@ -92,16 +92,14 @@ def lock_folders(config: Config) -> Iterator[None]:
 
 def _can_lock(folder: Path) -> bool:
     """Return whether the file system has locks. Versions of filelock differ in what they do without."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows, where all file systems have them
+    if os.name != "posix":  # Windows, where all file systems have them
         return True
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            return False
-    return True
+    import fcntl
+
+    with tempfile.TemporaryFile(dir=folder) as file, suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+    return False
 
 
 def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) -> None:
@@ -112,10 +110,10 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
     names the images that could not be read, of `total`: they are listed in `skipped_images.txt`, with a warning.
     """
     checkpoint.remove_unfinished(config.model_folder)
-    if config.overwrite and config.pretrained_file and _starts_course(config):
+    if config.overwrite and _starts_course(config):
         step = 0
         (config.log_folder / "metrics.jsonl").unlink(missing_ok=True)
-    for path in list(_later_results(config, step, KINDS if config.overwrite else ["pictures"])):
+    for path in _later_results(config, step, KINDS if config.overwrite else ["pictures"]):
         if path.is_dir():
             remove_test_results(path)
         else:
@@ -132,8 +130,7 @@ def init_folders(config: Config, step: int, skipped: Sequence[str], total: int) 
 
 def remove_test_results(folder: Path, keep: Sequence[str] = ()) -> None:
     """Remove what `--train false` wrote to a folder, but not the files `keep`, and then its folders that are empty."""
-    found = [path for pattern in ("samples/*/*", "samples/*", "*") for path in folder.glob(pattern)]
-    names = {path: path.relative_to(folder).as_posix() for path in found}
+    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     results = [path for path, name in names.items() if TEST_RESULTS.fullmatch(name) and name not in keep]
     for path in results:
         path.unlink()
@@ -145,12 +142,8 @@ def remove_test_results(folder: Path, keep: Sequence[str] = ()) -> None:
 def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:
     """Remove files `{step}_{ending}` before `step` so that at most `keep`, that of `step` included, are left.
 
-    The others that stay are those at multiples of ``interval * 2**k`` with the smallest k that makes them few enough,
-    so that they are always evenly spaced. Later steps are not counted.
-
-    Args:
-        interval: steps between results.
-        keep: at least 1.
+    The others that stay are at multiples of ``interval * 2**k``, the smallest k that makes them few enough. So they are
+    always evenly spaced. Later steps are not counted. `keep` is at least 1, `interval` the steps between results.
     """
     files = {number: path for number, path in files_by_step(folder, ending).items() if number < step}
     kept = list(files)
@@ -178,7 +171,3 @@ def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterato
             match = re.fullmatch(names, path.name)
             if match and (step == 0 or (best_step if match[1] == "best" else int(match[1])) > step):
                 yield path
-
-
-def _is_nonempty(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0

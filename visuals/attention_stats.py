@@ -1,4 +1,4 @@
-"""Attention maps of both networks, and statistics of them: distance, entropy, non-local share.
+"""Statistics of attention maps: distance, entropy, non-local share.
 
 A map is (N, M): N queries and M keys on square grids over the same image, each row summing to 1. Where keys are pooled,
 a key's cell covers several queries; otherwise M = N.
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-
-from sagan_models import Discriminator, Generator
 
 
 class AttentionSample(NamedTuple):
@@ -38,34 +36,6 @@ class AttentionStats(NamedTuple):
 
 
 LayerStats = tuple[tuple[int, int], AttentionStats]  # the sides of the grids of queries and of keys, and the statistics
-
-
-def collect_attention(
-    G: Generator,
-    D: Discriminator | None,
-    latents: Sequence[Tensor],
-    real: Sequence[Tensor] | None,
-    classes: Sequence[str] = (),
-) -> list[AttentionSample]:
-    """Return the maps of G and D on generated images and, if given, those of D on real images.
-
-    Args:
-        G, D: in evaluation mode, because a forward in training mode changes their buffers; D may be missing.
-        latents: z (B, z_dim) and, for conditional networks, labels (B,).
-        real: images (B', 3, S, S) in [-1, 1] and, for conditional networks, labels (B',); or None.
-        classes: the names of the classes that the labels number.
-    """
-    fake, *g_maps = G(*latents, return_attention=True)
-    batches = [("generated", (fake, *latents[1:]), _name_layers("G", g_maps))]
-    if real is not None and D is not None:
-        batches.append(("real", real, {}))
-    samples = []
-    for name, inputs, maps in batches:
-        if D is not None:
-            maps |= _name_layers("D", D(*inputs, return_attention=True)[1:])
-        names = [classes[number] for labels in inputs[1:] for number in labels.tolist()]
-        samples.append(AttentionSample(name, inputs[0], maps, names))
-    return samples
 
 
 def grid_sides(maps: Tensor | np.ndarray) -> tuple[int, int]:
@@ -110,7 +80,10 @@ def uniform_attention_stats(query_side: int, key_side: int) -> AttentionStats:
 
 def format_attention_stats(layers: Mapping[str, LayerStats]) -> str:
     """Format the result of `mean_attention_stats` as a table; numbers in brackets are those of uniform attention."""
-    grids = {layer: _grid_text(*sides) for layer, (sides, _) in layers.items()}
+    grids = {  # one side if queries and keys have the same grid
+        layer: " over ".join(f"{side} x {side}" for side in dict.fromkeys(sides))
+        for layer, (sides, _) in layers.items()
+    }
     width = max([7, *map(len, grids.values())]) + 3
     lines = [f"{'':<10}{'grid':<{width}}{'mean distance':<20}{'effective positions':<22}outside 3 x 3"]
     for layer, (sides, stats) in layers.items():
@@ -120,12 +93,3 @@ def format_attention_stats(layers: Mapping[str, LayerStats]) -> str:
         outside = f"{stats.non_local_share:.0%} ({uniform.non_local_share:.0%})"
         lines.append(f"{layer:<10}{grids[layer]:<{width}}{distance:<20}{positions:<22}{outside}")
     return "\n".join(lines)
-
-
-def _grid_text(query_side: int, key_side: int) -> str:
-    queries, keys = f"{query_side} x {query_side}", f"{key_side} x {key_side}"
-    return queries if queries == keys else f"{queries} over {keys}"
-
-
-def _name_layers(network: str, maps: Iterable[Tensor]) -> dict[str, Tensor]:
-    return {f"{network} attn{index}": attention for index, attention in enumerate(maps, start=1)}

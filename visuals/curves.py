@@ -89,9 +89,8 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
     the color of the page around it. Takes about 25 ms.
 
     Args:
-        title: the first line.
         series: finite points (n, 2) of each line, n > 0, by step.
-        y_label: what y is, at the top right.
+        y_label: at the top right.
         mark: a step that gets a dotted vertical line.
     """
     matplotlib = import_matplotlib()

@@ -6,12 +6,10 @@
 The page is a single file and works offline. Its template is `explorer.html` in this folder.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from visuals.attention_stats import AttentionSample, grid_sides
 from visuals.figures import layer_name, query_points, to_pixels
@@ -29,54 +27,29 @@ def explorer_page(samples: Sequence[AttentionSample], title: str) -> str:
     """Return the page as HTML.
 
     Args:
-        samples: the images to choose from, with maps (B, N, M), sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys,
-            rows summing to 1; any device and dtype.
+        samples: the images to choose from, with finite maps; any device and dtype.
         title: plain text.
-
-    Raises:
-        ValueError: no images, no maps, or maps that do not fit the images.
     """
-    entries = [entry for sample in samples for entry in _image_entries(sample)]
-    if not entries:
-        raise ValueError("the explorer needs at least one image")
-    return fill_template("explorer", title, {"images": entries})
+    return fill_template("explorer", title, {"images": [entry for sample in samples for entry in _entries(sample)]})
 
 
-def _image_entries(sample: AttentionSample) -> list[dict]:
+def _entries(sample: AttentionSample) -> list[dict]:
     """Return what the page's script reads, per image."""
-    if not sample.maps:
-        raise ValueError(f"the {sample.name} images have no attention maps")
-    layers = {name: _to_array(name, maps, len(sample.images)) for name, maps in sample.maps.items()}
+    layers = {name: maps.detach().float().cpu().numpy() for name, maps in sample.maps.items()}  # (B, N, M)
     first = next(iter(layers.values()))
-    return [
-        {
+    side, _ = grid_sides(first)
+    entries = []
+    for index, pixels in enumerate(to_pixels(sample.images.float())):
+        row, column = divmod(query_points(first[index], 1)[0], side)  # the most distinctive query
+        entries.append({
             "group": sample.name,
             "class": sample.classes[index] if sample.classes else "",
             "size": pixels.shape[0],
             "pixels": compress(pixels.tobytes()),
-            "query": _initial_query(first[index]),
+            "query": ((column + 0.5) / side, (row + 0.5) / side),  # x and y of its center, as fractions of the image
             "layers": [_layer_entry(name, maps[index]) for name, maps in layers.items()],
-        }
-        for index, pixels in enumerate(to_pixels(sample.images.float()))
-    ]
-
-
-def _to_array(name: str, maps: Tensor, count: int) -> np.ndarray:
-    """Return a layer's maps as (B, N, M) float32 on the CPU, after checking shape and values."""
-    query_side, key_side = grid_sides(maps)
-    if maps.shape != (count, query_side**2, key_side**2):
-        raise ValueError(f"{name}: {count} images need maps ({count}, N, M), N and M squares, not {tuple(maps.shape)}")
-    values = maps.detach().float().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: its maps contain NaN or Inf")
-    return values
-
-
-def _initial_query(maps: np.ndarray) -> tuple[float, float]:
-    """Return the most distinctive query of maps (N, M): x and y of its center, as fractions of the image."""
-    side = math.isqrt(len(maps))
-    row, column = divmod(query_points(maps, 1)[0], side)
-    return (column + 0.5) / side, (row + 0.5) / side
+        })  # fmt: skip
+    return entries
 
 
 def _layer_entry(name: str, maps: np.ndarray) -> dict:

@@ -1,7 +1,6 @@
 """Figures as Pillow images: sample grids, animations, nearest training images, attention maps.
 
-Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), row i holding the attention of query i to
-all M keys, with queries and keys on square grids over the image.
+Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), see `visuals/attention_stats.py`.
 """
 
 import math
@@ -14,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils import to_uint8
 from visuals.attention_stats import AttentionSample, grid_sides
 
 QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one per query
@@ -26,7 +26,7 @@ TEXT, MUTED, BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Convert (B, 3, S, S) in [-1, 1] to (B, S, S, 3) uint8."""
-    return images.permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[str] = ()) -> Image.Image:
@@ -36,7 +36,7 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
 
     Args:
         columns: images per row; by default B / R for R named rows, otherwise as near to a square as B allows.
-        row_names: to write at the left of the rows; see `shorten`.
+        row_names: written at the left of the rows; see `shorten`.
     """
     pixels, gap = to_pixels(images), 2
     count, size = pixels.shape[:2]
@@ -86,10 +86,9 @@ def nearest_figure(samples: Tensor, neighbors: Tensor, distances: Tensor, footer
     """Draw a row per sample: the sample, then its nearest training images with their distances.
 
     Args:
-        samples: (K, 3, S, S) in [-1, 1].
-        neighbors: (K, M, 3, S, S) in [-1, 1], nearest first, on the device of the samples.
-        distances: (K, M).
-        footer: what the distances mean, one or more lines.
+        samples: (K, 3, S, S).
+        neighbors: (K, M, 3, S, S), nearest first, on the device of the samples.
+        distances: (K, M), which `footer` explains in one or more lines.
     """
     side, header = 96, 34
     height, lines = side + CAPTION + GAP, footer.count("\n") + 1
@@ -111,12 +110,7 @@ def nearest_figure(samples: Tensor, neighbors: Tensor, distances: Tensor, footer
 
 
 def attention_figures(samples: Sequence[AttentionSample], step: int) -> dict[str, Image.Image]:
-    """Return a figure per attention layer under names such as "G_attn1"; D's are of real images if there are any.
-
-    Args:
-        samples: from `collect_attention`.
-        step: for the titles.
-    """
+    """Return a figure per attention layer under names such as "G_attn1"; D's are of real images if there are any."""
     layers = {layer: (sample, maps) for sample in samples for layer, maps in sample.maps.items()}  # the last sample's
     return {
         layer.replace(" ", "_"): attention_figure(
@@ -135,10 +129,9 @@ def attention_figure(images: Tensor, attention: Tensor, title: str, classes: Seq
     """Draw a row per image: the image with its queries marked, then the attention map of each query.
 
     Args:
-        images: (B, 3, S, S) in [-1, 1].
-        attention: (B, N, M), rows summing to 1: sqrt(N) x sqrt(N) queries over sqrt(M) x sqrt(M) keys.
-        title: the figure's first line.
-        classes: the name of each image's class, to write below it.
+        images: (B, 3, S, S).
+        attention: (B, N, M).
+        classes: the name of each image's class, written below it.
     """
     attention = attention.cpu().numpy()
     keys = attention.shape[2]

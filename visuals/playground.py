@@ -1,7 +1,7 @@
 """The playground: an HTML page to walk through a grid of latent interpolations.
 
     grids = generate_grids(G, z, [("", None)])  # z (4, z_dim)
-    Path("playground.html").write_text(playground_page(grids, "step 1000", [0, 1, 2, 3]), encoding="utf-8")
+    Path("playground.html").write_text(playground_page(grids, "step 1000"), encoding="utf-8")
 
 The four corners of the grid are given, everything between them is slerp. The page is a single file and works offline.
 Its template is `playground.html` in this folder.
@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from networks.latents import as_arguments, slerp
-from sagan_models import Generator
+from networks.latents import slerp
 from utils import progress
 from visuals.figures import layer_name, to_pixels
 from visuals.pages import compress, compress_maps, fill_template
@@ -34,15 +33,15 @@ class Grid(NamedTuple):
     attention: dict[str, np.ndarray]  # "G attn1": (T, M) float32, the mean over all queries; by layer
 
 
-def generate_grids(G: Generator, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
+def generate_grids(G: nn.Module, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
     """Return the grid of each class, of the same z in each.
 
     Args:
         G: in evaluation mode.
-        corners: z (4, z_dim) at top left, top right, bottom left, bottom right.
+        corners: see `latent_grid`.
         classes: name and number of each class; [("", None)] for a network without classes.
     """
-    image, *maps = G(corners[:1], *_labels(classes[0][1], corners[:1]), return_attention=True)
+    image, *maps = G(corners[:1], _labels(classes[0][1], corners[:1]), return_attention=True)
     tile_bytes = image.numel() + sum(attention.shape[2] for attention in maps)
     z = latent_grid(corners, grid_side(tile_bytes, len(classes)))
     return [_generate(G, z, name, number) for name, number in classes]
@@ -68,14 +67,8 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(grids: Sequence[Grid], title: str, corners: Sequence[int]) -> str:
-    """Return the page as HTML.
-
-    Args:
-        grids: one for each class.
-        title: plain text.
-        corners: numbers of the samples at the corners.
-    """
+def playground_page(grids: Sequence[Grid], title: str) -> str:
+    """Return the page as HTML; `title` is plain text."""
     count, size = grids[0].pixels.shape[:2]
     entries = [
         {
@@ -88,21 +81,21 @@ def playground_page(grids: Sequence[Grid], title: str, corners: Sequence[int]) -
         }
         for grid in grids
     ]
-    data = {"side": math.isqrt(count), "size": size, "corners": [*corners], "classes": entries}
+    data = {"side": math.isqrt(count), "size": size, "classes": entries}
     return fill_template("playground", title, data)
 
 
-def _generate(G: Generator, z: Tensor, class_name: str, number: int | None) -> Grid:
+def _generate(G: nn.Module, z: Tensor, class_name: str, number: int | None) -> Grid:
     """Return the grid of a class, of z (T, z_dim)."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):
-        images, *maps = G(batch, *_labels(number, batch), return_attention=True)
+        images, *maps = G(batch, _labels(number, batch), return_attention=True)
         pixels.append(to_pixels(images))
         means.append([attention.mean(1).cpu().numpy() for attention in maps])  # (B, M)
     layers = {f"G attn{index}": np.concatenate(parts) for index, parts in enumerate(zip(*means, strict=True), start=1)}
     return Grid(class_name, np.concatenate(pixels), layers)
 
 
-def _labels(number: int | None, z: Tensor) -> tuple[Tensor, ...]:
-    """Return what G takes after z (B, z_dim): labels (B,), or nothing without classes."""
-    return as_arguments(None if number is None else torch.full((len(z),), number, device=z.device))
+def _labels(number: int | None, z: Tensor) -> Tensor | None:
+    """Return labels (B,) for z (B, z_dim), None without classes."""
+    return None if number is None else torch.full((len(z),), number, device=z.device)

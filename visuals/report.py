@@ -1,6 +1,6 @@
 """report.html: the progress of a run in one file, without network access.
 
-    page = report_page(run, step, command, datetime.now())
+    page = report_page(config, "cpu in fp32", classes, step, command, datetime.now())
 
 Shows samples by step, the curves of the log, the newest attention figures, the configuration and the command that
 resumes the run. Reads the run's result folders; files that are missing or damaged are left out.
@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field
 from datetime import datetime, timedelta
 from pathlib import Path
 from string import Template
@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.labels import join_names
+from parameter import Config, option_groups, option_text
 from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
 from visuals.pages import escape
@@ -32,7 +33,6 @@ FRAMES = 30  # steps whose samples the slider shows
 SAMPLE_SIZE, FIGURE_SIZE = (720, 560), (768, 1200)  # pixels, at most
 PICTURE_BYTES = 70_000  # of a JPEG if possible; 4/3 of it as base64
 QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noise takes 81 kB
-
 
 LOSS_NOTE = "GAN losses do not track image quality."
 LOGIT_NOTE = "d_real is the mean of D(x), d_fake of D(G(z)): the closer they are, the less D separates real and fake."
@@ -68,83 +68,65 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Memory", "memory_mib", "MiB", ""),
     ("Learning rates", "lr/.*", "", ""),
 )
-NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What does not change during a run.
-
-    Attributes:
-        title: its name.
-        machine: device and precision, such as "cpu in fp32".
-        log_folder: where the page will be; its links are relative to it.
-        options: the configuration by group.
-        defaults: the default of each option.
-        classes: the names of the classes, if there are any.
-    """
-
-    title: str
-    total_step: int
-    image_size: int
-    batch_size: int
-    machine: str
-    log_folder: Path
-    sample_folder: Path
-    attn_folder: Path
-    options: Mapping[str, Mapping[str, Any]]
-    defaults: Mapping[str, Any]
-    classes: Sequence[str] = ()
+NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")  # all other names have a chart
 
 
 def report_page(
-    run: Run, step: int, command: str, updated: datetime, state: str = "running", best: Mapping[str, Any] | None = None
+    config: Config,
+    machine: str,
+    classes: Sequence[str],
+    step: int,
+    command: str,
+    updated: datetime,
+    state: str = "running",
+    best: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the page after `step` finished steps, as HTML of less than 8 MB; files of later steps are ignored.
 
     Args:
-        command: the command line that resumes the run.
+        machine: device and precision, such as "cpu in fp32".
+        command: resumes the run.
         updated: the time to show.
         state: "running", or why the run ended before its last step.
         best: "step", "metric" and "score" of the best checkpoint, if there is one.
     """
-    log = read_curves(run.log_folder, step)
-    frames = _frames(run.sample_folder, step)
+    log = read_curves(config.log_folder, step)
     data = {
-        "frames": frames,
-        "real": picture(run.sample_folder / "real.png", SAMPLE_SIZE),
-        "folder": _link(run.sample_folder, run.log_folder),
+        "frames": _frames(config.sample_folder, step),
+        "real": picture(config.sample_folder / "real.png", SAMPLE_SIZE),
+        "folder": _link(config.sample_folder, config.log_folder),
     }
-    finished = step >= run.total_step
-    facts = _facts(run, step, log, is_running=state == "running" and not finished)
+    finished = step >= config.total_step
+    percent = min(100, math.floor(1000 * step / config.total_step) / 10)  # rounded down: 100% is the end
+    facts = [f"step {step:,} of {config.total_step:,} ({percent:g}%)", f"{config.imsize}×{config.imsize}"]
+    facts += [f"batch {config.batch_size}", f"on {machine}"]
+    facts += [f"classes {join_names(classes)}"] if classes else []
+    facts += _speed(config, step, log, is_running=state == "running" and not finished)
     if best and best["step"] <= step:
         facts.append(f"best checkpoint: step {best['step']:,}, {best['metric']} {best['score']:.4g}")
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(run.title),
+        title=escape(config.version),
         state="finished" if finished else escape(state),
         facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
         step=step,
-        total=run.total_step,
+        total=config.total_step,
         charts="".join(_charts(log, best or {})),
-        attention=_attention(run, step),
-        options="".join(_option_group(title, values, run.defaults) for title, values in run.options.items()),
+        attention=_attention(config, step),
+        options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),
         command=escape(command),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 
 
-def _facts(run: Run, step: int, log: Mapping[str, np.ndarray], is_running: bool) -> list[str]:
-    """Return the parts of the line below the title."""
-    percent = min(100, math.floor(1000 * step / run.total_step) / 10)  # rounded down: 100% is the end
-    facts = [f"step {step:,} of {run.total_step:,} ({percent:g}%)", f"{run.image_size}×{run.image_size}"]
-    facts += [f"batch {run.batch_size}", f"on {run.machine}"]
-    facts += [f"classes {join_names(run.classes)}"] if run.classes else []
-    if "images_per_s" in log:
-        speed = float(np.median(log["images_per_s"][-20:, 1]))  # samples and checkpoints slow some entries
-        facts.append(f"{speed:,.1f} images/s")
-        if is_running and speed > 0:
-            minutes = (run.total_step - step) * run.batch_size / speed / 60
-            facts.append(f"ETA {timedelta(minutes=round(minutes))}")
+def _speed(config: Config, step: int, log: Mapping[str, np.ndarray], is_running: bool) -> list[str]:
+    """Return images per second and, while the run goes on, the time that is left."""
+    if "images_per_s" not in log:
+        return []
+    speed = float(np.median(log["images_per_s"][-20:, 1]))  # samples and checkpoints slow some entries
+    facts = [f"{speed:,.1f} images/s"]
+    if is_running and speed > 0:
+        minutes = (config.total_step - step) * config.batch_size / speed / 60
+        facts.append(f"ETA {timedelta(minutes=round(minutes))}")
     return facts
 
 
@@ -192,16 +174,16 @@ def picture(path: Path, size: tuple[int, int]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getbuffer()).decode()
 
 
-def _attention(run: Run, step: int) -> str:
-    """Return the section of the newest attention figures, whatever layers there are, and the newest explorer."""
-    explorer = _newest(run.attn_folder, "explorer.html", step)
-    link = f'<a href="{_link(explorer, run.log_folder)}">Open interactive viewer →</a>' if explorer else ""
-    endings = {path.name.partition("_")[2] for path in run.attn_folder.glob("*_attn*.png")}
+def _attention(config: Config, step: int) -> str:
+    """Return the section of each layer's newest attention figure and of the newest explorer."""
+    explorer = _newest(config.attn_folder, "explorer.html", step)
+    link = f'<a href="{_link(explorer, config.log_folder)}">Open interactive viewer →</a>' if explorer else ""
+    endings = {path.name.partition("_")[2] for path in config.attn_folder.glob("*_attn*.png")}
     cards = []
     for ending in sorted(endings, key=lambda ending: (not ending.startswith("G_"), ending)):  # the generator first
-        path = _newest(run.attn_folder, ending, step)
+        path = _newest(config.attn_folder, ending, step)
         if path and (uri := picture(path, FIGURE_SIZE)):
-            href = _link(path, run.log_folder)
+            href = _link(path, config.log_folder)
             cards.append(f'<a class="card" href="{href}"><img src="{uri}" alt="{escape(path.stem)}"></a>')
     if not (link or cards):
         return ""
@@ -213,19 +195,15 @@ def _newest(folder: Path, ending: str, step: int) -> Path | None:
     return paths[-1] if paths else None
 
 
-def _option_group(title: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def _option_group(config: Config, title: str, fields: Sequence[Field]) -> str:
     """Return a group of the configuration; options that differ from their default are marked and show it."""
     rows = []
-    for name, value in values.items():
-        changed = name in defaults and value != defaults[name]
-        default = f"<small>default {_word(defaults[name])}</small>" if changed else ""
-        rows.append(f"<div{' class=changed' * changed}><dt>{escape(name)}</dt><dd>{_word(value)}{default}</dd></div>")
-    return f'<div class="card options"><h3>{escape(title)}</h3><dl>{"".join(rows)}</dl></div>'
-
-
-def _word(value: Any) -> str:
-    """Return a value as written on the command line."""
-    return escape(str(value).lower() if isinstance(value, bool) or value is None else str(value))
+    for field in fields:
+        value, changed = getattr(config, field.name), getattr(config, field.name) != field.default
+        default = f"<small>default {escape(option_text(field.default))}</small>" if changed else ""
+        text = escape(option_text(value))
+        rows.append(f"<div{' class=changed' * changed}><dt>{field.name}</dt><dd>{text}{default}</dd></div>")
+    return f'<div class="card options"><h3>{title}</h3><dl>{"".join(rows)}</dl></div>'
 
 
 def _link(path: Path, start: Path) -> str:

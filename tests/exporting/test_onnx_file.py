@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import describe, generator_inputs, random_generator
+from conftest import export_metadata, generator_inputs, random_generator
 
 from errors import UserError
 from exporting import onnx_file
@@ -14,12 +14,11 @@ from spectral import fold_spectral_norm
 
 
 def export(G, *network):
-    num_classes = network[2] if len(network) > 2 else 0
-    metadata = describe(*network).metadata()
-    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), 16, num_classes, True, metadata)
+    return onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), export_metadata(*network), True)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("network", [("sagan", 32), ("sagan", 64, 0, "none"), ("paper", 64), ("paper", 64, 3)])
 def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
     """For any batch, with and without classes and attention; and nothing is printed."""
@@ -40,9 +39,7 @@ def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
             np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
     assert_harmless(onnx.load_from_string(content))
     assert str(onnx_file.__file__.rpartition("exporting")[0]).encode() not in content  # no source lines of this machine
-    assert session.get_modelmeta().custom_metadata_map == {
-        **describe(*network).metadata(), "maps": " ".join(layers)
-    }  # fmt: skip
+    assert session.get_modelmeta().custom_metadata_map == export_metadata(*network, maps=" ".join(layers))
 
 
 def assert_harmless(model):
@@ -60,11 +57,11 @@ def test_a_graph_that_torch_exports_wrongly_is_no_file():
     """torch.onnx ignores this argument."""
 
     class Wrong(torch.nn.Module):
-        def forward(self, z, return_attention):
+        def forward(self, z, labels, return_attention):
             return (torch.nn.functional.avg_pool2d(z[:, None, None], (1, 2), divisor_override=1),)
 
     with pytest.raises(UserError, match="onnxruntime does not return the images"):
-        onnx_bytes(Wrong(), 16, 0, False, {})
+        onnx_bytes(Wrong(), export_metadata(), False)
 
 
 def test_weights_too_large_for_a_file(monkeypatch):

@@ -1,4 +1,3 @@
-import json
 import struct
 
 import pytest
@@ -13,9 +12,12 @@ NETWORKS = [("sagan", 32, 0, "full"), ("sagan", 64, 0, "none"), ("paper", 64, 0,
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_file_alone_gives_the_generator(tmp_path, network):
-    G = write_export(tmp_path / "G.safetensors", *network)
+    """Once and for all: without random numbers, and though the file is replaced while the generator is in use."""
+    path = tmp_path / "G.safetensors"
+    G = write_export(path, *network)
     state = torch.get_rng_state()
-    read = read_generator(str(tmp_path / "G.safetensors"))
+    read = read_generator(str(path))
+    path.write_bytes(b"")
     assert torch.equal(state, torch.get_rng_state())
     assert not read.training and not any(isinstance(layer, SpectralNorm) for layer in read.modules())
     inputs = generator_inputs(5, network[2])
@@ -25,48 +27,24 @@ def test_the_file_alone_gives_the_generator(tmp_path, network):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-def test_a_file_can_be_replaced_while_its_generator_is_in_use(tmp_path):
-    G = write_export(tmp_path / "G.safetensors", "sagan", 32)
-    read = read_generator(tmp_path / "G.safetensors")
-    (tmp_path / "G.safetensors").write_bytes(b"")
-    (z,) = generator_inputs(2)
-    with torch.no_grad():
-        torch.testing.assert_close(read(z), G(z), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("changes", [
     {"content": "other"}, {"content_version": "2"}, {"model": "other"}, {"image_size": "48"}, {"image_size": "64"},
-    {"conv_dim": "16"}, {"conv_dim": "x"}, {"num_classes": "3"}, {"attention": "none"}, {"conv_dim": "8000000"},
+    {"conv_dim": "x"}, {"num_classes": "3"}, {"attention": "none"}, {"conv_dim": "8000000"},
 ])  # fmt: skip
 def test_metadata_that_does_not_fit_is_one_line(tmp_path, changes):
     write_export(tmp_path / "G.safetensors", "sagan", 32, **changes)
-    with pytest.raises(ValueError, match="not an export of this program") as caught:
+    with pytest.raises(ValueError, match=r"^.*G\.safetensors is .* not an export of this program: .*$"):
         read_generator(tmp_path / "G.safetensors")
-    assert "\n" not in str(caught.value)
 
 
 def test_damaged_and_foreign_files_are_one_line(tmp_path):
-    write_export(tmp_path / "G.safetensors", "sagan", 32)
-    content = (tmp_path / "G.safetensors").read_bytes()
+    path = tmp_path / "G.safetensors"
+    write_export(path, "sagan", 32)
+    content = path.read_bytes()
     torch.save({"a": torch.zeros(2)}, tmp_path / "pickle")
     for damaged in (content[:-10], content[:100], b"", struct.pack("<Q", 2**60), (tmp_path / "pickle").read_bytes()):
-        (tmp_path / "G.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or not an export") as caught:
-            read_generator(tmp_path / "G.safetensors")
-        assert "\n" not in str(caught.value)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^.*damaged or not an export.*$"):
+            read_generator(path)
     with pytest.raises(ValueError, match="No such file"):
         read_generator(tmp_path / "none.safetensors")
-
-
-def test_the_file_is_numbers_and_text_and_nothing_else(tmp_path):
-    """Its header is JSON, of which no code can run, and the tensors follow without a gap."""
-    write_export(tmp_path / "G.safetensors", "sagan", 32)
-    content = (tmp_path / "G.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    metadata = header.pop("__metadata__")
-    assert (metadata["format"], metadata["content"]) == ("pt", "sagan-generator")  # "pt": for Hugging Face's loaders
-    assert {tensor["dtype"] for tensor in header.values()} == {"F32", "I64"}
-    spans = sorted(tensor["data_offsets"] for tensor in header.values())
-    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
-    assert 8 + length + spans[-1][1] == len(content)

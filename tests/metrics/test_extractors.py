@@ -7,43 +7,17 @@ import urllib.error
 
 import pytest
 import torch
-from conftest import save_script
 
 from errors import UserError
-from metrics.scores import check_requirements
+from metrics.scores import check_metrics
+from parameter import Config
 from utils import progress
 
 pytest.importorskip("torch_fidelity")
-CPU = torch.device("cpu")
-SIZE = 16
 
 
-class NotAMatrix(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float()
-
-
-class Fails(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float() @ torch.zeros(7, 7)
-
-
-class Raises(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        raise ValueError("wants other images")
-
-
-class NotFinite(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().flatten(1) / 0
-
-
-def error_of(names: list[str], feature_extractor=None) -> str:
-    """The message with which `check_requirements` refuses; one line."""
-    with pytest.raises(UserError) as error:
-        check_requirements(names, SIZE, CPU, feature_extractor)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def check(names: str) -> None:
+    check_metrics(Config(metrics=names), torch.device("cpu"))
 
 
 def test_image_source_starts_again_for_the_next_extractor():
@@ -57,78 +31,64 @@ def test_image_source_starts_again_for_the_next_extractor():
         assert bar.total == bar.n == 20
 
 
-@pytest.mark.parametrize("module", [NotAMatrix, Fails, Raises, NotFinite])
-def test_torchscript_files_without_usable_features_are_refused(module, tmp_path):
-    path = save_script(module(), tmp_path / "script.pt")
-    assert f"--feature_extractor {path}" in error_of(["fid"], path)
-
-
-@pytest.mark.parametrize("content", ["none", "empty", "text", "truncated", "state dict"])
-def test_files_that_are_not_torchscript_are_refused(content, extractor, tmp_path):
-    path = tmp_path / "script.pt"
-    if content == "state dict":
-        torch.save({"a": torch.zeros(2)}, path)
-    elif content != "none":
-        whole = extractor.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"hello", "truncated": whole[: len(whole) // 2]}[content])
-    assert str(path) in error_of(["fid"], path)
-
-
-def test_missing_or_too_old_torch_fidelity(monkeypatch):
-    monkeypatch.delitem(sys.modules, "metrics.extractors", raising=False)
-    monkeypatch.delattr("torch_fidelity.metric_prc.KEY_METRIC_PRECISION")
-    assert "torch-fidelity>=0.4" in error_of(["kid", "isc"])
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "torch-fidelity>=0.4" in error_of(["fid"])
+@pytest.mark.parametrize("module, missing, names, package", [
+    ("metrics.extractors", ("torch_fidelity", "torch_fidelity.metric_prc.KEY_METRIC_PRECISION"), "kid,isc",
+     "torch-fidelity>=0.4"),
+    ("metrics.opencv", ("cv2", "cv2.CascadeClassifier"), "faces,hog", "opencv-python-headless<5"),
+])  # fmt: skip
+def test_a_library_that_is_missing_or_of_another_version(module, missing, names, package, monkeypatch):
+    pytest.importorskip("cv2")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    library, attribute = missing
+    for remove in (lambda: monkeypatch.delattr(attribute), lambda: monkeypatch.setitem(sys.modules, library, None)):
+        remove()
+        with pytest.raises(UserError, match=f"--metrics {names} needs {package}"):
+            check(names)
 
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """The path and the content of Inception weights that are not downloaded yet. No URL can be opened."""
+    """The path of Inception weights that are not there, and a function that sets what their download gives."""
     content = b"weights"
     name = f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("metrics.extractors.URL_INCEPTION_V3", f"https://example.org/a/{name}")
-    monkeypatch.setattr("torch.hub.urlopen", None)
-    return tmp_path / "torch" / "hub" / "checkpoints" / name, content
+
+    def respond(size: int | None) -> None:
+        def urlopen(_):
+            assert 0 < socket.getdefaulttimeout() <= 30
+            if size is None:
+                raise urllib.error.URLError(OSError("no route to host"))
+            response = io.BytesIO(content[:size])
+            response.info = email.message.Message
+            return response
+
+        monkeypatch.setattr("torch.hub.urlopen", urlopen)
+
+    return tmp_path / "torch" / "hub" / "checkpoints" / name, respond
 
 
-class Response(io.BytesIO):
-    def info(self):
-        return email.message.Message()
-
-
-def test_a_failed_download_says_which_file_to_put_where(weights, monkeypatch):
-    def urlopen(request):
-        assert 0 < socket.getdefaulttimeout() <= 30
-        raise urllib.error.URLError(OSError("no route to host"))
-
-    monkeypatch.setattr("torch.hub.urlopen", urlopen)
-    path, _ = weights
-    message = error_of(["fid", "kid"])
-    for token in ("--metrics fid,kid", "no route to host", f"https://example.org/a/{path.name}", str(path.parent)):
-        assert token in message
+def test_a_failed_download_says_which_file_to_put_where(weights):
+    path, respond = weights
+    respond(None)
+    with pytest.raises(UserError) as error:
+        check("fid,kid")
+    for token in ("--metrics fid,kid", "no route to host", f"https://example.org/a/{path.name}", str(path)):
+        assert token in str(error.value)
     assert socket.getdefaulttimeout() is None
 
 
-def test_weights_are_downloaded_once(weights, monkeypatch):
-    path, content = weights
-    monkeypatch.setattr("torch.hub.urlopen", lambda request: Response(content))
-    check_requirements(["fid"], SIZE, CPU)
-    assert path.read_bytes() == content
-    monkeypatch.setattr("torch.hub.urlopen", None)
-    check_requirements(["fid"], SIZE, CPU)
-
-
-def test_a_truncated_download_leaves_no_file(weights, monkeypatch):
-    path, content = weights
-    monkeypatch.setattr("torch.hub.urlopen", lambda request: Response(content[:3]))
-    assert path.name in error_of(["fid"])
+def test_weights_are_downloaded_once_and_whole(weights):
+    path, respond = weights
+    respond(3)
+    with pytest.raises(UserError, match=path.name):
+        check("fid")
     assert not list(path.parent.iterdir())
-
-
-def test_damaged_weights_are_refused(weights):
-    path, content = weights
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content[:4])
-    assert str(path) in error_of(["fid"])
+    respond(7)
+    check("fid")
+    assert path.read_bytes() == b"weights"
+    respond(None)
+    check("fid")
+    path.write_bytes(b"wei")
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        check("fid")

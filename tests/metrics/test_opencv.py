@@ -1,13 +1,10 @@
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
-from errors import UserError
-from metrics.scores import check_requirements, compute_scores
+from metrics.scores import compute_scores
 
 pytest.importorskip("cv2")
 from metrics.opencv import frechet_distance
@@ -62,26 +59,14 @@ def test_face_rate_of_real_images_is_cached(tmp_path):
     assert scores_of(faces, torch.zeros_like(faces), tmp_path)["faces_real"] == 0
 
 
-@pytest.mark.parametrize("name", ["faces", "hog"])
-def test_missing_or_too_new_opencv(name, monkeypatch):
-    monkeypatch.delitem(sys.modules, "metrics.opencv", raising=False)
-    monkeypatch.delattr("cv2.CascadeClassifier")
-    with pytest.raises(UserError, match=f"--metrics {name} needs opencv-python-headless<5"):
-        check_requirements([name], SIZE, CPU)
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match=f"--metrics {name} needs opencv-python-headless<5"):
-        check_requirements([name], SIZE, CPU)
-
-
 def test_frechet_distance_equals_that_of_a_matrix_square_root():
     """Of normal distributions whose covariances do not commute, where the root is easy to get wrong."""
     random = np.random.default_rng(0)
     a, b = random.normal(size=(500, 5)) @ random.normal(size=(5, 5)), 1 + random.normal(size=(400, 5))
     A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(A)
-    root = (
-        vectors * np.sqrt(values) @ vectors.T
-    )  # A^(1/2); the trace of (A^(1/2) B A^(1/2))^(1/2) is that of (A B)^(1/2)
+    root = vectors * np.sqrt(values) @ vectors.T  # A^(1/2)
+    # The trace of (A^(1/2) B A^(1/2))^(1/2) is that of (A B)^(1/2).
     trace = np.sqrt(np.linalg.eigvalsh(root @ B @ root)).sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * trace
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
@@ -89,13 +74,12 @@ def test_frechet_distance_equals_that_of_a_matrix_square_root():
     assert frechet_distance(a, a + 2) == pytest.approx(5 * 4)
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 128])
 def test_hog_sees_shapes_not_brightness(size, tmp_path):
     """The distance of faces to other faces, or darker ones, is near that of two halves; of squares it is far above."""
     faces = torch.from_numpy(np.stack([draw_face(seed) for seed in range(60)]))
-    if size != SIZE:
-        images = faces.permute(0, 3, 1, 2).float()
-        faces = F.interpolate(images, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).byte()
+    images = faces.permute(0, 3, 1, 2).float()
+    faces = F.interpolate(images, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).byte()
     others = faces[1::2]
     squares = torch.full_like(faces[:30], 60)
     for index, image in enumerate(squares):

@@ -1,10 +1,13 @@
+"""Matrix products of self-attention against explicit maps; maps of layers are in test_networks.py."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from networks.attention import attend, attention_map, self_attention
+from networks.attention import attend, attention_map
 
 N = 20  # queries; pooled keys are a quarter of them
+KEYS = pytest.mark.parametrize("keys", [N, N // 4])
 
 
 def claiming(device, tensors):
@@ -28,27 +31,28 @@ def explicit(query, key, value):
     return attention_map(query, key).to(value.dtype) @ value
 
 
-@pytest.mark.parametrize("keys", [N, N // 4])
+def values_and_gradients(function, keys, dtype=torch.float32):
+    """The result and the gradients of the inputs, with products in this type."""
+    tensors = inputs(keys=keys)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = function(*(tensor.to(dtype) for tensor in tensors)).float()
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return out, *(tensor.grad for tensor in tensors)
+
+
+@KEYS
 def test_the_fast_path_equals_the_explicit_one_in_values_and_gradients(keys):
-    results = []
-    for function in (explicit, attend):
-        tensors = inputs(keys=keys)
-        out = function(*tensors)
-        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        (out * weights).sum().backward()
-        results.append([out, *(tensor.grad for tensor in tensors)])
+    results = values_and_gradients(explicit, keys), values_and_gradients(attend, keys)
     for expected, actual in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_map_has_a_row_for_each_query_and_sums_to_1_over_the_keys():
-    query, key, value = inputs(grad=False, keys=N // 4)
-    out, attention = self_attention(query, key, value, return_attention=True)
-    assert attention.shape == (3, N, N // 4)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(3, N))
-    fast, no_map = self_attention(query, key, value, return_attention=False)
-    torch.testing.assert_close(fast, out)
-    assert no_map is None
+@KEYS
+def test_under_bf16_autocast_values_and_gradients_stay_near_the_explicit_ones_in_fp32(keys):
+    """Within a few rounding steps of bf16, relative to their norms."""
+    results = values_and_gradients(explicit, keys), values_and_gradients(attend, keys, torch.bfloat16)
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 2**-6 * expected.norm()
 
 
 def test_logits_of_bf16_inputs_are_fp32():
@@ -59,28 +63,6 @@ def test_logits_of_bf16_inputs_are_fp32():
     expected = explicit(query.float(), key.float(), value.float())
     assert out.dtype == torch.bfloat16
     assert (out.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
-
-
-@pytest.mark.parametrize("keys", [N, N // 4])
-def test_under_bf16_autocast_values_and_gradients_stay_near_the_explicit_ones_in_fp32(keys):
-    """Within a few rounding steps of bf16, relative to their norms."""
-    results = []
-    for function, enabled in ((explicit, False), (attend, True)):
-        tensors = inputs(keys=keys)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = function(*(tensor.to(torch.bfloat16) if enabled else tensor for tensor in tensors))
-        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        (out.float() * weights).sum().backward()
-        results.append([out.float(), *(tensor.grad for tensor in tensors)])
-    for expected, actual in zip(*results, strict=True):
-        assert (actual - expected).norm() <= 2**-6 * expected.norm()
-
-
-def test_a_second_derivative_of_the_fast_path_is_an_error_not_a_wrong_number():
-    query, key, value = inputs()
-    (gradient,) = torch.autograd.grad(attend(query, key, value).square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("device, keys", [("mps", N), ("mps", N // 4), ("xpu", N)])

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from networks.augmentation import POLICIES, RANDOM_NUMBERS, augment
+from networks.augmentation import RANDOM_NUMBERS, augment
 
 SIZE = 16
 MOST = 2  # pixels that an image of this size moves
 
 
-def example(count=6, dtype=torch.float64):
+def example(count):
+    """Images and random numbers."""
     random = torch.Generator().manual_seed(3)
-    return (
-        torch.rand(count, 3, SIZE, SIZE, generator=random, dtype=dtype) * 2 - 1,
-        torch.rand(count, RANDOM_NUMBERS, generator=random, dtype=dtype),
-    )
+    images, u = (torch.rand(count, *shape, generator=random, dtype=torch.float64)
+                 for shape in ((3, SIZE, SIZE), (RANDOM_NUMBERS,)))  # fmt: skip
+    return images * 2 - 1, u
 
 
 def color(image, u):
@@ -28,7 +28,7 @@ def color(image, u):
 
 
 def translation(image, u):
-    down, right = (math.floor(number * (2 * MOST + 1)) - MOST for number in u)
+    down, right = (math.floor(number * (2 * MOST + 1)) - MOST for number in u[3:5])
     moved = np.zeros_like(image)
     for y in range(SIZE):
         for x in range(SIZE):
@@ -38,7 +38,7 @@ def translation(image, u):
 
 
 def cutout(image, u):
-    row, column = (math.floor(number * (SIZE + 1)) for number in u)
+    row, column = (math.floor(number * (SIZE + 1)) for number in u[5:7])
     cut = image.copy()
     cut[:, max(0, row - SIZE // 4) : row + SIZE // 4, max(0, column - SIZE // 4) : column + SIZE // 4] = 0
     return cut
@@ -54,54 +54,16 @@ def test_a_batch_equals_the_images_one_at_a_time(policy, memory_format):
     changed = augment(images.contiguous(memory_format=memory_format), u, policy)
     for index, image in enumerate(images.numpy()):
         for name in policy:
-            image = PLAIN[name](image, u[index, POLICIES[name][1]].numpy())
+            image = PLAIN[name](image, u[index].numpy())
         np.testing.assert_allclose(changed[index].numpy(), image, atol=1e-12)
     assert changed.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("name", ["color", "translation"])
-def test_the_neutral_numbers_change_nothing(name):
-    images, u = example(dtype=torch.float32)
-    assert torch.equal(augment(images, torch.full_like(u, 0.5), [name]), images) or name == "color"
-    torch.testing.assert_close(augment(images, torch.full_like(u, 0.5), [name]), images, rtol=0, atol=1e-6)
-    assert not torch.allclose(augment(images, u, [name]), images, atol=0.01)
-
-
-def test_no_policy_returns_the_images():
-    images, u = example()
-    assert torch.equal(augment(images, u, []), images)
-
-
-@pytest.mark.parametrize("policy", [("color",), ("translation",), ("cutout",), tuple(PLAIN)])
-def test_gradients_are_exact_twice(policy):
-    images, u = example(2)
+def test_gradients_are_exact_twice():
+    images, u = example(1)
     small = images[:, :, :8, :8].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: augment(x, u, policy), small)
-    assert torch.autograd.gradgradcheck(lambda x: augment(x.square(), u, policy), small)
-
-
-def test_the_mean_effect_of_many_draws():
-    """Color keeps the mean; a translation keeps all but the border; cutout removes what its squares cover."""
-    count = 20_000
-    u = torch.rand(count, RANDOM_NUMBERS, generator=torch.Generator().manual_seed(0))
-    images = torch.full((count, 3, SIZE, SIZE), 0.5)
-    images[:, 0] = 0.8
-    assert abs(augment(images, u, ["color"]).mean() - 0.6) < 0.01
-    ones = torch.ones(count, 1, SIZE, SIZE)
-    moved = augment(ones, u, ["translation"]).mean(0)[0]
-    inside = [1 - max(0, MOST - min(i, SIZE - 1 - i)) / (2 * MOST + 1) for i in range(SIZE)]
-    torch.testing.assert_close(moved, torch.tensor(inside).outer(torch.tensor(inside)), rtol=0, atol=0.015)
-    covered = [sum(c - 4 <= i < c + 4 for c in range(SIZE + 1)) / (SIZE + 1) for i in range(SIZE)]
-    left = augment(ones, u, ["cutout"]).mean(0)[0]
-    torch.testing.assert_close(left, 1 - torch.tensor(covered).outer(torch.tensor(covered)), rtol=0, atol=0.015)
-
-
-def test_each_image_has_numbers_of_its_own():
-    images, u = example()
-    images = images[:1].expand(6, -1, -1, -1)
-    changed = augment(images, u, tuple(PLAIN))
-    assert all(not torch.allclose(changed[0], other) for other in changed[1:])
-    torch.testing.assert_close(augment(images[2:3], u[2:3], tuple(PLAIN))[0], changed[2])
+    assert torch.autograd.gradcheck(lambda x: augment(x, u, tuple(PLAIN)), small)
+    assert torch.autograd.gradgradcheck(lambda x: augment(x.square(), u, tuple(PLAIN)), small)
 
 
 def test_the_largest_number_below_1_is_within_the_image():

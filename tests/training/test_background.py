@@ -1,5 +1,6 @@
 import threading
-from types import SimpleNamespace
+from unittest import mock
+from unittest.mock import call
 
 import pytest
 import torch
@@ -10,34 +11,25 @@ from visuals.attention_stats import AttentionSample
 CPU = torch.device("cpu")
 
 
-def test_all_jobs_run_in_order():
-    done = []
-    with Background(CPU) as background:
-        for number in range(30):
-            background.submit(done.append, number)
-    assert done == list(range(30))
+def test_jobs_run_in_order_and_submit_blocks_only_when_too_many_are_pending():
+    gate, done, submitted = threading.Event(), [], threading.Event()
 
-
-def test_submit_blocks_only_when_too_many_jobs_are_pending():
-    gate, happened, submitted = threading.Event(), [], threading.Event()
-
-    def job():
-        happened.append(gate.wait(30))
-
-    def submit():
-        background.submit(job)
+    def submit_one_more():
+        background.submit(done.append, 2)
         submitted.set()
 
     with Background(CPU, capacity=2) as background:
-        background.submit(job)
-        background.submit(job)
-        assert not happened  # nobody waited for a job
-        third = threading.Thread(target=submit)
+        background.submit(lambda: done.append(gate.wait(30)))
+        background.submit(done.append, 1)
+        assert not done  # nobody waited for a job
+        third = threading.Thread(target=submit_one_more)
         third.start()
         assert not submitted.wait(0.2)
         gate.set()
         third.join()
-    assert happened == [True] * 3
+        for number in range(3, 30):
+            background.submit(done.append, number)
+    assert done == [True, *range(1, 30)]
 
 
 def fail():
@@ -53,10 +45,17 @@ def test_an_error_in_a_job_is_raised_by_a_later_submit_or_at_the_end():
         pytest.fail("the error came too late")
 
 
-def test_an_error_in_the_block_is_raised_first():
-    with pytest.raises(KeyError), Background(CPU) as background:
+@pytest.mark.parametrize("error, runs", [(KeyError, True), (KeyboardInterrupt, False)])
+def test_an_error_in_the_block_is_raised_first(error, runs):
+    """The jobs still run, unless the user ends the program."""
+    gate, done = threading.Event(), []
+    with pytest.raises(error), Background(CPU) as background:
+        background.submit(gate.wait)
         background.submit(fail)
-        raise KeyError
+        background.submit(done.append, 1)
+        threading.Timer(0.2, gate.set).start()
+        raise error
+    assert bool(done) == runs
 
 
 def test_on_mps_jobs_are_given_tensors_on_the_cpu(monkeypatch):
@@ -73,30 +72,14 @@ def test_on_mps_jobs_are_given_tensors_on_the_cpu(monkeypatch):
 
 
 def test_on_cuda_a_job_waits_on_a_stream_of_its_own_for_what_was_queued_before_it(monkeypatch):
-    """With fakes; tests/test_cuda.py has real ones."""
-    happened, gate = [], threading.Event()
-    queued = iter(["one step", "two steps"])
-
-    class Stream:
-        def __init__(self, device):
-            self.device = device
-
-        def wait_event(self, event):
-            happened.append(("wait for", event))
-
-        def synchronize(self):
-            happened.append("synchronize")
-
-    def set_stream(stream):
-        happened.append((threading.current_thread() is threading.main_thread(), stream.device))
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=lambda: next(queued)))
-    with Background(torch.device("cuda", 1)) as background:
-        background.submit(lambda name: gate.wait() and happened.append(name), "first")
-        background.submit(happened.append, "second")
-        gate.set()
-    assert happened == [(False, torch.device("cuda", 1)),
-                        ("wait for", "one step"), "first", "synchronize",
-                        ("wait for", "two steps"), "second", "synchronize"]  # fmt: skip
+    """With mocks; tests/test_cuda.py has real ones."""
+    cuda, device = mock.Mock(), torch.device("cuda", 1)
+    for name in ("Stream", "set_stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    with Background(device) as background:
+        background.submit(cuda.job, 7)
+    own, loop = call.Stream(), call.current_stream()
+    stream, event = cuda.Stream.return_value, cuda.current_stream.return_value.record_event.return_value
+    assert cuda.mock_calls == [call.Stream(device), call.current_stream(device), loop.record_event(),
+                               call.set_stream(stream), own.wait_event(event), call.job(7),
+                               own.synchronize()]  # fmt: skip

@@ -3,57 +3,96 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from errors import UserError
 from parameter import Config
 from sagan_models import Discriminator, Generator
 from training import checkpoint
-from training.divergence import NonFiniteError
+from training.guards import NonFiniteError
 from training.resuming import (
-    changed_options,
     load_resume_checkpoint,
     load_test_checkpoint,
     non_finite_message,
     warn_of_other_images,
 )
 
-
-def save(config, step):
-    networks = {"G": Generator(32, 16, 8).state_dict(), "D": Discriminator(32, 8).state_dict()}
-    state = {"step": step, "config": dataclasses.asdict(config), **networks}
-    config.model_folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(config.model_folder, step, state)
+SIZES = {"imsize": 32, "z_dim": 16, "g_conv_dim": 8, "d_conv_dim": 8}
+NETWORKS = {"G": Generator(32, 16, 8).state_dict(), "D": Discriminator(32, 8).state_dict()}
 
 
-def test_auto_resumes_if_there_is_a_checkpoint(make_config):
-    config = make_config(pretrained_model="auto")
-    assert load_resume_checkpoint(config) is None
-    for step in (5, 20):
-        save(config, step)
-    assert load_resume_checkpoint(config).step == 20
+def save(config, *steps, **changes):
+    """Checkpoints of a run with these options; returns their folder."""
+    for step in steps:
+        state = {"step": step, "config": dataclasses.asdict(config), "classes": [], **NETWORKS}
+        checkpoint.save(config.model_folder, step, state | changes)
+    return config.model_folder
 
 
 def test_a_run_resumes_from_the_named_checkpoint_only(make_config):
+    def resumed(wanted, **options):
+        return load_resume_checkpoint(make_config(pretrained_model=wanted, **options))
+
+    assert resumed("auto") is None
     with pytest.raises(UserError, match="--pretrained_model latest"):
-        load_resume_checkpoint(make_config(pretrained_model="latest"))
-    for step in (5, 20):
-        save(make_config(), step)
-    assert load_resume_checkpoint(make_config()) is None
-    assert load_resume_checkpoint(make_config(pretrained_model="5")).step == 5
-    assert load_resume_checkpoint(make_config(pretrained_model="latest")).step == 20
+        resumed("latest")
+    folder = save(make_config(), 5, 20)
+    assert resumed(None) is None
+    for wanted, step in (("auto", 20), ("latest", 20), ("5", 5), (str(folder / "5_state.pth"), 5)):
+        assert resumed(wanted).step == step
     with pytest.raises(UserError, match="--pretrained_model 7"):
-        load_resume_checkpoint(make_config(pretrained_model="7"))
-    with pytest.raises(UserError, match="--z_dim"):
-        load_resume_checkpoint(make_config(pretrained_model="5", z_dim=24))
+        resumed("7")
+    for path in folder.glob("20_*"):
+        path.unlink()
+    for path in folder.iterdir():
+        path.rename(folder / path.name.replace("5_", "best_"))
+    assert resumed("latest").step == resumed("auto").step == 5  # the best checkpoint is all there is
 
 
-def test_changed_options_are_those_that_differ(make_config):
-    config = make_config(batch_size=8, save_minutes=5)
-    saved = vars(config) | {"batch_size": 4, "color": "blue", "pretrained_model": "3", "overwrite": True}
-    del saved["save_minutes"], saved["augment"]  # of an older version
-    assert changed_options(saved, config) == [
-        "--batch_size 8 (was 4)", "--save_minutes 5 (was 10.0)", "color blue (no longer an option)"]  # fmt: skip
-    assert changed_options(vars(config), config) == []
+@pytest.mark.parametrize("changes", [{"model": "paper", "imsize": 64}, *({name: 2 * SIZES[name]} for name in SIZES)])
+def test_another_architecture_is_one_line_that_names_the_options(make_config, changes):
+    save(make_config(), 5)
+    config = make_config(pretrained_model="5", **changes)
+    for load in (load_resume_checkpoint, lambda config: load_test_checkpoint(config, {*changes})):
+        with pytest.raises(UserError) as error:
+            load(config)
+        expected = {f"--{name} {getattr(make_config(), name)} (not {value})" for name, value in changes.items()}
+        assert {*str(error.value).partition("needs ")[2].split(", ")} == expected
+
+
+def test_weights_of_other_networks_are_refused(make_config):
+    save(make_config(), 5, G={"weight": torch.ones(2)})
+    with pytest.raises(UserError, match="--model"):
+        load_resume_checkpoint(make_config(pretrained_model="5"))
+
+
+@pytest.mark.parametrize("name, line", [
+    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth, _G\.pth"), ("alone_G.pth", r"alone_D\.pth is missing"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_resumed_is_one_line(make_config, name, line):
+    folder = save(make_config(), 5)
+    shutil.copy(folder / "5_G.pth", folder / "alone_G.pth")
+    with pytest.raises(UserError, match=line):
+        load_resume_checkpoint(make_config(pretrained_model=str(folder / name)))
+
+
+def test_the_first_state_files_resume(make_trainer, capsys):
+    """They have fewer options, and less of the images' fingerprint."""
+    first = make_trainer(holdout=0.2)
+    first.train()
+    path = first.config.model_folder / "3_state.pth"
+    state = torch.load(path, weights_only=True)
+    state["data"] = {name: state["data"][name] for name in ("images", "checksum")}
+    del state["config"]["holdout"], state["config"]["augment"]
+    state["config"]["color"] = "blue"
+    torch.save(state | {"best_fid": 1.0}, path)
+    capsys.readouterr()
+    trainer = make_trainer(holdout=0.2, pretrained_model="latest", total_step=4)
+    out, err = capsys.readouterr()
+    changes = "--total_step 4 (was 3), --holdout 0.2 (was 0.0), color blue (no longer an option)"
+    assert f"resuming from step 3; changed options: {changes}\n" in out
+    assert "may have been trained on images that are held out now" in err
+    assert trainer.train() == 0 and trainer.step == 4
 
 
 def test_a_run_that_diverged_names_the_last_checkpoint(make_config):
@@ -67,36 +106,41 @@ def test_a_run_that_diverged_names_the_last_checkpoint(make_config):
 
 def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, capsys):
     trained = make_config(dataset="folder", image_path="/pics", crop_size=40, seed=3, batch_size=16)
-    save(trained, 5)
-    default = dataclasses.replace(
-        Config(train=False), **{name: getattr(trained, name) for name in ("model_save_path", "version")}
-    )
-    saved, config = load_test_checkpoint(default, {"train", "model_save_path", "version"})
-    assert saved.step == 5
-    names = ("imsize", "z_dim", "g_conv_dim", "d_conv_dim", "dataset", "image_path", "crop_size", "seed", "batch_size")
+    folder = save(trained, 5)
+    default = Config(train=False, model_save_path=trained.model_save_path)
+
+    def tested(given=(), **changes):
+        config = load_test_checkpoint(dataclasses.replace(default, **changes), {"train", *changes, *given})[1]
+        return config, *capsys.readouterr()
+
+    config, out, err = tested()
+    assert config.architecture == trained.architecture
+    names = ("dataset", "image_path", "crop_size", "seed", "batch_size")
     assert all(getattr(config, name) == getattr(trained, name) for name in names)
-    out, err = capsys.readouterr()
     assert "--dataset folder" in out and "--z_dim 16" in out and not err
 
-    moved = dataclasses.replace(default, image_path="/moved", seed=4)
-    config = load_test_checkpoint(moved, {"image_path", "seed"})[1]
+    config, _, err = tested(image_path="/moved", seed=4)
     assert (config.dataset, config.image_path, config.crop_size, config.seed) == ("folder", "/moved", 40, 4)
-    assert "--image_path /pics" in capsys.readouterr().err
+    assert "--image_path /pics" in err
 
-    other = dataclasses.replace(default, dataset="toy")
-    config = load_test_checkpoint(other, {"dataset"})[1]
+    config, _, err = tested(dataset="toy")
     assert (config.dataset, config.image_path, config.crop_size, config.imsize) == ("toy", "./data", None, 32)
-    assert "--dataset folder" in capsys.readouterr().err
+    assert "--dataset folder" in err
 
-    with pytest.raises(UserError, match="--z_dim 16"):
-        load_test_checkpoint(dataclasses.replace(default, z_dim=8), {"z_dim"})
+    (folder / "5_state.pth").unlink()  # the weights alone tell the sizes
+    config, *_ = tested()
+    assert config.architecture == trained.architecture and config.dataset == default.dataset
 
 
-def test_weights_alone_tell_the_sizes_of_their_networks(make_config):
-    save(make_config(), 5)
-    (make_config().model_folder / "5_state.pth").unlink()
-    default = dataclasses.replace(make_config(), imsize=64, z_dim=128, g_conv_dim=64, d_conv_dim=64)
-    assert load_test_checkpoint(default, set())[1].architecture == make_config().architecture
+@pytest.mark.parametrize("name", ["cats/5_state.pth", "cats/12/5_G.pth"])
+def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name):
+    """So that results of other weights are not among those of the default version."""
+    path = tmp_path / name
+    shutil.copytree(save(make_config(seed=3), 5), path.parent)
+    config = make_config(train=False, pretrained_model=str(path))
+    saved, tested = load_test_checkpoint(config, {"train", "pretrained_model"})
+    assert (saved.step, tested.version, saved.state is None) == (5, "cats", path.name == "5_G.pth")
+    assert load_test_checkpoint(config, {"train", "pretrained_model", "version"})[1].version == config.version
 
 
 @pytest.mark.parametrize("current, line", [
@@ -106,40 +150,4 @@ def test_weights_alone_tell_the_sizes_of_their_networks(make_config):
 def test_other_images_are_pointed_out_in_one_line(capsys, current, line):
     warn_of_other_images({"images": 20, "checksum": 1}, current)
     err = capsys.readouterr().err
-    assert re.search(line, err) if line else not err
-    assert err.count("\n") == bool(line)
-    warn_of_other_images(None, current)
-    assert not capsys.readouterr().err
-
-
-def test_the_best_checkpoint_alone_is_resumed(make_config):
-    folder = make_config().model_folder
-    save(make_config(), 5)
-    for path in folder.iterdir():
-        path.rename(folder / path.name.replace("5_", "best_"))
-    for wanted in ("latest", "auto"):
-        assert load_resume_checkpoint(make_config(pretrained_model=wanted)).step == 5
-
-
-@pytest.mark.parametrize("name, version", [("cats/5_state.pth", "cats"), ("cats/12/5_G.pth", "cats")])
-def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name, version):
-    """So that results of other weights are not among those of the default version."""
-    save(make_config(seed=3), 5)
-    path = tmp_path / name
-    shutil.copytree(make_config().model_folder, path.parent)
-    config = make_config(train=False, pretrained_model=str(path))
-    saved, tested = load_test_checkpoint(config, {"train", "pretrained_model"})
-    assert (saved.step, tested.version, saved.state is None) == (5, version, path.name == "5_G.pth")
-    assert load_test_checkpoint(config, {"train", "pretrained_model", "version"})[1].version == config.version
-    assert load_resume_checkpoint(make_config(pretrained_model=str(path))).step == 5
-
-
-@pytest.mark.parametrize("name, line", [
-    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth, _G\.pth"), ("alone_G.pth", r"alone_D\.pth is missing"),
-])  # fmt: skip
-def test_a_file_that_cannot_be_resumed_is_one_line(make_config, name, line):
-    save(make_config(), 5)
-    folder = make_config().model_folder
-    shutil.copy(folder / "5_G.pth", folder / "alone_G.pth")
-    with pytest.raises(UserError, match=line):
-        load_resume_checkpoint(make_config(pretrained_model=str(folder / name)))
+    assert re.search(line, err) and err.count("\n") == bool(line)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sagan_models import Discriminator, Generator
+from training.previews import collect_attention
 from visuals.attention_stats import (
     AttentionSample,
     attention_stats,
-    collect_attention,
     format_attention_stats,
     mean_attention_stats,
     uniform_attention_stats,
@@ -15,16 +15,7 @@ from visuals.attention_stats import (
 
 
 def test_stats_of_self_attention_to_the_query_alone():
-    stats = attention_stats(torch.eye(64).expand(2, 64, 64))
-    assert stats == pytest.approx((0, 1, 0))
-
-
-def test_stats_if_all_queries_attend_to_the_top_left_position():
-    maps = torch.zeros(1, 16, 16)
-    maps[..., 0] = 1
-    stats = attention_stats(maps)
-    expected = sum(math.hypot(row, column) for row in range(4) for column in range(4)) / 16 / 4
-    assert stats == pytest.approx((expected, 1, 12 / 16))
+    assert attention_stats(torch.eye(64).expand(2, 64, 64)) == pytest.approx((0, 1, 0))
 
 
 @pytest.mark.parametrize("query_side, key_side", [(8, 8), (8, 4), (8, 2)])
@@ -47,20 +38,15 @@ def test_stats_equal_sums_over_queries_and_keys(query_side, key_side):
     assert attention_stats(maps) == pytest.approx((distance / count, effective / count, outside / count), rel=1e-5)
 
 
-def test_stats_of_uniform_attention():
-    stats = uniform_attention_stats(16, 16)
+@pytest.mark.parametrize("query_side, neighborhood", [  # the mean number of keys that 3 x 3 queries touch, per axis
+    (16, (14 * 3 + 2 * 2) / 16),  # two at the border
+    (32, (30 * 2 + 2 * 1) / 32),  # pooled keys; one at the border
+])  # fmt: skip
+def test_stats_of_uniform_attention(query_side, neighborhood):
+    stats = uniform_attention_stats(query_side, 16)
     assert stats.effective_positions == pytest.approx(256)
     assert stats.distance == pytest.approx(0.5214, abs=0.01)  # mean distance of two random points in a square
-    neighborhood = (14 * 3 + 2 * 2) ** 2 / 256  # mean size; 2 x 2 in a corner
-    assert stats.non_local_share == pytest.approx(1 - neighborhood / 256)
-
-
-def test_stats_of_uniform_attention_to_pooled_keys():
-    stats = uniform_attention_stats(32, 16)
-    assert stats.effective_positions == pytest.approx(256)
-    assert stats.distance == pytest.approx(0.5214, abs=0.01)
-    neighborhood = ((30 * 2 + 2 * 1) / 32) ** 2  # mean number of keys that the 3 x 3 queries touch; one in a corner
-    assert stats.non_local_share == pytest.approx(1 - neighborhood / 256)
+    assert stats.non_local_share == pytest.approx(1 - neighborhood**2 / 256)
 
 
 def test_table_names_the_grids_of_queries_and_keys():
@@ -75,8 +61,8 @@ def test_maps_of_both_networks_are_collected():
     G, D = Generator(32, 16, 8).eval(), Discriminator(32, 8).eval()
     real = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        generated, on_real = collect_attention(G, D, (torch.randn(3, 16),), (real,))
-        assert len(collect_attention(G, D, (torch.randn(3, 16),), None)) == 1
+        generated, on_real = collect_attention(G, D, torch.randn(3, 16), real=real)
+        assert len(collect_attention(G, D, torch.randn(3, 16))) == 1
     assert (generated.name, list(generated.maps)) == ("generated", ["G attn1", "G attn2", "D attn1", "D attn2"])
     assert (on_real.name, list(on_real.maps)) == ("real", ["D attn1", "D attn2"])
     assert generated.maps["G attn2"].shape == (3, 256, 256)

@@ -7,59 +7,61 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
 from conftest import SMALL
+from page_tools import BrowserPage, Keys
 from PIL import Image
 
 import main
-from parameter import Config, option_groups
-from visuals.report import FIGURE_SIZE, FRAMES, SAMPLE_SIZE, Run, picture, report_page
+from parameter import Config
+from training import recorder
+from visuals.curves import GRAY
+from visuals.report import FIGURE_SIZE, FRAMES, SAMPLE_SIZE, picture, report_page
 
-NOW = datetime(2026, 11, 24, 14, 40)
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
+NOW = datetime(2026, 11, 24, 14, 40)
+VERSION = "<b>\"'& $data ${x}"
 HOSTILE = "</script><b>\"'&\udcff $data ${x}"
 NOISE = np.random.default_rng(0).integers(0, 256, (946, 768, 3), np.uint8)
 
 
-def run_of(config) -> Run:
-    groups = {title: {field.name: getattr(config, field.name) for field in fields}
-              for title, fields in option_groups().items()}  # fmt: skip
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    folders = (config.log_folder, config.sample_folder, config.attn_folder)
-    sizes = (config.total_step, config.imsize, config.batch_size)
-    return Run(config.version, *sizes, "cpu in fp32", *folders, groups, defaults)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Config:
-    """The configuration of a real run of 6 steps."""
+def finished(tmp_path_factory) -> tuple[Path, Config]:
+    """The folder of a real run of 6 steps, and its options."""
     root = tmp_path_factory.mktemp("run")
     paths = {name: str(root / name) for name in PATHS}
     steps = {"total_step": 6, "log_step": 1, "sample_step": 2, "attn_step": 3}
     config = Config(**SMALL, **paths, **steps, device="cpu", tune_malloc=False)
-    assert main.run(config) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "report_page", lambda *_: "")
+        assert main.run(config) == 0
+    return root, config
+
+
+@pytest.fixture
+def empty_run(finished, tmp_path) -> Config:
+    """That run of 100 steps before it has results."""
+    config = dataclasses.replace(finished[1], total_step=100, **{name: str(tmp_path / name) for name in PATHS})
+    for folder in config.folders.values():
+        folder.mkdir(parents=True)
     return config
 
 
 @pytest.fixture
-def toy_run(finished, tmp_path) -> Run:
+def toy_run(finished, empty_run, tmp_path) -> Config:
     """That run, with a copy of its results that a test may change."""
-    for name in PATHS:
-        shutil.copytree(getattr(finished, name), tmp_path / name)
-    return run_of(dataclasses.replace(finished, **{name: str(tmp_path / name) for name in PATHS}))
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(empty_run, total_step=6)
 
 
-@pytest.fixture
-def empty_run(make_config) -> Run:
-    """A run without results."""
-    run = run_of(make_config(total_step=100))
-    for folder in (run.log_folder, run.sample_folder, run.attn_folder):
-        folder.mkdir(parents=True)
-    return run
+def page_of(config: Config, step: int, command: str = "command", machine: str = "cpu in fp32", **options) -> str:
+    return report_page(config, machine, (), step, command, NOW, **options)
 
 
 def data_of(page):
@@ -79,7 +81,7 @@ def write_log(run, rows):
 
 
 def test_a_finished_run(toy_run):
-    page = report_page(toy_run, 6, "python main.py --version 'a b'", NOW)
+    page = page_of(toy_run, 6, "python main.py --version 'a b'")
     for fact in ("step 6 of 6 (100%)", "32×32", "batch 4", "on cpu in fp32", "updated 2026-11-24 14:40"):
         assert f"<li>{fact}</li>" in page
     assert ">finished<" in page
@@ -95,20 +97,15 @@ def test_a_finished_run(toy_run):
     assert "<div class=changed><dt>batch_size</dt><dd>4<small>default 64</small></dd>" in page
     assert "<div><dt>beta2</dt><dd>0.9</dd>" in page
 
-
-def test_the_page_needs_no_network_and_has_unique_ids(toy_run):
-    page = report_page(toy_run, 6, "command", NOW)
-    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert set(re.findall(r"\w+://[^\s\"'<>]*", page)) == namespaces
-    links = re.findall('(?:src|href)="([^"]*)"', page)
+    links = re.findall('(?:src|href)="([^"]*)"', page)  # none needs the network
     assert links and all(link.startswith(("data:", "../", "#")) for link in links)
     assert "connect-src" not in page and "default-src 'none'" in page
     ids = re.findall(r'\sid="([^"]*)"', page)
-    assert len(ids) > 10 and len(ids) == len(set(ids))
+    assert len(ids) == len(set(ids)) > 10
 
 
 def test_results_of_later_steps_are_ignored(toy_run):
-    page = report_page(toy_run, 4, "command", NOW)
+    page = page_of(toy_run, 4)
     assert [frame["step"] for frame in data_of(page)["frames"]] == [2, 4]
     assert figures_of(page)[0] == "3_G_attn1" and "6_G_attn1" not in page
     row = json.loads((toy_run.log_folder / "metrics.jsonl").read_text().splitlines()[3])
@@ -119,21 +116,20 @@ def test_results_of_later_steps_are_ignored(toy_run):
 def test_only_a_running_run_has_an_eta(empty_run):
     run = dataclasses.replace(empty_run, total_step=10**6)  # with batches of 4
     write_log(run, [{"step": step, "images_per_s": 40.0} for step in (1, 2)])
-    assert "<li>ETA 1 day, 3:47:00</li>" in report_page(run, 2, "command", NOW)
-    stopped = report_page(run, 2, "command", NOW, state="stopped")
+    assert "<li>ETA 1 day, 3:47:00</li>" in page_of(run, 2)
+    stopped = page_of(run, 2, state="stopped")
     assert ">stopped<" in stopped and "<li>ETA" not in stopped
-    assert "<li>ETA" not in report_page(run, 10**6, "command", NOW)
+    assert "<li>ETA" not in page_of(run, 10**6)
 
 
-@pytest.mark.parametrize("has_folders", [True, False])
-def test_a_run_without_results(empty_run, has_folders):
-    if not has_folders:
+def test_a_run_without_results(empty_run):
+    for remove in (lambda _: None, lambda folder: folder.rmdir()):
         for folder in (empty_run.log_folder, empty_run.sample_folder, empty_run.attn_folder):
-            folder.rmdir()
-    page = report_page(empty_run, 0, "python main.py", NOW)
-    assert data_of(page) == {"frames": [], "real": "", "folder": "../../sample_path/sagan_celeb"}
-    assert "Attention maps" not in page and not titles_of(page)
-    assert "step 0 of 100 (0%)" in page and "python main.py" in page
+            remove(folder)
+        page = page_of(empty_run, 0, "python main.py")
+        assert data_of(page) == {"frames": [], "real": "", "folder": "../../sample_path/sagan_celeb"}
+        assert "Attention maps" not in page and not titles_of(page)
+        assert "step 0 of 100 (0%)" in page and "python main.py" in page
 
 
 def test_damaged_and_incomplete_images_are_left_out(toy_run):
@@ -143,39 +139,38 @@ def test_damaged_and_incomplete_images_are_left_out(toy_run):
     (toy_run.sample_folder / "4_fake.png").write_bytes(whole[: len(whole) // 2])
     (toy_run.sample_folder / "6_ema.png").write_bytes(whole.replace(b"IDAT", b"IDAX"))
     (toy_run.attn_folder / "6_G_attn1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    page = report_page(toy_run, 6, "command", NOW)
+    page = page_of(toy_run, 6)
     shown = [{kind for kind in ("ema", "fake") if frame.get(kind)} for frame in data_of(page)["frames"]]
     assert shown == [{"ema"}, {"fake"}]
     assert figures_of(page) == ["6_G_attn2", "6_D_attn1", "6_D_attn2"]
 
 
-def test_attention_figures_of_any_layers_are_shown(toy_run):
+def test_the_newest_figure_of_each_layer_is_shown(toy_run):
     for name in ("5_G_attn3", "9_G_attn4", "3_D_attn1_small"):
         shutil.copy(toy_run.attn_folder / "6_G_attn1.png", toy_run.attn_folder / f"{name}.png")
     (toy_run.attn_folder / "6_D_attn2.png").unlink()
-    (toy_run.attn_folder / "3_D_attn2.png").unlink()
-    names = ["6_G_attn1", "6_G_attn2", "5_G_attn3", "6_D_attn1", "3_D_attn1_small"]
-    assert figures_of(report_page(toy_run, 6, "command", NOW)) == names
+    names = ["6_G_attn1", "6_G_attn2", "5_G_attn3", "6_D_attn1", "3_D_attn1_small", "3_D_attn2"]
+    assert figures_of(page_of(toy_run, 6)) == names
 
 
-def test_names_that_no_chart_knows_have_charts_by_prefix(empty_run):
+def test_charts_of_a_log(empty_run):
+    """Names that no chart knows have charts by prefix; the step of the best checkpoint is marked."""
     row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "faces": 0.5}
     row |= {"reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "new": 1}
     write_log(empty_run, [row, row | {"step": 20}])
-    page = report_page(empty_run, 20, "command", NOW)
+    page = page_of(empty_run, 20, best={"step": 10, "metric": "fid", "score": 80})
     assert titles_of(page) == ["FID", "Face rate", "reach", "new"]
     assert "G_attn2  0.4" in page
+    assert "<li>best checkpoint: step 10, fid 80</li>" in page
+    assert page.count(GRAY) == 1 and "best checkpoint" not in page_of(empty_run, 20)
 
 
-def test_pictures_keep_their_aspect_and_fit(tmp_path):
-    def size_of(width, height):
-        Image.new("RGB", (width, height)).save(tmp_path / "a.png")
-        uri = picture(tmp_path / "a.png", (560, 560))
-        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
-
-    assert size_of(1120, 560) == (560, 280)
-    assert size_of(60, 70_000)[1] == 560  # taller than a JPEG can be
-    assert size_of(64, 64) == (64, 64)
+@pytest.mark.parametrize("size, shown", [((1120, 560), (560, 280)), ((64, 64), (64, 64)), ((60, 70_000), (1, 560))])
+def test_pictures_keep_their_aspect_and_fit(size, shown, tmp_path):
+    """The last one is taller than a JPEG can be."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    uri = picture(tmp_path / "a.png", (560, 560))
+    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == shown
     assert picture(tmp_path / "missing.png", (560, 560)) == ""
 
 
@@ -191,7 +186,7 @@ def test_a_page_of_pure_noise_stays_below_8_mb(empty_run):
     random = np.random.default_rng(0)
     names = ["d_loss", "g_loss", *(f"sigma/{network}_{index}" for network in "GD" for index in range(15))]
     write_log(empty_run, [{"step": step} | {name: random.normal() for name in names} for step in range(1, 1001)])
-    page = report_page(empty_run, 4000, "command", NOW)
+    page = page_of(empty_run, 4000)
     frames = data_of(page)["frames"]
     assert len(frames) == FRAMES and len(figures_of(page)) == 4
     assert (frames[0]["step"], frames[-1]["step"]) == (100, 4000)
@@ -200,102 +195,96 @@ def test_a_page_of_pure_noise_stays_below_8_mb(empty_run):
     assert len(page.encode()) < 8e6
 
 
-def test_hostile_names(empty_run):
-    (empty_run.attn_folder / "1_explorer.html").touch()
-    options = {"options": {HOSTILE: {HOSTILE: HOSTILE}}, "defaults": {HOSTILE: None}}
-    folder = empty_run.sample_folder / HOSTILE
-    run = dataclasses.replace(empty_run, title=HOSTILE, machine=HOSTILE, sample_folder=folder, **options)
+def test_hostile_names(empty_run, tmp_path):
+    run = dataclasses.replace(empty_run, version=VERSION, image_path=HOSTILE, sample_path=str(tmp_path / HOSTILE))
+    run.log_folder.mkdir(parents=True)
+    run.attn_folder.mkdir(parents=True)
+    (run.attn_folder / "1_explorer.html").touch()
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    page = report_page(run, 1, HOSTILE, NOW, HOSTILE)
+    page = page_of(run, 1, HOSTILE, HOSTILE, state=HOSTILE)
     page.encode()
     assert page.count("</script>") == 2 and "<b>" not in page
-    assert html.escape(HOSTILE.replace("\udcff", "?")) in page
-    assert 'href="../../attn_path/sagan_celeb/1_explorer.html"' in page
-    assert unquote(data_of(page)["folder"], errors="surrogateescape").endswith(HOSTILE)
+    assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 5  # machine, state, path, path, command
+    assert html.escape(VERSION) in page and '/1_explorer.html"' in page
+    assert HOSTILE in unquote(data_of(page)["folder"], errors="surrogateescape")
 
 
-def open_page(browser, path, page, width=1280, scheme="light"):
-    """Open a page in a browser of that width. Returns a function that finds elements by id."""
-    from selenium.webdriver.common.by import By
+@pytest.fixture
+def open_page(quiet_browser) -> Callable[..., BrowserPage]:
+    """A function that opens a page of a run."""
 
-    path.write_text(page, encoding="utf-8")
-    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(path.as_uri())
-    return lambda name: browser.find_element(By.ID, name)
+    def show(run: Config, page: str, width: int = 1280, scheme: str = "light") -> BrowserPage:
+        path = run.log_folder / "report.html"
+        path.write_text(page, encoding="utf-8")
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        quiet_browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        shown = BrowserPage(quiet_browser, path.as_uri(), "slider")
+        shown.resize(width)
+        return shown
 
-
-def errors_of(browser):
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return show
 
 
 @pytest.mark.browser
-def test_the_slider_in_a_browser(browser, toy_run):
-    from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.support.wait import WebDriverWait
+def test_the_slider(open_page, toy_run):
+    text = page_of(toy_run, 6, "python main.py --version 'a b'")
+    page, frames = open_page(toy_run, text), {frame["step"]: frame for frame in data_of(text)["frames"]}
+    sample, ema, generator, real = page.find("#sample"), *page.find_all("#kinds button")
 
-    page = report_page(toy_run, 6, "python main.py --version 'a b'", NOW)
-    element = open_page(browser, toy_run.log_folder / "report.html", page)
-    frames = {frame["step"]: frame for frame in data_of(page)["frames"]}
-    source = lambda: element("sample").get_attribute("src")  # noqa: E731
-    assert element("shown").text == "step 6" and source() == frames[6]["ema"]
-    assert int(element("sample").get_property("naturalWidth")) > 0
-    element("slider").send_keys(Keys.ARROW_LEFT)
-    assert element("shown").text == "step 4" and source() == frames[4]["ema"]
-    element("slider").send_keys(Keys.HOME)
-    assert element("shown").text == "step 2" and source() == frames[2]["ema"]
-    ActionChains(browser).move_to_element(element("slider")).click().perform()  # its middle
-    assert element("shown").text == "step 4"
-    ema, generator, real = element("kinds").find_elements("tag name", "button")
+    def assert_shown(step: int, kind: str) -> None:
+        assert (page.find("#shown").text, sample.get_attribute("src")) == (f"step {step}", frames[step][kind])
+
+    assert_shown(6, "ema")
+    assert int(sample.get_property("naturalWidth")) > 0
+    for key, step in ((Keys.ARROW_LEFT, 4), (Keys.HOME, 2)):
+        page.pointable.send_keys(key)
+        assert_shown(step, "ema")
+    page.point(0.5, 0.5)
+    page.click()
+    assert_shown(4, "ema")
     generator.click()
-    assert source() == frames[4]["fake"] and generator.get_attribute("aria-pressed") == "true"
-    path = urlparse(element("original").get_attribute("href")).path
+    assert_shown(4, "fake")
+    assert generator.get_attribute("aria-pressed") == "true"
+    path = urlparse(page.find("#original").get_attribute("href")).path
     assert unquote(path) == str(toy_run.sample_folder / "4_fake.png")
     real.click()
-    assert source() == data_of(page)["real"] and element("shown").text == "real images"
+    assert sample.get_attribute("src") == data_of(text)["real"] and page.find("#shown").text == "real images"
     ema.click()
-    element("play").click()
-    WebDriverWait(browser, 10).until(lambda _: element("shown").text == "step 6")
-    WebDriverWait(browser, 10).until(lambda _: element("play").text == "▶")
-    assert not errors_of(browser)
+    page.find("#play").click()
+    page.wait_for(lambda: page.find("#shown").text == "step 6" and page.find("#play").text == "▶")
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width, scheme", [(320, "dark"), (1280, "light")])
-def test_nothing_overflows_and_text_contrasts(browser, toy_run, width, scheme):
-    long = dataclasses.replace(toy_run, title="w" * 100, machine="m" * 60, options={"Data": {"image_path": "p" * 200}})
-    page = report_page(long, 4, "python main.py --version " + "w" * 300, NOW, state="stopped by SIGTERM")
-    element = open_page(browser, toy_run.log_folder / "report.html", page, width, scheme)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    boxes = browser.execute_script(
+def test_nothing_overflows_and_text_contrasts(open_page, toy_run, width, scheme):
+    (toy_run.log_folder.parent / ("w" * 100)).symlink_to(toy_run.log_folder)
+    long = dataclasses.replace(toy_run, version="w" * 100, image_path="p" * 200)
+    text = page_of(long, 4, "python main.py --version " + "w" * 300, "m" * 60, state="stopped by SIGTERM")
+    page = open_page(toy_run, text, width, scheme)
+    page.assert_fits(width)
+    boxes = page.browser.execute_script(
         "return [...document.querySelectorAll('.chart text, #kinds button')].map(item => {"
         "const inner = item.getBoundingClientRect(), card = item.closest('svg, .card').getBoundingClientRect();"
         "return [inner.left - card.left, card.right - inner.right]; })"
     )
     assert len(boxes) > 50 and np.min(boxes) >= 0
-    assert element("command").text.endswith("w" * 300)
+    assert page.find("#command").text.endswith("w" * 300)
 
     def brightness(selector, name):
         script = f"return getComputedStyle(document.querySelector('{selector}'))['{name}']"
-        return np.mean([int(number) for number in re.findall(r"\d+", browser.execute_script(script))[:3]])
+        return np.mean([int(number) for number in re.findall(r"\d+", page.browser.execute_script(script))[:3]])
 
     for text, name, background in (("h1", "color", "body"), (".chart text", "fill", ".chart")):
         difference = brightness(text, name) - brightness(background, "backgroundColor")
         assert difference > 150 if scheme == "dark" else difference < -150
-    assert not errors_of(browser)
 
 
 @pytest.mark.browser
-def test_hostile_names_in_a_browser(browser, empty_run):
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    run = dataclasses.replace(empty_run, title=HOSTILE, options={HOSTILE: {HOSTILE: HOSTILE}})
+def test_hostile_names_are_shown_and_the_command_is_copied(open_page, empty_run):
+    run = dataclasses.replace(empty_run, image_path=HOSTILE)
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    element = open_page(browser, run.log_folder / "report.html", report_page(run, 1, HOSTILE, NOW))
-    assert element("command").get_property("textContent") == HOSTILE.replace("\udcff", "?")
-    element("copy").click()
-    WebDriverWait(browser, 10).until(lambda _: element("copy").text in ("Copied", "Press Ctrl-C to copy"))
-    assert not browser.find_elements("tag name", "b")
-    assert not errors_of(browser)
+    page = open_page(run, page_of(run, 1, HOSTILE))
+    assert page.find("#command").get_property("textContent") == HOSTILE.replace("\udcff", "?")
+    page.find("#copy").click()
+    page.wait_for(lambda: page.find("#copy").text in ("Copied", "Press Ctrl-C to copy"))
+    assert not page.find_all("b")

@@ -1,8 +1,38 @@
-"""The learning rate over a run, continuous where a resumed run has other options or another number of images."""
+"""Adam, and its learning rate over a run: continuous where a resumed run has other options or images."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Adam(torch.optim.Adam):
+    """Fused Adam whose moments can be resumed with other learning rates and betas, and on another device."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], capturable: bool):
+        parameters = [*parameters]
+        if parameters[0].is_cuda:
+            lr = torch.tensor(lr, device=parameters[0].device)  # a captured step reads the tensor at each replay
+        super().__init__(parameters, lr, betas, fused=True, capturable=capturable)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate; in place if it is a tensor, which a CUDA graph reads."""
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the moments; learning rates and betas are this run's options."""
+        super().load_state_dict({"state": state_dict["state"], "param_groups": self.state_dict()["param_groups"]})
+        for parameter, moments in self.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the memory format of the parameter
+                moments[key] = torch.empty_like(parameter).copy_(moments[key])
 
 
 @dataclass(frozen=True)
@@ -13,8 +43,6 @@ class Schedule:
 
     Attributes:
         kind: constant, exponential or linear.
-        decay: factor per epoch of exponential.
-        total_step: step at which linear reaches 0.
         epoch_steps: steps per epoch.
         start_step, start_epochs, start_factor: step from which these options hold, epochs done and factor there.
     """

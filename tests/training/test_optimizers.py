@@ -1,6 +1,6 @@
 import pytest
 
-from training.schedule import Schedule
+from training.optimizers import Schedule
 
 EXPONENTIAL = Schedule("exponential", 0.5, total_step=100, epoch_steps=10)
 LINEAR = Schedule("linear", 0.5, total_step=100, epoch_steps=10)

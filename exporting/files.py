@@ -1,0 +1,112 @@
+"""Write the files of an export. None is ever replaced unasked; a format that an earlier export lacks is added to it."""
+
+import copy
+import io
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from datasets.labels import as_text
+from errors import UserError
+from exporting import onnx_file, safetensors_file
+from exporting.model_card import describe, model_card, read_metrics
+from parameter import Config
+from spectral import fold_spectral_norm
+from tester import samples_grid
+from training.resuming import load_test_checkpoint, load_test_networks
+from utils import check_writable, write_atomically
+
+READERS = {"safetensors": safetensors_file.read_metadata, "onnx": onnx_file.read_metadata}  # by format
+FILES = (*(f"generator.{name}" for name in READERS), "model_card.md", "samples.png")
+
+
+def export(config: Config, given: set[str], export_path: str, formats: Sequence[str], with_maps: bool) -> int:
+    """Write the files and print where they are. Returns the exit code, 0.
+
+    Args:
+        given: names of main.py's options on the command line.
+        formats: "safetensors", "onnx" or both.
+        with_maps: make attention maps outputs of ONNX.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or another export of this step is there already.
+    """
+    if config.metrics:
+        raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
+    saved, config = load_test_checkpoint(config, given)
+    networks = load_test_networks(saved, config)
+    print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}")
+    metadata = describe(config, saved, networks, given)
+    if with_maps and not config.has_attention:
+        raise UserError("--maps true: this generator has no attention layers")
+    folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
+    others = read_other_formats(folder, formats, metadata)
+    maps = others.get("onnx", {}).get("maps", "").split()
+    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
+    if not config.overwrite:
+        check_folder(folder, formats, others)
+    check_writable(folder)
+    if with_maps:
+        maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
+    contents = generator_files(networks.G, metadata, formats, with_maps)
+    num_images = saved.state["data"].get("training_images") if saved.state else None
+    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps)
+    samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
+    for name, content in (("model_card.md", card.encode("utf-8")), ("samples.png", png.getvalue())):
+        if config.overwrite or not (folder / name).exists():
+            contents[name] = content
+    write_files(folder, contents, keep=[f"generator.{name}" for name in others])
+    if "model_card.md" not in contents:
+        print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
+    elif saved.state and metrics is None:
+        wanted = config.pretrained_model if config.pretrained_file else str(saved.step)
+        command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
+        print(f"The card has no metrics: compute them by {command}, then export with --overwrite true")
+    return 0
+
+
+def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
+    """Return the metadata of this generator's files in other formats that the folder has, by format."""
+    found = {}
+    for name in READERS.keys() - formats:
+        with suppress(Exception):  # it is missing or damaged, or its library is missing
+            entries = READERS[name](folder / f"generator.{name}")
+            if metadata.items() <= entries.items():
+                found[name] = entries
+    return found
+
+
+def check_folder(folder: Path, formats: Collection[str], others: Collection[str]) -> None:
+    """Raise `UserError` if there are files already, other than those of other formats of this generator."""
+    found = [name for name in FILES if (folder / name).exists()]
+    if found and (not others or any(f"generator.{name}" in found for name in formats)):
+        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
+
+
+def generator_files(
+    G: nn.Module, metadata: Mapping[str, str], formats: Collection[str], with_maps: bool
+) -> dict[str, bytes]:
+    """Return the contents of the generator's files by name."""
+    G, contents = fold_spectral_norm(copy.deepcopy(G)), {}
+    if "safetensors" in formats:
+        contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
+    if "onnx" in formats:
+        contents["generator.onnx"] = onnx_file.onnx_bytes(G, metadata, with_maps)
+    return contents
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
+    """Write all files or none and print their sizes. A generator that is neither among them nor kept is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically({folder / name: content for name, content in contents.items()})
+    print(f"results in {folder}:")
+    for name, content in contents.items():
+        print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
+    for path in (folder / name for name in {*FILES[:2]} - {*contents, *keep}):
+        if path.exists():
+            path.unlink()
+            print(f"removed {path}: it was not of this generator, or not readable")

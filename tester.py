@@ -20,34 +20,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_loader import Loader
-from datasets.labels import as_text, join_names
-from errors import UserError
 from metrics.nearest import nearest_images
 from metrics.scores import check_metrics, compute_metrics
-from networks.latents import class_rows, classes_in_turn, sample_z, slerp
+from networks.latents import classes_in_turn, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint
 from training.models import checksum
-from training.previews import collect_attention
+from training.previews import collect_attention, draw_z, samples_grid, select_classes
 from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images
 from training.run_folders import remove_test_results
-from utils import (
-    SEED_INTERPOLATION,
-    SEED_SAMPLES,
-    conv_memory_format,
-    derive_seed,
-    evenly_spaced,
-    files_by_step,
-    progress,
-)
-from visuals.attention_stats import (
-    format_attention_stats,
-    mean_attention_stats,
-    uniform_attention_stats,
-)
+from utils import SEED_INTERPOLATION, SEED_SAMPLES, conv_memory_format, evenly_spaced, files_by_step, progress
+from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
 from visuals.curves import line_chart, read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import (
@@ -246,8 +232,7 @@ class Tester:
 
     def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
         """Return z (count, z_dim), a function of the seed and the stream."""
-        seed = derive_seed(self.config.seed, stream)
-        return sample_z(seed, count, self.config.z_dim, self.device, self.config.truncation)
+        return draw_z(self.config, count, self.device, stream)
 
     def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
         """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
@@ -259,32 +244,6 @@ class Tester:
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-@torch.no_grad()
-def samples_grid(G: nn.Module, config: Config, classes: Sequence[str]) -> Image.Image:
-    """Return a grid of G's first samples, at most `--batch_size`, or with a row for each class of `--class_name`."""
-    device, rows = next(G.parameters()).device, select_classes(config.class_name, classes)[:CLASS_ROWS]
-    z = sample_z(derive_seed(config.seed, SEED_SAMPLES), config.num_samples, config.z_dim, device, config.truncation)
-    z, labels = class_rows(z, rows) if rows else (z[: config.batch_size], None)
-    return sample_grid(G(z, labels), row_names=[shorten(classes[number]) for number in rows])
-
-
-def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
-    """Return the indices of the classes that `--class_name` lists; of all classes for None.
-
-    Raises:
-        UserError: there is no such class.
-    """
-    if class_name is None:
-        return [*range(len(classes))]
-    if not classes:
-        raise UserError("--class_name: the networks of this checkpoint have no classes")
-    names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
-    names = [name if name in classes else name.strip() for name in names]
-    if unknown := [name for name in names if name not in classes]:
-        raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
-    return [classes.index(name) for name in names]
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

@@ -63,6 +63,7 @@ class Trainer:
         self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
         self.precision = precision
         use_graph = can_capture(device, config.cuda_graph, ranks.size)
+
         # Networks
         G, D = build_networks(config, len(loader.classes))
         self.G = ranks.convert_sync_batchnorm(G, device).to(device, memory_format=loader.memory_format)
@@ -170,7 +171,8 @@ class Trainer:
         *of_D, of_G = inputs
         for index, given in enumerate(of_D, start=self.step * config.n_critic):
             given["real"], labels = loader.batch(index, self.shard)
-            given |= {} if labels is None else {"real_labels": labels}
+            if labels is not None:
+                given["real_labels"] = labels
         if self.loss.has_penalty:
             for given in of_D:
                 given["alpha"] = draw(torch.rand, 1, 1, 1)
@@ -221,7 +223,7 @@ class Trainer:
                         recorder.real_images("augmented", previews.augmented_images())
             print(
                 f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
-                f"world size {self.ranks.size}, batch {config.batch_size}, {len(self.loader)} batches per epoch"
+                f"world size {self.ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
             )
             return self._loop(recorder, stop)
 
@@ -233,8 +235,12 @@ class Trainer:
         intervals = {"log": config.log_step, "checkpoint": save_step, "samples": config.sample_step}
         intervals |= {"attention": config.attn_step} if config.has_attention else {}
         intervals |= {"metrics": config.metric_step} if config.metrics else {}
-        due = {name for name, steps in intervals.items() if self._is_due(steps)}
 
+        def due_now() -> set[str]:
+            is_last = self.step == config.total_step
+            return {name for name, steps in intervals.items() if self.step % steps == 0 or is_last}
+
+        due = due_now()
         with ranks.raise_together():  # what a resumed run may lack: a branch its checkpoint, and what follows one
             if recorder and self.step:
                 is_branch = config.pretrained_file is not None
@@ -249,7 +255,7 @@ class Trainer:
         signal_number = ranks.max(stop.signal_number)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
-            due = {name for name, steps in intervals.items() if self._is_due(steps)}
+            due = due_now()
             if ranks.size > 1 and not due and self.step % SYNC_STEPS:
                 continue
             if "log" in due:
@@ -281,10 +287,6 @@ class Trainer:
                 recorder.attention(self.step, attention)
                 recorder.explorer(self.step, attention)
         return signal_number
-
-    def _is_due(self, steps: int) -> bool:
-        """Return whether something is due after this step that comes every so many steps and after the last one."""
-        return self.step % steps == 0 or self.step == self.config.total_step
 
     def _evaluate(self, recorder: Recorder, stop: StopRequest) -> None:
         """Record the metrics of the EMA generator (of G without --use_ema), and the checkpoint if it is the best."""

@@ -231,19 +231,19 @@ def _cifar10(root: Path, download: bool) -> Source:
 
 
 @lru_cache(maxsize=1)
-def _open_cifar10(root: str, download: bool = False):
+def _open_cifar10(root: str, download: bool):
     from torchvision.datasets import CIFAR10
 
     return CIFAR10(root, download=download)
 
 
 def _cifar10_labels(root: str) -> Labels:
-    dataset = _open_cifar10(root)
+    dataset = _open_cifar10(root, False)
     return Labels((*dataset.classes,), dataset.targets)
 
 
 def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:
-    return resize(_open_cifar10(root)[index][0], size)
+    return resize(_open_cifar10(root, False)[index][0], size)
 
 
 def _toy_labels(seed: int, toy_num: int) -> Labels:

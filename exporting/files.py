@@ -16,7 +16,7 @@ from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
-from tester import samples_grid
+from training.previews import samples_grid
 from training.resuming import load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
 
@@ -55,10 +55,11 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     contents = generator_files(networks.G, metadata, formats, with_maps)
     num_images = saved.state["data"].get("training_images") if saved.state else None
     card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps)
-    samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
-    for name, content in (("model_card.md", card.encode("utf-8")), ("samples.png", png.getvalue())):
-        if config.overwrite or not (folder / name).exists():
-            contents[name] = content
+    if config.overwrite or not (folder / "model_card.md").exists():
+        contents["model_card.md"] = card.encode("utf-8")
+    if config.overwrite or not (folder / "samples.png").exists():
+        samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
+        contents["samples.png"] = png.getvalue()
     write_files(folder, contents, keep=[f"generator.{name}" for name in others])
     if "model_card.md" not in contents:
         print("model_card.md is left as it was, without this format: --overwrite true writes it anew")

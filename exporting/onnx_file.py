@@ -3,7 +3,7 @@
     session = onnxruntime.InferenceSession("generator.onnx")
     (images,) = session.run(["images"], {"z": z})       # z (B, z_dim) float32 -> (B, 3, S, S) in [-1, 1]
 
-onnx, onnxscript and onnxruntime are optional dependencies, imported only here.
+onnx, onnxscript and onnxruntime are optional dependencies, imported when they are used.
 """
 
 import copy

@@ -17,6 +17,7 @@ from networks.latents import class_rows, sample_z
 from parameter import Config
 from training import checkpoint
 from training.distributed import Ranks
+from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
 from training.run_folders import remove_test_results
 from visuals import playground
@@ -258,9 +259,9 @@ def test_class_name_chooses_the_classes(trained, make):
 
 def test_class_names_may_have_commas_and_blanks():
     classes = ["cat", "dog", "cat,dog", " pug"]
-    assert tester.select_classes(" dog, cat, pug", classes) == [1, 0, 3]
-    assert tester.select_classes("cat,dog", classes) == [2]
-    assert tester.select_classes("dog,cat", classes) == [1, 0]
+    assert select_classes(" dog, cat, pug", classes) == [1, 0, 3]
+    assert select_classes("cat,dog", classes) == [2]
+    assert select_classes("dog,cat", classes) == [1, 0]
 
 
 def test_weights_alone_have_the_names_of_the_images_classes_or_numbers(trained):

@@ -3,18 +3,21 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data_loader import Loader
+from datasets.labels import as_text, join_names
+from errors import UserError
 from networks.augmentation import RANDOM_NUMBERS, augment
-from networks.latents import class_columns, class_rows, classes_in_turn
+from networks.latents import class_columns, class_rows, classes_in_turn, sample_z
 from parameter import Config
 from spectral import SpectralNorm
 from training.resuming import TrainingState
-from utils import SEED_AUGMENTED, autocast, derive_seed, eval_mode
+from utils import SEED_AUGMENTED, SEED_SAMPLES, autocast, derive_seed, eval_mode
 from visuals.attention_stats import AttentionSample
-from visuals.figures import CLASS_ROWS
+from visuals.figures import CLASS_ROWS, sample_grid, shorten
 
 
 class Previews:
@@ -104,6 +107,37 @@ def collect_attention(
         names = [] if numbers is None else [classes[number] for number in numbers.tolist()]
         samples.append(AttentionSample(name, images, maps, names))
     return samples
+
+
+def draw_z(config: Config, count: int, device: torch.device, stream: int = SEED_SAMPLES) -> Tensor:
+    """Return z (count, z_dim) for `--train false`, a function of the seed and the stream."""
+    return sample_z(derive_seed(config.seed, stream), count, config.z_dim, device, config.truncation)
+
+
+@torch.no_grad()
+def samples_grid(G: nn.Module, config: Config, classes: Sequence[str]) -> Image.Image:
+    """Return a grid of G's first samples, at most `--batch_size`, or with a row for each class of `--class_name`."""
+    device, rows = next(G.parameters()).device, select_classes(config.class_name, classes)[:CLASS_ROWS]
+    z = draw_z(config, config.num_samples, device)
+    z, labels = class_rows(z, rows) if rows else (z[: config.batch_size], None)
+    return sample_grid(G(z, labels), row_names=[shorten(classes[number]) for number in rows])
+
+
+def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
+    """Return the indices of the classes that `--class_name` lists; of all classes for None.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if class_name is None:
+        return [*range(len(classes))]
+    if not classes:
+        raise UserError("--class_name: the networks of this checkpoint have no classes")
+    names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
+    names = [name if name in classes else name.strip() for name in names]
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
+    return [classes.index(name) for name in names]
 
 
 @torch.no_grad()

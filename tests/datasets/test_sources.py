@@ -26,12 +26,11 @@ def save(image, path):
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
 @pytest.mark.parametrize("shape", [(178, 218), (200, 161), (161, 201)])
 def test_celeb_pixels_equal_the_reference_s_transforms(tmp_path, size, shape):
-    save(picture(*shape), tmp_path / "CelebA" / "img_align_celeba" / "000001.png")
+    image = picture(*shape)
+    save(image, tmp_path / "CelebA" / "img_align_celeba" / "000001.png")
     source = find_source("celeb", str(tmp_path))
-    reference = T.Compose([T.CenterCrop(160), T.Resize((size, size))])
-    with Image.open(tmp_path / "CelebA" / "img_align_celeba" / "000001.png") as image:
-        expected = np.asarray(reference(image.convert("RGB")))
-    assert np.array_equal(np.asarray(source.decode(source.items[0], size)), expected)
+    expected = T.Compose([T.CenterCrop(160), T.Resize((size, size))])(image)
+    assert np.array_equal(source.decode(source.items[0], size), expected)
 
 
 @pytest.mark.parametrize("image_path, folder, other", [
@@ -62,152 +61,126 @@ def test_celeb_images_of_another_size_are_a_warning_unless_the_crop_is_given(tmp
     assert capsys.readouterr().err == ""
     for number in (4, 2):
         save(picture(300, 400), tmp_path / "CelebA" / f"{number}.jpg")
-        find_source("celeb", str(tmp_path))
-        (line,) = capsys.readouterr().err.splitlines()
-        for token in (f"{number}.jpg has 300x400", "178x218", "160 pixels", "--crop_size", "--dataset folder"):
-            assert token in line
         find_source("celeb", str(tmp_path), crop_size=178)
         assert capsys.readouterr().err == ""
+        find_source("celeb", str(tmp_path))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{number}.jpg has 300x400" in line and "--crop_size" in line
 
 
 def test_the_program_s_own_folders_are_no_data(tmp_path):
-    for folder in ("cats", "samples/v1", "cache/x"):
+    for folder in ("CelebA", "samples/v1", "cache/x"):
         save(picture(8, 8), tmp_path / folder / "a.png")
-    program = {"run_folders": [tmp_path / "samples" / "v2"], "exclude": [tmp_path / "samples", tmp_path / "cache"]}
-    assert find_source("folder", str(tmp_path), **program).items == [os.path.join("cats", "a.png")]
-    (tmp_path / "cats").rename(tmp_path / "CelebA")
-    program = {"run_folders": [tmp_path / "CelebA"], "exclude": [tmp_path]}
+    program = {"run_folders": [tmp_path / "samples/v2"], "exclude": [tmp_path / "samples", tmp_path / "cache"]}
+    assert find_source("folder", str(tmp_path), **program).items == [os.path.join("CelebA", "a.png")]
     with pytest.raises(UserError, match="--version"):
-        find_source("celeb", str(tmp_path), **program)
+        find_source("celeb", str(tmp_path), run_folders=[tmp_path / "CelebA"])
 
 
 def test_files_that_are_no_images_are_counted_in_one_warning(tmp_path, capsys):
     save(picture(8, 8), tmp_path / "a.png")
-    assert find_source("folder", str(tmp_path)).description == f"1 images in {tmp_path}"
-    assert capsys.readouterr().err == ""
     for name in ("b.mov", "c.mov", "nameless"):
         (tmp_path / name).touch()
-    find_source("folder", str(tmp_path))
+    assert find_source("folder", str(tmp_path)).description == f"1 images in {tmp_path}"
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (f"warning: {tmp_path}: 3 files are not images that can be read here and are left out: "
-                    "2 .mov, 1 without ending")  # fmt: skip
+    assert "3 files" in line and line.endswith("2 .mov, 1 without ending")
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"no image .* 2 \.mov"):
         find_source("folder", str(tmp_path))
+    with pytest.raises(UserError, match="is not a folder"):
+        find_source("folder", "~nobody-of-this-name/pictures")
     assert capsys.readouterr().err == ""
 
 
-def test_missing_celeb_and_a_failed_download_say_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dataset, name, download", [
+    ("celeb", "CelebA", r"quota exceeded.*img_align_celeba\.zip.*celeba"),
+    ("cifar10", "CIFAR10", r"quota exceeded.*cifar-10-python\.tar\.gz"),
+])  # fmt: skip
+def test_missing_data_and_a_failed_download_say_what_to_do(tmp_path, monkeypatch, dataset, name, download):
     def fail(*_, **__):
         raise RuntimeError("quota exceeded\nmore")
 
-    with pytest.raises(UserError) as error:
-        find_source("celeb", str(tmp_path))
-    for token in ("celeba/img_align_celeba", "CelebA/*/", "--dataset toy", "--image_path"):
-        assert token in str(error.value)
-    monkeypatch.setattr("torchvision.datasets.CelebA", fail)
-    with pytest.raises(UserError, match=r"quota exceeded.*img_align_celeba.zip.*celeba"):
-        find_source("celeb", str(tmp_path), download=True)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
-    with pytest.raises(UserError, match=r"quota exceeded.*cifar-10-python.tar.gz"):
-        find_source("cifar10", str(tmp_path), download=True)
+    with pytest.raises(UserError, match=f"no {name[:5]}.*{download.rpartition('.*')[2]}"):
+        find_source(dataset, str(tmp_path))
+    monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
+    with pytest.raises(UserError, match=download):
+        find_source(dataset, str(tmp_path), download=True)
 
 
-def test_the_crop_is_centered_and_the_largest_square_or_of_crop_size(tmp_path):
+def test_the_crop_is_centered_and_the_largest_square_or_at_most_crop_size(tmp_path):
     image = Image.new("RGB", (300, 100), "red")
     image.paste((0, 0, 255), (100, 0, 200, 100))
     save(image, tmp_path / "CelebA" / "wide.png")
-    folder, celeb = find_source("folder", str(tmp_path)), find_source("celeb", str(tmp_path), crop_size=80)
-    for source, side in ((folder, 100), (celeb, 80)):
+    for dataset, crop_size, side in (("folder", None, 100), ("celeb", 80, 80), ("folder", 160, 100)):
+        source = find_source(dataset, str(tmp_path), crop_size)
         expected = resize(crop_center(image, side), 32)
         assert np.array_equal(source.decode(source.items[0], 32), expected)
         assert expected.getcolors() == [(32 * 32, (0, 0, 255))]
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])
-def test_a_folder_without_images_is_an_error(tmp_path, make):
-    make(tmp_path / "images")
-    with pytest.raises(UserError, match="images"):
-        find_source("folder", str(tmp_path / "images"))
-    with pytest.raises(UserError, match="is not a folder"):
-        find_source("folder", "~nobody-of-this-name/pictures")
-
-
 def test_fingerprints_depend_on_the_files_and_the_crop_and_stay_the_same_in_later_versions(tmp_path):
     """They are in the names of caches."""
 
-    def folder(dataset="folder", **options):
+    def fingerprint(dataset="folder", **options):
         return find_source(dataset, str(tmp_path), **options).fingerprint
 
     (tmp_path / "a.png").write_bytes(b"12345")
     os.utime(tmp_path / "a.png", ns=(5, 5))
-    assert (folder(), folder(crop_size=32)) == ("502f05eecfa6fa40", "7f2767b1a659ffdf")
+    assert (fingerprint(), fingerprint(crop_size=32)) == ("502f05eecfa6fa40", "7f2767b1a659ffdf")
     os.utime(tmp_path / "a.png", ns=(6, 6))
-    assert folder() == "6f93f21bd2248ca0"
+    assert fingerprint() == "6f93f21bd2248ca0"
     (tmp_path / "CelebA").mkdir()
     (tmp_path / "a.png").rename(tmp_path / "CelebA" / "a.png")
-    assert (folder(), folder("celeb")) == ("f785f12808ca9641", "d467ce6885d010b4")
-    assert [find_source("toy", toy_num=5, seed=seed).fingerprint for seed in (1, 2)] == [
-        "f21e1e0359b4f11f",
-        "1018fe642641a440",
-    ]
+    assert (fingerprint(), fingerprint("celeb")) == ("f785f12808ca9641", "d467ce6885d010b4")
+    assert fingerprint("toy", toy_num=5, seed=1) == "f21e1e0359b4f11f"
+    assert fingerprint("toy", toy_num=5, seed=2) == "1018fe642641a440"
 
 
-def write_cifar10(root):
-    """Write small files in CIFAR-10's format; they do not have the checksums that torchvision expects."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
+def test_cifar10(tmp_path, monkeypatch):
+    """Small files in its format, which do not have the checksums that torchvision expects."""
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
     for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
         entry = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [3, 0, 9, 3]}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
-
-
-def test_cifar10(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz"):
+    with pytest.raises(UserError, match="damaged: unpack"):
         find_source("cifar10", str(tmp_path))
-    write_cifar10(tmp_path)
-    with pytest.raises(UserError, match="damaged: unpack") as error:
-        find_source("cifar10", str(tmp_path))
-    assert "download" not in str(error.value)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    source = find_source("cifar10", str(tmp_path / "cifar-10-batches-py"))
-    assert len(source.items) == 20
-    assert source.description == "20 images of CIFAR-10"
-    assert source.decode(7, 64).size == (64, 64)
+    source = find_source("cifar10", str(folder))
+    assert source.description == "20 images of CIFAR-10" and len(source.items) == 20
+    pixels = pickle.loads((folder / "data_batch_2").read_bytes())["data"][3].reshape(3, 32, 32)
+    assert np.array_equal(np.asarray(source.decode(7, 32)), pixels.transpose(1, 2, 0))
     labels = source.labels()
     assert labels.classes == tuple("0123456789") and labels.targets == [3, 0, 9, 3] * 5
+
+
+def write_lsun(folder, values):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(folder / "church_outdoor_train_lmdb"), map_size=2**24) as database:
+        for number, value in enumerate(values):
+            with database.begin(write=True) as transaction:
+                transaction.put(str(number).encode(), value)
+    return folder / "church_outdoor_train_lmdb" / "data.mdb"
 
 
 def test_lsun(tmp_path):
     with pytest.raises(UserError, match="church_outdoor_train_lmdb"):
         find_source("lsun", str(tmp_path))
-    lmdb = pytest.importorskip("lmdb")
-    with (
-        lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"), map_size=2**24) as database,
-        database.begin(write=True) as transaction,
-    ):
-        for number in range(3):
-            file = io.BytesIO()
-            picture(90, 60, seed=number).save(file, "webp", lossless=True)
-            transaction.put(str(number).encode(), file.getvalue())
+    files = [io.BytesIO() for _ in range(3)]
+    for number, file in enumerate(files):
+        picture(90, 60, seed=number).save(file, "webp", lossless=True)
+    write_lsun(tmp_path, [file.getvalue() for file in files])
     source = find_source("lsun", str(tmp_path))
     assert len(source.items) == 3
     assert source.description.startswith("3 images of LSUN church_outdoor_train in ")
     expected = T.Resize((32, 32))(picture(90, 60, seed=1))  # without a crop
     for decode in (source.decode, pickle.loads(pickle.dumps(source.decode))):
-        assert np.array_equal(np.asarray(decode(source.items[1], 32)), np.asarray(expected))
+        assert np.array_equal(decode(source.items[1], 32), expected)
 
 
 def test_an_lsun_that_is_cut_off_is_one_line(tmp_path, monkeypatch):
-    lmdb = pytest.importorskip("lmdb")
-    data = tmp_path / "church_outdoor_train_lmdb" / "data.mdb"
-    with lmdb.open(str(data.parent), map_size=2**24) as database:
-        for number in range(9):
-            with database.begin(write=True) as transaction:
-                transaction.put(str(number).encode(), bytes(9000))
+    data = write_lsun(tmp_path, [bytes(9000)] * 9)
     size = data.stat().st_size
     assert len(find_source("lsun", str(tmp_path)).items) == 9
     os.truncate(data, size - 9000)

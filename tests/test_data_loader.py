@@ -69,14 +69,12 @@ def test_checksum_depends_on_the_images_and_their_number(tmp_path):
 
 
 def test_hflip_flips_about_half_of_the_images_reproducibly(toy):
-    plain, flipped = toy(), toy(hflip=True)
-    count = 0
-    for position in range(20):
-        for image, other in zip(plain.batch(position)[0], flipped.batch(position)[0], strict=True):
-            assert torch.equal(other, image) or torch.equal(other, image.flip(2))
-            count += not torch.equal(other, image)
-    assert 20 < count < 60
-    assert torch.equal(toy(hflip=True).batch(7)[0], flipped.batch(7)[0])
+    plain, flipped = ([batch for position in range(20) for batch in toy(hflip=hflip).batch(position)[0]]
+                      for hflip in (False, True))  # fmt: skip
+    assert all(torch.equal(other, image) or torch.equal(other, image.flip(2))
+               for image, other in zip(plain, flipped, strict=True))  # fmt: skip
+    assert 20 < sum(not torch.equal(*pair) for pair in zip(plain, flipped, strict=True)) < 60
+    assert torch.equal(toy(hflip=True).batch(7)[0], torch.stack(flipped[28:32]))
 
 
 @pytest.fixture

@@ -79,12 +79,12 @@ def decoding(tmp_path, start):
     return process, [int(path.name) for path in (tmp_path / "workers").iterdir()]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_to_all_processes_ends_them_at_once_and_silently(decoding, name):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGKILL"])
+def test_a_signal_to_all_processes_or_a_kill_of_the_program_ends_them_at_once_and_silently(decoding, name):
     process, _ = decoding
-    os.killpg(process.pid, getattr(signal, name))
+    process.kill() if name == "SIGKILL" else os.killpg(process.pid, getattr(signal, name))
     _, err = process.communicate(timeout=60)  # a chunk takes 102 seconds; the pipes close when no process is left
-    assert (process.returncode, err) == (128 + getattr(signal, name), "")
+    assert name == "SIGKILL" or (process.returncode, err) == (128 + getattr(signal, name), "")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -97,12 +97,6 @@ def test_a_signal_while_processes_start_ends_them_too(start, count):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-
-
-def test_workers_end_when_the_program_is_killed(decoding):
-    process, _ = decoding
-    process.kill()
-    process.communicate(timeout=60)
 
 
 def test_a_killed_worker_is_one_line_of_advice(decoding):

@@ -13,7 +13,6 @@ import pkgutil
 import shlex
 import shutil
 import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -40,17 +39,6 @@ some = settings(many, max_examples=40)
 SLOW = {"total_step", "toy_num", "num_workers", "imsize", "n_critic", "z_dim", "g_conv_dim", "d_conv_dim", "download"}
 
 
-@contextlib.contextmanager
-def working_in(folder):
-    """Do what contextlib.chdir does, which Python 3.10 lacks."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 @pytest.fixture
 def no_figures(monkeypatch, no_report):
     """Leave out the attention figures and the report, which take half of a run's time and depend on no input here."""
@@ -69,13 +57,14 @@ def run(folder, *words):
     """Run the program in a folder and return its exit code: 0, or 2 with one line of error."""
     err = io.StringIO()
     with (
-        working_in(folder),
+        pytest.MonkeyPatch.context() as context,
         patch.object(sys, "argv", ["main.py", *words]),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(err),
         patch.object(sys.stdout, "reconfigure", create=True),
         patch.object(sys.stderr, "reconfigure", create=True),
     ):
+        context.chdir(folder)
         try:
             code = main.main()
         except SystemExit as error:

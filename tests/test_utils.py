@@ -1,5 +1,4 @@
 import mmap
-import os
 import platform
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import torch
 from errors import UserError, warn_once
 from sagan_models import Generator
 from utils import (
-    check_writable,
     conv_memory_format,
     derive_seed,
     eval_mode,
@@ -76,10 +74,12 @@ def test_mps_is_used_by_name_only_and_warns_once(machine, capsys):
     ("tf32", "cuda", (9, 0), "tf32"), ("bf16", "cuda", (8, 0), "bf16"), ("bf16", "cpu", None, "bf16"),
     ("fp32", "cuda", (7, 5), "fp32"),
 ])  # fmt: skip
-def test_resolved_precision(machine, name, device, capability, expected):
+def test_resolved_precision(machine, monkeypatch, name, device, capability, expected):
     machine(gpus=1, capability=capability)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", device == "cpu")
     assert set_backends(torch.device(device), name, deterministic=False) == expected
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
+    assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
 @pytest.mark.parametrize("device, precision, expected", [
@@ -99,38 +99,11 @@ def test_precision_without_tensor_cores_is_a_user_error(machine, name, device):
         set_backends(torch.device(device), name, deterministic=False)
 
 
-def test_check_writable_creates_nothing(tmp_path):
-    check_writable(tmp_path / "new" / "newer")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=str(tmp_path / "file")):
-        check_writable(tmp_path / "file" / "below")
-
-
-def test_deterministic_and_cudnns_search_are_set(monkeypatch):
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    try:
-        set_backends(torch.device("cpu"), "fp32", deterministic=False)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic and not torch.backends.cudnn.benchmark
-        set_backends(torch.device("cpu"), "fp32", deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-
-
 @pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
-def test_files_are_written_all_or_none_and_flushed_before_they_are_renamed(tmp_path, monkeypatch, failing):
-    paths, calls = [tmp_path / "a", tmp_path / "b"], []
-    for path in paths:
-        path.write_bytes(b"old")
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace"):
-            function = getattr(os, name)
-            patch.setattr(os, name, lambda *given, name=name, function=function: calls.append(name) or function(*given))
-        write_atomically({path: b"new" for path in paths})
-    assert [path.read_bytes() for path in paths] == [b"new"] * 2
-    assert "".join(name[0] for name in calls) in ("ffrrf", "ffrr")  # the folder is flushed on POSIX
+def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for content in (b"old", b"new"):
+        write_atomically({path: content for path in paths})
 
     def fail(*_):
         raise OSError(28, "No space left on device")

@@ -198,6 +198,16 @@ def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
     assert (loader.seed, loader.holdout, len(loader)) == (3, 0.2, 2)
 
 
+def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp_path):
+    """`fail` checks that nothing was removed or written."""
+    for number in range(16):
+        path = tmp_path / "samples/cats" / f"{number}_fake.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(path)
+    words = [*SMALL, "--dataset", "folder", "--image_path", "samples/cats", "--overwrite", "true"]
+    assert "samples/cats" in fail(*words, "--version", "cats")
+
+
 def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
     monkeypatch.chdir(tmp_path)

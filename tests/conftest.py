@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,8 @@ for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal,
 SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0,
              min_save_step=1)  # fmt: skip
 D_STATS = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake", "d_sign"}  # of an update of D
-BROWSER_FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1050"
-)
+BROWSER_FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", "window-size=1280,1050")  # fmt: skip
 
 
 def use_small_extractor(patch: pytest.MonkeyPatch) -> None:
@@ -58,13 +57,8 @@ def use_small_extractor(patch: pytest.MonkeyPatch) -> None:
             self.filters = torch.nn.Conv2d(3, 16, 3, 2, bias=False)
             self.filters.weight.data = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
 
-        @staticmethod
-        def get_provided_features_list():
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "features"
+        get_provided_features_list = staticmethod(lambda: ("features",))
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: "features")
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.relu(self.filters(images.float() / 255)).mean((2, 3)),)
@@ -81,18 +75,16 @@ def small_extractor(monkeypatch):
     use_small_extractor(monkeypatch)
 
 
+def toy_config(folder: Path, **changes) -> Config:
+    """The configuration of a small toy run of three steps, which writes below a folder."""
+    paths = {f"{name}_path": str(folder / f"{name}_path") for name in ("cache", "sample", "attn", "model_save", "log")}
+    return Config(**(SMALL | {"device": "cpu", "total_step": 3} | paths | changes))
+
+
 @pytest.fixture
 def make_config(tmp_path):
     """A function that makes configurations of small toy runs, which write below a temporary folder."""
-
-    def make(**changes) -> Config:
-        paths = {
-            name: str(tmp_path / name)
-            for name in ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
-        }
-        return Config(**(SMALL | {"device": "cpu", "total_step": 3} | paths | changes))
-
-    return make
+    return partial(toy_config, tmp_path)
 
 
 @pytest.fixture
@@ -137,14 +129,8 @@ def random_generator(model: str, imsize: int, num_classes: int = 0, attention: s
     torch.manual_seed(0)
     G = MODELS[model].Generator(imsize, 16, 8, num_classes=num_classes, has_attention=attention == "full")
     with torch.no_grad():
-        for layer in G.modules():
-            if hasattr(layer, "gamma"):
-                layer.gamma.fill_(0.7)
-            if isinstance(layer, torch.nn.BatchNorm2d) and layer.affine:
-                layer.weight.normal_(1, 0.3)
-                layer.bias.normal_(0, 0.3)
-            if isinstance(layer, torch.nn.Embedding):
-                layer.weight.normal_(1, 0.5)
+        for name, parameter in G.named_parameters():  # gamma is 0 at first
+            parameter.fill_(0.7) if "gamma" in name else parameter.add_(torch.randn_like(parameter), alpha=0.3)
         for _ in range(3):  # power iterations, statistics of BatchNorm
             G(*generator_inputs(8, num_classes))
     return G.eval()
@@ -194,8 +180,8 @@ def browser(tmp_path_factory):
     if not (binary or driver):
         pytest.skip("no browser: neither chromium nor google-chrome nor chromedriver is on the PATH")
     options = ChromeOptions()
-    for flag in [*BROWSER_FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
+    for flag in (*BROWSER_FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     if binary:
         options.binary_location = binary
@@ -236,21 +222,13 @@ def start_process():
             process.kill() if sys.platform == "win32" else os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(happened, process, seconds=150):
-    """Wait until something happened in a process that goes on."""
+def wait_for(happened, process=None, seconds=150):
+    """Wait until something happened, in a process that goes on or in another thread."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def wait_until(happened, seconds=20):
-    """Wait until something happened in another thread."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def log_lines(folder):
@@ -264,24 +242,18 @@ def log(folder, name="step"):
     return [entry for entry in map(json.loads, log_lines(folder)) if name in entry]
 
 
-def metrics_of(trainer):
-    """The lines of a run's log, without what depends on the machine."""
-    lines = log(trainer.config.log_folder)
-    return [{key: value for key, value in line.items() if key not in ("images_per_s", "memory_mib")} for line in lines]
-
-
 def weights_of(trainer):
-    """Copies of all weights and buffers of G, D and the EMA, by network and key."""
-    networks = {"G": trainer.G, "D": trainer.D, "ema": trainer.ema.network}
-    return {f"{name}/{key}": value.clone() for name, network in networks.items()
-            for key, value in network.state_dict().items()}  # fmt: skip
+    """Copies of all weights and buffers of G, D and the EMA."""
+    return copy.deepcopy([network.state_dict() for network in (trainer.G, trainer.D, trainer.ema.network)])
+
+
+def assert_same(first, second):
+    """Numbers and tensors in dictionaries and lists, bit for bit."""
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def assert_same_weights(first, second):
-    """Bit for bit."""
-    expected = weights_of(second)
-    for key, value in weights_of(first).items():
-        assert torch.equal(value, expected[key]), key
+    assert_same(weights_of(first), weights_of(second))
 
 
 def inputs_of(trainer, steps):
@@ -295,7 +267,7 @@ def inputs_of(trainer, steps):
 
 def assert_same_inputs(first, second, names=("real", "z")):
     for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in names if name in one)
+        assert_same(*([given[name] for name in names if name in one] for given in (one, other)))
 
 
 def page_data(path):

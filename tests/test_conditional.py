@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_same_inputs, build_trainer, inputs_of, page_data, page_pixels
+from conftest import assert_same, assert_same_inputs, build_trainer, inputs_of, page_data, page_pixels, toy_config
 from PIL import Image
 
 import main
@@ -14,9 +14,7 @@ import tester
 from errors import UserError
 from metrics import scores
 from networks.latents import class_rows, sample_z
-from parameter import Config
 from training import checkpoint
-from training.distributed import Ranks
 from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
 from training.run_folders import remove_test_results
@@ -34,24 +32,21 @@ def fewer_images(monkeypatch):
 
 
 @pytest.fixture
-def make(make_config, no_report):
-    return lambda **changes: build_trainer(make_config(**(OPTIONS | changes)))
+def make(make_trainer):
+    return lambda **changes: make_trainer(**(OPTIONS | changes))
 
 
 def separate_classes(G):
-    """Give each class a scale of its own in G, whose classes are equal at first. Returns G."""
+    """Give each class a scale of its own in G, whose classes are equal at first."""
     for layer in G.modules():
         if isinstance(layer, torch.nn.Embedding):
             torch.nn.init.normal_(layer.weight)
-    return G
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run of one step."""
-    folder = tmp_path_factory.mktemp("trained")
-    paths = {f"{name}_path": str(folder / name) for name in ("cache", "sample", "attn", "model_save", "log")}
-    trainer = build_trainer(Config(**(SMALL | OPTIONS | paths), device="cpu", total_step=1))
+    trainer = build_trainer(toy_config(tmp_path_factory.mktemp("trained"), **OPTIONS, total_step=1))
     for network in (trainer.G, trainer.ema.network):
         separate_classes(network)
     trainer.train()
@@ -81,39 +76,23 @@ def test_real_images_have_their_labels_and_fakes_have_labels_as_frequent(make):
         assert not all(torch.equal(step[one]["fake_labels"], step[other]["fake_labels"]) for step in seen)
 
 
-def test_inputs_depend_on_the_step_alone_and_ranks_share_them(make):
-    names = ("real", "z", "real_labels", "fake_labels")
-    whole, later, shards = inputs_of(make(), 4)[3], make(), []
-    later.state.step = 3
-    assert_same_inputs(whole, inputs_of(later, 1)[0], names)
-    for rank in range(2):
-        trainer = make()
-        trainer.shard, trainer.state.step = Ranks(rank, 2).shard(4), 3
-        shards.append(inputs_of(trainer, 1)[0])
-    joined = [{name: torch.cat([one[name], other[name]]) for name in one} for one, other in zip(*shards, strict=True)]
-    assert_same_inputs(whole, joined, names)
-
-
 def test_z_and_images_are_those_without_classes(make):
     """Labels are drawn last: the same seed gives both the same images and latents."""
-    for one, other in zip(inputs_of(make(), 2), inputs_of(make(conditional=False), 2), strict=True):
-        assert_same_inputs(one, other)
+    for given in zip(inputs_of(make(), 2), inputs_of(make(conditional=False), 2), strict=True):
+        assert_same_inputs(*given)
 
 
 def test_both_networks_judge_and_draw_by_the_same_labels(make):
     trainer, calls = make(adv_loss="wgan-gp"), []
     separate_classes(trainer.G)
-    real, z = trainer.loader.batch(0)[0], torch.randn(4, 16)
-    real_labels, fake_labels = torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 1, 0])
+    real, z, of_real, of_fake = trainer.loader.batch(0)[0], torch.randn(4, 16), [0, 1, 2, 0], [2, 2, 1, 0]
     for name, network in (("G", trainer.G), ("D", trainer.D)):
-        network.register_forward_pre_hook(lambda _, given, name=name: calls.append((name, *given)))
-    trainer.d_step(real, z, real_labels, fake_labels, alpha=torch.rand(4, 1, 1, 1))
-    assert [(name, labels.tolist()) for name, _, labels in calls] == [
-        ("G", [2, 2, 1, 0]), ("D", [0, 1, 2, 0]), ("D", [2, 2, 1, 0]), ("D", [0, 1, 2, 0])]  # fmt: skip
-    assert torch.equal(calls[1][1], real)  # the last call is the penalty's, at images between real and generated ones
-    calls.clear()
-    trainer.g_step(z, fake_labels)
-    assert [(name, labels.tolist()) for name, _, labels in calls] == [("G", [2, 2, 1, 0]), ("D", [2, 2, 1, 0])]
+        network.register_forward_pre_hook(lambda _, given, name=name: calls.append((name, given[1].tolist(), given[0])))
+    trainer.d_step(real, z, torch.tensor(of_real), torch.tensor(of_fake), alpha=torch.rand(4, 1, 1, 1))
+    trainer.g_step(z, torch.tensor(of_fake))
+    of_D = [("G", of_fake), ("D", of_real), ("D", of_fake), ("D", of_real)]  # the last call is the penalty's
+    assert [call[:2] for call in calls] == [*of_D, ("G", of_fake), ("D", of_fake)]
+    assert torch.equal(calls[1][2], real)
     changed = [trainer.G.block1.bn1.gain.weight.grad, trainer.D.embedding.module.weight_bar.grad]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in changed)
 
@@ -128,16 +107,13 @@ def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
 
 
 def test_samples_of_training_are_rows_of_classes(trained):
-    images = trained.previews.samples()["ema"]
-    assert len(images) == 3 * 4
+    images, z = trained.previews.samples()["ema"], trained.state.fixed_z
+    with torch.no_grad():
+        expected = [trained.ema.network(z, torch.full((4,), label)) for label in range(3)]
+    torch.testing.assert_close(images, torch.cat(expected))
     names = trained.config.sample_folder
     grid = Image.open(names / "1_ema.png")
     assert grid.height == 2 + 3 * 66 and grid.width > 2 + 4 * 66  # the names are beside the images
-    for label in range(3):
-        z = trained.state.fixed_z
-        with torch.no_grad():
-            expected = trained.ema.network(z, torch.full((4,), label))
-        torch.testing.assert_close(images[4 * label : 4 * label + 4], expected)
     real = np.asarray(Image.open(names / "real.png"))
     left = real.shape[1] - (2 + 4 * 66)
     first = trained.loader.images[(trained.loader.labels == 2).nonzero()[0, 0]].numpy()
@@ -146,12 +122,10 @@ def test_samples_of_training_are_rows_of_classes(trained):
 
 def test_rows_of_real_images_may_be_short(make):
     trainer = make(total_step=1, toy_num=40)
-    numbers = torch.zeros(40, dtype=torch.long)
-    numbers[:2], numbers[2:5] = 1, 2
-    trainer.loader.labels = numbers
+    trainer.loader.labels = torch.tensor([1] * 2 + [2] * 3 + [0] * 35)
     trainer.previews.fixed_z = torch.randn(12, 16)
-    rows = trainer.previews.real_images().unflatten(0, (3, 10))
-    assert [int((row.flatten(1).min(1).values != row.flatten(1).max(1).values).sum()) for row in rows] == [10, 2, 3]
+    images = trainer.previews.real_images().flatten(1)
+    assert (images != images[:, :1]).any(1).unflatten(0, (3, 10)).sum(1).tolist() == [10, 2, 3]  # not black
 
 
 def test_attention_figures_name_the_classes(trained):
@@ -159,8 +133,8 @@ def test_attention_figures_name_the_classes(trained):
     with torch.no_grad():
         expected = trained.ema.network(trained.state.fixed_z, torch.tensor([0, 1, 2, 0]))
     torch.testing.assert_close(generated.images, expected)
-    assert list(generated.classes) == ["short", "medium", "long", "short"]
-    assert list(real.classes) == [CLASSES[number] for number in trained.loader.batch(0)[1]]
+    assert generated.classes == ["short", "medium", "long", "short"]
+    assert real.classes == [CLASSES[number] for number in trained.loader.batch(0)[1]]
     entries = page_data(trained.config.attn_folder / "1_explorer.html")
     assert [image["class"] for image in entries["images"]] == [*generated.classes, *real.classes]
     assert "classes short, medium, long" in (trained.config.log_folder / "report.html").read_text()
@@ -181,9 +155,9 @@ def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
     trainer = make()
     config = dataclasses.replace(trainer.config, dataset="celeb", attribute="Smiling")
     checkpoint.save(config.model_folder, 1, trainer.state.state_dict() | {"config": vars(config), "classes": CLASSES})
-    default = dataclasses.replace(config, train=False, attribute=None)
-    assert load_test_checkpoint(default, set())[1].attribute == "Smiling"
-    assert load_test_checkpoint(dataclasses.replace(default, dataset="toy"), {"dataset"})[1].attribute is None
+    for given, attribute in ({}, "Smiling"), ({"dataset": "toy"}, None):
+        default = dataclasses.replace(config, train=False, attribute=None, **given)
+        assert load_test_checkpoint(default, {*given})[1].attribute == attribute
 
 
 @pytest.mark.parametrize("classes, words", [
@@ -226,10 +200,9 @@ def test_samples_are_written_for_each_class(trained):
 
 def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
     names = [f"class {number}" for number in range(10)]
-    for number, name in enumerate(names):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for image in range(2):
-            Image.new("RGB", (64, 64), (number * 25, image * 99, 0)).save(tmp_path / "data" / name / f"{image}.png")
+    for number, name in enumerate(names * 2):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 12, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
     trainer = make(dataset="folder", image_path=str(tmp_path / "data"), total_step=1)
     trainer.train()
     tested = make_tester(trainer, num_samples=1)
@@ -241,7 +214,7 @@ def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
     assert sorted(path.parent.name for path in tested.folder.glob("samples/*/00000.png")) == names
 
 
-def test_class_name_chooses_the_classes(trained, make):
+def test_class_name_chooses_the_classes(trained):
     tested = make_tester(trained, loader=False, num_samples=2, class_name="long,short")
     assert tested.test() == 0
     assert sorted(path.name for path in (tested.folder / "samples").iterdir()) == ["long", "short"]
@@ -251,17 +224,13 @@ def test_class_name_chooses_the_classes(trained, make):
     assert tested.test() == 0 and not (tested.folder / "class_interpolation.png").exists()
     with pytest.raises(UserError, match="--class_name bald: the checkpoint's classes are short, medium, long"):
         make_tester(trained, class_name="short,bald")
-    without = make(conditional=False, total_step=1)
-    without.train()
     with pytest.raises(UserError, match="no classes"):
-        make_tester(without, class_name="long")
+        select_classes("long", ())
 
 
-def test_class_names_may_have_commas_and_blanks():
-    classes = ["cat", "dog", "cat,dog", " pug"]
-    assert select_classes(" dog, cat, pug", classes) == [1, 0, 3]
-    assert select_classes("cat,dog", classes) == [2]
-    assert select_classes("dog,cat", classes) == [1, 0]
+@pytest.mark.parametrize("names, found", [(" dog, cat, pug", [1, 0, 3]), ("cat,dog", [2]), ("dog,cat", [1, 0])])
+def test_class_names_may_have_commas_and_blanks(names, found):
+    assert select_classes(names, ["cat", "dog", "cat,dog", " pug"]) == found
 
 
 def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
@@ -288,25 +257,22 @@ def test_classes_of_any_name_have_folders_of_their_own_inside(names, folders):
 def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
     config = make_config(**OPTIONS, metrics="faces", metric_num=1000)
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    loader = SimpleNamespace(images=None, labels=labels, device=CPU,
-                             source=SimpleNamespace(name="x", fingerprint="y"))  # fmt: skip
-    given = []
+    source = SimpleNamespace(name="x", fingerprint="y")
+    loader, given = SimpleNamespace(images=None, labels=labels, device=CPU, source=source), []
     monkeypatch.setattr(scores, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
     for _ in range(2):
         scores.compute_metrics(config, lambda *inputs: given.append(inputs), loader)
-    assert all(torch.equal(*pair) for old, new in zip(given[:2], given[2:], strict=True)
-               for pair in zip(old, new, strict=True))  # fmt: skip
+    assert_same(given[:2], given[2:])
     frequencies = torch.cat([labels for _, labels in given[:2]]).bincount() / 1000
     assert (frequencies - torch.tensor([0.6, 0.3, 0.1])).abs().max() < 0.06
 
 
 def test_evaluation_without_images_of_the_classes(trained, monkeypatch, capsys):
     """Samples need no images; those of other classes are no help."""
-    loader = SimpleNamespace(classes=("cat", "dog"), open=lambda: None)
-    monkeypatch.setattr(main, "make_loader", lambda *_: loader)
+    monkeypatch.setattr(main, "make_loader", lambda *_: SimpleNamespace(classes=("cat", "dog"), open=lambda: None))
     saved = checkpoint.load(trained.config.model_folder, "1")
-    assert main.open_loader_if_any(trained.config, torch.device("cpu"), saved) is None
+    assert main.open_loader_if_any(trained.config, CPU, saved) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "only the images have cat, dog" in err
     with pytest.raises(UserError, match="only the images have cat, dog"):
-        main.open_loader_if_any(dataclasses.replace(trained.config, metrics="faces"), torch.device("cpu"), saved)
+        main.open_loader_if_any(dataclasses.replace(trained.config, metrics="faces"), CPU, saved)

@@ -37,43 +37,51 @@ def start(tmp_path, start_process):
 
 
 @pytest.fixture
-def run(start):
-    """A function that runs the program in `tmp_path` to its end."""
+def run(tmp_path, monkeypatch, capfd):
+    """A function that runs `main` in `tmp_path` and this process, and returns its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        process = start(*words)
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
-        return out, err
+        monkeypatch.setattr(sys, "argv", ["main.py", *words])
+        capfd.readouterr()
+        return main.main(), *capfd.readouterr()
 
     return run
 
 
+def draw_images(folder, count, size=(40, 40), name="{}.png"):
+    """Write images, each of a color of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", size, (number % 256, 100, 50)).save(folder / name.format(number))
+
+
 @pytest.mark.slow
-def test_a_run_from_images_to_samples_and_resumed(tmp_path, run):
+def test_a_run_from_images_to_samples_and_resumed(tmp_path, start):
     """A folder of images, the real networks, two worker processes, then one more step and an evaluation."""
-    for number in range(300):
-        path = tmp_path / "data" / f"{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (70, 80), (number % 256, 100, 50)).save(path)
+
+    def run(*words):
+        process = start(*words, "--device", "cpu")
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        return out, err
+
+    draw_images(tmp_path / "data" / "a", 40, (70, 80))
     (tmp_path / "data" / "bad.jpg").write_text("no image")
     words = ["--dataset", "folder", "--batch_size", "4", "--total_step", "2", "--sample_step", "1", "--log_step", "1",
-             "--use_tensorboard", "true", "--device", "cpu"]  # fmt: skip
+             "--use_tensorboard", "true"]  # fmt: skip
     out, err = run(*words)
-    assert "imsize=64" in out
-    assert "skipped_images.txt" in err
+    assert "imsize=64" in out and "skipped_images.txt" in err
     for path in ("samples/sagan_celeb/2_ema.png", "attn/sagan_celeb/2_D_attn1.png", "logs/sagan_celeb/config.json",
                  "models/sagan_celeb/2_state.pth", "logs/sagan_celeb/skipped_images.txt"):  # fmt: skip
         assert (tmp_path / path).stat().st_size > 0, path
-    Generator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_G.pth", weights_only=True), strict=True)
-    Discriminator().load_state_dict(torch.load(tmp_path / "models/sagan_celeb/2_D.pth", weights_only=True), strict=True)
+    for network, name in ((Generator(), "2_G.pth"), (Discriminator(), "2_D.pth")):
+        network.load_state_dict(torch.load(tmp_path / "models/sagan_celeb" / name, weights_only=True), strict=True)
 
     _, err = run(*words, "--total_step", "3", "--pretrained_model", "auto")
     assert "decoding" not in err  # the cache was opened
-    lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-
-    run("--train", "false", "--device", "cpu")
+    assert [json.loads(line)["step"] for line in log_lines(tmp_path / LOGS)] == [1, 2, 3]
+    run("--train", "false")
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 
 
@@ -82,7 +90,7 @@ needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no such sign
 
 @needs_signals
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, monkeypatch, capfd, number):
+def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, monkeypatch, run, number):
     """In this process, which sends the signal to itself; the next test signals one from outside."""
 
     def train_step(trainer):
@@ -92,17 +100,14 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, mon
 
     take_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--log_step", "1", "--total_step", "9"])
-    assert main.main() == 128 + number
-    step = json.loads(log_lines(tmp_path / LOGS)[-1])["step"]
-    assert step == 3  # the step is finished first
-    assert f"--pretrained_model {step}" in capfd.readouterr().out
-    for path in ("models/sagan_celeb/{}_state.pth", "models/sagan_celeb/{}_G.pth", "attn/sagan_celeb/{}_explorer.html",
-                 "attn/sagan_celeb/{}_G_attn1.png", "attn/sagan_celeb/{}_D_attn2.png"):  # fmt: skip
-        assert (tmp_path / path.format(step)).exists(), path
+    code, out, _ = run(*TOY, "--log_step", "1", "--total_step", "9")
+    assert code == 128 + number and "--pretrained_model 3" in out  # the step is finished first
+    assert json.loads(log_lines(tmp_path / LOGS)[-1])["step"] == 3
+    for path in ("models/sagan_celeb/3_state.pth", "models/sagan_celeb/3_G.pth", "attn/sagan_celeb/3_explorer.html",
+                 "attn/sagan_celeb/3_G_attn1.png", "attn/sagan_celeb/3_D_attn2.png"):  # fmt: skip
+        assert (tmp_path / path).exists(), path
     report = (tmp_path / LOGS / "report.html").read_text()
-    assert "stopped" in report and f"step {step:,} of" in report and "<li>ETA" not in report
+    assert "stopped" in report and "step 3 of" in report and "<li>ETA" not in report
 
 
 @needs_signals
@@ -129,46 +134,39 @@ def test_python_need_not_add_the_script_s_folder_to_its_path(tmp_path, script):
     subprocess.run([sys.executable, "-I", str(ROOT / script), "--help"], cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_a_notebook_s_streams_are_enough(tmp_path, monkeypatch, no_report):
+def test_a_notebook_s_streams_are_enough(run, no_report):
     """They have neither `reconfigure` nor a terminal; `%run main.py` calls `main` like this."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2"])
     out, err = io.StringIO(), io.StringIO()
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     with redirect_stdout(out), redirect_stderr(err):
-        handlers = [signal.getsignal(number) for number in SIGNALS]
-        assert main.main() == 0
-        assert [signal.getsignal(number) for number in SIGNALS] == handlers
+        assert run(*TOY, "--total_step", "2")[0] == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
     assert "training finished" in out.getvalue()
     assert "step 2/2" in err.getvalue() and "\r" not in err.getvalue()
 
 
-@pytest.mark.parametrize("version", [(3, 8, 18), (3, 9, 1)])
-def test_an_old_python_is_one_line(version):
-    source = (ROOT / "main.py").read_text(encoding="utf-8")
-    ast.parse(source, feature_version=version[:2])
-    code = (
-        f"import runpy, sys; sys.version_info = {version}; sys.modules['errors'] = None; "
-        f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')"
-    )
+def test_an_old_python_is_one_line():
+    main_py = ROOT / "main.py"
+    ast.parse(main_py.read_text(encoding="utf-8"), feature_version=(3, 8))
+    code = "import runpy, sys; sys.version_info = (3, 9, 1); sys.modules['errors'] = None; "
+    code += f"runpy.run_path({str(main_py)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "Python 3.10" in done.stderr
 
 
 @pytest.fixture
-def fail(tmp_path, monkeypatch, capfd):
+def fail(tmp_path, run):
     """A function that runs `main` and returns its one error line; the run may warn and write a cache, nothing else."""
-    monkeypatch.chdir(tmp_path)
 
     def written():
         return sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
 
     def fail(*words):
-        monkeypatch.setattr(sys, "argv", ["main.py", *words])
         before = written()
-        assert main.main() == 2
-        *others, error = capfd.readouterr().err.splitlines()
-        assert error.startswith("error: ")
+        code, _, err = run(*words)
+        *others, error = err.splitlines()
+        assert code == 2 and error.startswith("error: ")
         assert all("decoding" in line or line.startswith("warning: ") or not line for line in others)
         assert written() == before, "something was written"
         return error
@@ -178,9 +176,8 @@ def fail(tmp_path, monkeypatch, capfd):
 
 def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
     """The middle of each image is red on the left and blue on the right, its frame is black; every other one smiles."""
-    folder = tmp_path / "data" / "CelebA"
+    folder, image = tmp_path / "data" / "CelebA", Image.new("RGB", (178, 218))
     folder.mkdir(parents=True)
-    image = Image.new("RGB", (178, 218))
     image.paste("red", (49, 69, 89, 149))
     image.paste("blue", (89, 69, 129, 149))
     for number in range(10):
@@ -191,8 +188,7 @@ def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
                          conditional=True, attribute="Smiling", hflip=True, holdout=0.2, seed=3)  # fmt: skip
     loader = main.make_loader(config, torch.device("cpu")).open()
     assert loader.classes == ("not_Smiling", "Smiling") and loader.labels.tolist() == [0, 1] * 5
-    assert (loader.images[:, :, 0] == torch.tensor([255, 0, 0])).all()
-    assert (loader.images[:, :, -1] == torch.tensor([0, 0, 255])).all()
+    assert (loader.images[:, :, [0, -1]] == torch.tensor([[255, 0, 0], [0, 0, 255]])).all()
     batch = torch.cat([loader.batch(index)[0] for index in range(4)])
     assert {*batch[:, 0, 0, 0].tolist()} == {-1, 1}  # flipped ones are blue there
     assert (loader.seed, loader.holdout, len(loader)) == (3, 0.2, 2)
@@ -200,25 +196,19 @@ def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
 
 def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp_path):
     """`fail` checks that nothing was removed or written."""
-    for number in range(16):
-        path = tmp_path / "samples/cats" / f"{number}_fake.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (number, 0, 0)).save(path)
+    draw_images(tmp_path / "samples/cats", 16, name="{}_fake.png")
     words = [*SMALL, "--dataset", "folder", "--image_path", "samples/cats", "--overwrite", "true"]
     assert "samples/cats" in fail(*words, "--version", "cats")
 
 
-def test_results_beside_the_images_are_not_trained_on(tmp_path, monkeypatch, capfd, no_report):
+def test_results_beside_the_images_are_not_trained_on(tmp_path, run, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
-    monkeypatch.chdir(tmp_path)
-    for number in range(16):
-        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}_ema.png")
+    draw_images(tmp_path, 16, name="{}_ema.png")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    words = ["main.py", *SMALL, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
+    words = [*SMALL, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
     for options in ([], ["--overwrite", "true"], ["--version", "other"]):
-        monkeypatch.setattr(sys, "argv", [*words, *options])
-        assert main.main() == 0
-        assert "16 images" in capfd.readouterr().out
+        code, out, _ = run(*words, *options)
+        assert code == 0 and "16 images" in out
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -278,47 +268,38 @@ def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, star
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_the_weights_of_a_run_depend_on_its_seed(tmp_path):
-    weights = {}
-    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
-        (tmp_path / name).mkdir()
-        train_in(tmp_path / name, *TOY, "--seed", seed, "--total_step", "1")
-        weights[name] = torch.load(tmp_path / name / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"]
-    assert torch.equal(weights["first"], weights["again"]) and not torch.equal(weights["first"], weights["other"])
+def test_the_weights_of_a_run_depend_on_its_seed(tmp_path, run, no_report):
+    weights = []
+    for seed in ("3", "3", "4"):
+        assert run(*TOY, "--seed", seed, "--total_step", "1", "--overwrite", "true")[0] == 0
+        weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_precision_and_determinism_are_those_of_the_options(tmp_path, capfd):
+def test_precision_and_determinism_are_those_of_the_options(tmp_path, run):
     try:
-        train_in(tmp_path, *TOY, "--total_step", "1", "--precision", "bf16", "--deterministic", "true")
+        _, out, _ = run(*TOY, "--total_step", "1", "--precision", "bf16", "--deterministic", "true")
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert "on cpu in bf16" in capfd.readouterr().out
+    assert "on cpu in bf16" in out
     assert torch.load(tmp_path / "models/sagan_celeb/1_state.pth", weights_only=True)["config"]["precision"] == "bf16"
 
 
-def test_a_run_that_diverges_saves_nothing(fail, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, "--total_step", "2", "--d_lr", "1e38"])
-    monkeypatch.chdir(tmp_path)
-    assert main.main() == 2
+def test_a_run_that_diverges_saves_nothing(run, tmp_path):
+    assert run(*TOY, "--total_step", "2", "--d_lr", "1e38")[0] == 2
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, capfd):
+def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, monkeypatch, run):
     """Most results need no training images; the face rate needs neither a download nor weights."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 32)
     monkeypatch.setattr("visuals.playground.MAX_SIDE", 4)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--train", "false", "--dataset", "folder"])
-    assert main.main() == 0
-    out, err = capfd.readouterr()
-    assert "warning: " in err and "nearest.png" in err
-    assert "test_2" in out
+    code, out, err = run(*SMALL, "--train", "false", "--dataset", "folder")
+    assert code == 0 and "test_2" in out and "warning: " in err and "nearest.png" in err
     folder = tmp_path / "samples/sagan_celeb/test_2"
     assert not (folder / "nearest.png").exists()
-    words = ["--train", "false", "--metrics", "faces", "--metric_num", "12", "--pretrained_model", "2"]
-    monkeypatch.setattr(sys, "argv", ["main.py", *TOY, *words])
-    assert main.main() == 0
-    assert "faces" in capfd.readouterr().out
+    code, out, _ = run(*TOY, *shlex.split("--train false --metrics faces --metric_num 12 --pretrained_model 2"))
+    assert code == 0 and "faces" in out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 12
     assert (folder / "nearest.png").exists()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import D_STATS, assert_same_weights, build_trainer, log, metrics_of, wait_until, weights_of
+from conftest import D_STATS, assert_same, assert_same_weights, build_trainer, log, page_data, wait_for, weights_of
 from PIL import Image
 
 import main
@@ -34,54 +34,59 @@ RESUMED = {
 }
 
 
+@pytest.fixture
+def train(make_trainer):
+    """A function that takes a small run to its end, and returns its trainer."""
+
+    def train(**changes):
+        trainer = make_trainer(**changes)
+        assert trainer.train() == 0
+        return trainer
+
+    return train
+
+
+def metrics_of(trainer):
+    """The lines of a run's log, without what depends on the machine."""
+    lines = log(trainer.config.log_folder)
+    return [{key: value for key, value in line.items() if key not in ("images_per_s", "memory_mib")} for line in lines]
+
+
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
-def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, options):
+def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, train, options):
     """Bit for bit: weights, EMA, fixed z, optimizers, samples and the log."""
     options = dict(total_step=4, log_step=1, sample_step=4) | options
-    whole = make_trainer(version="whole", **options)
-    whole.train()
+    whole = train(version="whole", **options)
     first = options | ({} if "lr_schedule" in options else {"total_step": 2})  # its rates depend on total_step
-    make_trainer(version="parts", model_save_step=0.2, keep_checkpoints=0, **first).train()
+    train(version="parts", model_save_step=0.2, keep_checkpoints=0, **first)
     resumed = make_trainer(version="parts", pretrained_model="2", overwrite=True, **options)
     assert resumed.step == 2
     resumed.train()
-    assert_same_weights(whole, resumed)
-    assert torch.equal(whole.state.fixed_z, resumed.state.fixed_z)
-    for name in ("g_optimizer", "d_optimizer"):
-        states = [getattr(trainer, name).state_dict()["state"] for trainer in (whole, resumed)]
-        for index, state in states[0].items():
-            assert all(torch.equal(value, states[1][index][key]) for key, value in state.items())
+    states = [trainer.state.state_dict() | {"schedule": None} for trainer in (whole, resumed)]
+    assert_same(*states)
     for kind in ("fake", "ema"):
         samples = [trainer.config.sample_folder / f"4_{kind}.png" for trainer in (whole, resumed)]
         assert samples[0].read_bytes() == samples[1].read_bytes()
     assert metrics_of(whole) == metrics_of(resumed)
 
 
-def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer):
+def test_moments_are_resumed_in_the_memory_format_of_the_parameters(train):
     """Fused Adam on a CPU does not look at strides, and that on CUDA refuses different ones."""
-    make_trainer(total_step=2, version="whole").train()
-    saved = make_trainer(total_step=2, version="other")
-    saved.train()
+    _, saved = (train(total_step=2, version=name) for name in ("whole", "other"))
     path = saved.config.model_folder / "2_state.pth"
     state = torch.load(path, weights_only=True)
-    changed = 0
-    for name in ("g_optimizer", "d_optimizer"):
-        for moments in state[name]["state"].values():
-            changed += not moments["exp_avg"].is_contiguous()
-            moments |= {key: moment.contiguous() for key, moment in moments.items()}
-    assert changed > 5
+    moments = [given for name in ("g_optimizer", "d_optimizer") for given in state[name]["state"].values()]
+    assert sum(not given["exp_avg"].is_contiguous() for given in moments) > 5
+    for given in moments:
+        given |= {key: moment.contiguous() for key, moment in given.items()}
     torch.save(state, path)
-    resumed = [make_trainer(total_step=4, version=name, pretrained_model="2") for name in ("whole", "other")]
-    for trainer in resumed:
-        trainer.train()
-    assert_same_weights(*resumed)
+    assert_same_weights(*(train(total_step=4, version=name, pretrained_model="2") for name in ("whole", "other")))
 
 
-def test_a_run_without_attention_has_no_figures_of_it(make_trainer, make_config, capsys):
-    trainer = make_trainer(attention="none", total_step=1, log_step=1)
-    trainer.train()
+def test_a_run_without_attention_has_no_figures_of_it(train, make_trainer, make_config, capsys):
+    trainer = train(attention="none", total_step=1, log_step=1)
     config = trainer.config
-    assert [path.name for path in config.attn_folder.iterdir() if path.name != ".lock"] == []
+    assert [path.name for path in config.attn_folder.iterdir()] == [".lock"]
     assert "explorer" not in capsys.readouterr().out
     assert not any(name.startswith("gamma") for line in metrics_of(trainer) for name in line)
     with pytest.raises(UserError, match=r"--attention none \(not full\)"):
@@ -98,7 +103,7 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
     trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
     before = weights_of(trainer)
     means = trainer.previews.scalars(trainer.step)
-    assert all(torch.equal(value, before[key]) for key, value in weights_of(trainer).items())  # spectral norm's too
+    assert_same(weights_of(trainer), before)  # spectral norm's vectors too
     trainer.D.eval()
     held_out = trainer.loader.held_out(0, 4)
     assert means["d_holdout"].item() == pytest.approx(trainer.D(*held_out).mean().item(), rel=1e-5, abs=1e-6)
@@ -113,34 +118,27 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
 
 
 @pytest.mark.parametrize("loss, checked", [("hinge", [2, 4, 5]), ("wgan-gp", [])])
-def test_r_is_watched_where_logits_have_a_zero(make_trainer, monkeypatch, loss, checked):
+def test_r_is_watched_where_logits_have_a_zero(train, monkeypatch, loss, checked):
     seen = []
     watch = lambda *options: SimpleNamespace(add=lambda step, r: seen.append((options, step, r)))  # noqa: E731
     monkeypatch.setattr("training.recorder.OverfittingCheck", watch)
-    trainer = make_trainer(adv_loss=loss, total_step=5, log_step=2, n_critic=2, augment="cutout")  # 5 batches an epoch
-    trainer.train()
+    trainer = train(adv_loss=loss, total_step=5, log_step=2, n_critic=2, augment="cutout")  # 5 batches an epoch
     logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
     assert seen == [((2, False, True), step, pytest.approx(logged[step])) for step in checked]
 
 
-def test_augmented_images_are_shown_at_the_start(make_trainer):
-    trainer = make_trainer(augment="cutout", total_step=1)
-    trainer.train()
-    real, augmented = (Image.open(trainer.config.sample_folder / f"{name}.png") for name in ("real", "augmented"))
-    assert real.size == augmented.size and real.tobytes() != augmented.tobytes()
-    make_trainer(total_step=1, overwrite=True).train()
-    assert not (trainer.config.sample_folder / "augmented.png").exists()
-
-
-def test_a_run_writes_all_its_files(make_trainer):
-    trainer = make_trainer(total_step=5, log_step=2, sample_step=2, attn_step=4, model_save_step=0.4,
-                           use_tensorboard=True)  # fmt: skip
-    assert trainer.train() == 0  # five batches an epoch: a checkpoint every second step
+def test_a_run_writes_all_its_files(train):
+    """Of five batches an epoch: a checkpoint every second step."""
+    trainer = train(total_step=5, log_step=2, sample_step=2, attn_step=4, model_save_step=0.4, use_tensorboard=True,
+                    augment="cutout", g_num=3)  # fmt: skip
     config = trainer.config
     figures = {f"{step}_{layer}.png" for step in (4, 5) for layer in ("G_attn1", "G_attn2", "D_attn1", "D_attn2")}
     assert {path.name for path in config.attn_folder.glob("*.png")} == figures
-    samples = {f"{step}_{kind}.png" for step in (2, 4, 5) for kind in ("fake", "ema")} | {"real.png"}
+    samples = {f"{step}_{kind}.png" for step in (2, 4, 5) for kind in ("fake", "ema")} | {"real.png", "augmented.png"}
     assert {path.name for path in config.sample_folder.glob("*.png")} == samples
+    real, augmented = (Image.open(config.sample_folder / f"{name}.png") for name in ("real", "augmented"))
+    assert real.size == augmented.size and real.tobytes() != augmented.tobytes()
+    assert len(page_data(config.attn_folder / "5_explorer.html")["images"]) == 3 + 3  # generated and real: g_num each
     saved = {f"{step}_{part}.pth" for step in (2, 4, 5) for part in ("G", "D", "state")}
     assert {path.name for path in config.model_folder.glob("*.pth")} == saved
 
@@ -155,114 +153,62 @@ def test_a_run_writes_all_its_files(make_trainer):
     assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
 
 
-def test_an_attention_figure_has_a_row_for_each_of_g_num_images(make_trainer):
-    heights = []
-    for count in (1, 2, 4):
-        trainer = make_trainer(version=f"of_{count}", total_step=1, g_num=count)
-        trainer.train()
-        heights.append(Image.open(trainer.config.attn_folder / "1_G_attn1.png").height)
-    assert 0 < 2 * (heights[1] - heights[0]) == heights[2] - heights[1]
-
-
-def test_sampling_and_logging_leave_training_unchanged(make_trainer):
-    quiet = make_trainer(version="quiet", total_step=4, log_step=100, sample_step=100, attn_step=100)
-    busy = make_trainer(version="busy", total_step=4, log_step=1, sample_step=1, attn_step=1, model_save_step=0.2)
-    quiet.train()
-    busy.train()
+def test_sampling_and_logging_leave_training_unchanged(train):
+    quiet = train(version="quiet", total_step=4, log_step=100, sample_step=100, attn_step=100)
+    busy = train(version="busy", total_step=4, log_step=1, sample_step=1, attn_step=1, model_save_step=0.2)
     assert_same_weights(quiet, busy)
 
 
-def test_the_learning_rate_does_not_jump_when_the_data_or_the_batch_changes(make_trainer, capsys):
+def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train, capsys):
     """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
     options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
-    make_trainer(**options, total_step=7).train()
-    changed = dict(toy_num=40, batch_size=2, g_num=2)
-    for total_step, pretrained_model in ((10, "7"), (40, "10")):  # continued twice
+    first = train(**options, total_step=7)
+    options |= dict(toy_num=40, batch_size=2, g_num=2, pretrained_model="latest")
+    for total_step in (10, 40):  # continued twice
         capsys.readouterr()
-        resumed = make_trainer(**options, **changed, total_step=total_step, pretrained_model=pretrained_model)
-        resumed.train()
+        resumed = train(**options, total_step=total_step)
         assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
+    assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
     assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
 
 
-def test_weights_without_a_state_file_resume_with_a_warning(make_trainer, capsys):
-    first = make_trainer()
-    first.train()
+def test_a_finished_run_resumes_without_a_step_and_from_weights_alone_with_a_warning(train, make_trainer, capsys):
+    first = train()
+    assert_same_weights(first, train(pretrained_model="latest"))
     (first.config.model_folder / "3_state.pth").unlink()
     capsys.readouterr()
     resumed = make_trainer(pretrained_model="latest", total_step=4)
     assert "optimizers" in capsys.readouterr().err
-    assert torch.equal(resumed.G.last[0].weight, first.G.last[0].weight)
-    assert torch.equal(resumed.ema.network.last[0].weight, first.G.last[0].weight)
+    for network in (resumed.G, resumed.ema.network):
+        assert torch.equal(network.last[0].weight, first.G.last[0].weight)
     (first.config.sample_folder / "real.png").unlink()  # as if the weights came from elsewhere
     assert resumed.train() == 0
     assert (first.config.sample_folder / "real.png").exists()
 
 
-def test_resuming_a_finished_run_takes_no_step(make_trainer):
-    make_trainer().train()
-    resumed = make_trainer(pretrained_model="latest")
-    before = weights_of(resumed)
-    assert resumed.train() == 0
-    assert all(torch.equal(value, before[key]) for key, value in weights_of(resumed).items())
-
-
-@pytest.mark.parametrize("batch_size", [2, 8])
-def test_the_fixed_z_is_kept_when_the_batch_size_changes(make_trainer, batch_size):
-    first = make_trainer()
-    first.train()
-    resumed = make_trainer(pretrained_model="latest", batch_size=batch_size, g_num=2, total_step=4, sample_step=4)
-    assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
-    resumed.train()
-    samples = [Image.open(first.config.sample_folder / f"{step}_ema.png").size for step in (3, 4)]
-    assert samples[0] == samples[1]
-
-
-def test_save_minutes_saves_by_the_clock(make_trainer):
-    """Checkpoints for resuming only, which do not stay; the last one has exports."""
-    trainer = make_trainer(total_step=5, model_save_step=100, save_minutes=1e-9, keep_checkpoints=2)
-    trainer.train()
-    left = {path.name for path in trainer.config.model_folder.glob("*.pth")}
-    assert left == {"4_state.pth", "5_state.pth", "5_G.pth", "5_D.pth"}
-
-
-@pytest.mark.parametrize("options, saved", [
-    (dict(model_save_step=0.2, min_save_step=3), [3, 6, 7]),
-    (dict(model_save_step=2.0, n_critic=2), [5, 7]),  # 20 images are 5 batches, of which a step takes n_critic
-    (dict(model_save_step=1.0), [5, 7]),
+@pytest.mark.parametrize("options, states, exports", [
+    (dict(model_save_step=0.2, min_save_step=3, keep_checkpoints=0), [3, 6, 9], [3, 6, 9]),
+    (dict(model_save_step=2.0, n_critic=2), [5, 9], [5, 9]),  # 20 images are 5 batches, of which a step takes n_critic
+    (dict(model_save_step=0.2), [8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    (dict(model_save_step=100, save_minutes=1e-9), [8, 9], [9]),  # by the clock: for resuming only, they do not stay
 ])  # fmt: skip
-def test_steps_of_checkpoints(make_trainer, options, saved):
-    trainer = make_trainer(total_step=7, keep_checkpoints=0, **options)
-    trainer.train()
-    assert list(files_by_step(trainer.config.model_folder, "state.pth")) == saved
-
-
-def test_old_results_are_thinned_as_the_options_say(make_trainer):
-    trainer = make_trainer(total_step=9, sample_step=1, attn_step=2, keep_samples=3, model_save_step=0.2,
-                           keep_checkpoints=2)  # fmt: skip
-    trainer.train()
-    assert list(files_by_step(trainer.config.model_folder, "state.pth")) == [8, 9]
-    assert list(files_by_step(trainer.config.model_folder, "G.pth")) == [*range(1, 10)]
-    assert list(files_by_step(trainer.config.sample_folder, "ema.png")) == [4, 8, 9]
-    assert list(files_by_step(trainer.config.attn_folder, "G_attn1.png")) == [4, 8, 9]
+def test_results_are_written_and_thinned_as_the_options_say(train, options, states, exports):
+    given = dict(total_step=9, keep_checkpoints=2, sample_step=1, attn_step=2, keep_samples=3) | options
+    config = train(**given).config
+    models, samples, figures = config.model_folder, config.sample_folder, config.attn_folder
+    assert list(files_by_step(models, "state.pth")) == states
+    assert list(files_by_step(models, "G.pth")) == list(files_by_step(models, "D.pth")) == exports
+    assert list(files_by_step(samples, "ema.png")) == list(files_by_step(figures, "G_attn1.png")) == [4, 8, 9]
 
 
 def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
-    first = make_trainer(model_save_step=0.2)
-    first.train()
-    trainer = make_trainer(model_save_step=0.2, pretrained_model="latest", total_step=9)
-    update = trainer.ema.update
-
-    def spoil(step):
-        update(step)
-        if step == 4:  # the fifth
-            trainer.ema.network.last[0].bias.data[0] = float("nan")
-
-    monkeypatch.setattr(trainer.ema, "update", spoil)
+    trainer = make_trainer(model_save_step=0.2, total_step=9)
+    bias = trainer.ema.network.last[0].bias
+    monkeypatch.setattr(trainer.ema, "update", lambda step: step < 4 or bias.data.fill_(float("nan")))  # in the fifth
     with pytest.raises(NonFiniteError):
         trainer.train()
-    assert checkpoint.list_steps(first.config.model_folder)[0] == 4
+    assert checkpoint.list_steps(trainer.config.model_folder)[0] == 4
 
 
 def test_bf16_stays_near_fp32(make_trainer):
@@ -274,24 +220,22 @@ def test_bf16_stays_near_fp32(make_trainer):
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat(make_trainer, monkeypatch):
     trainer = make_trainer(total_step=1000, sample_step=25, attn_step=100, model_save_step=10, log_step=5)
-    seen = []
-    train_step = trainer.train_step
+    seen, train_step = [], trainer.train_step
 
     def watched():
-        if trainer.step % 250 == 1:
+        if trainer.step % 250 == 1 and trainer.step > 1:
             memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             seen.append((memory, len(os.listdir("/proc/self/fd"))))
         return train_step()
 
     monkeypatch.setattr(trainer, "train_step", watched)
     trainer.train()
-    seen = seen[1:]  # the first is of step 1
     memory, files = zip(*seen, strict=True)
     assert max(memory) - memory[0] < 10, memory  # MiB
     assert max(files) - files[0] <= 2, files  # an image that is being written
 
 
-def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, monkeypatch, capsys):
+def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, train, monkeypatch, capsys):
     """The second of four evaluations has the lowest distance; the last one fails. They are of the EMA or of G."""
     options = dict(metrics="isc,kid,fid", metric_step=1, metric_num=12, version="measured")
     scores, trainers = [9.0, 3.0, 5.0, UserError("the disk is full")], []
@@ -303,40 +247,33 @@ def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, mon
         G(torch.randn(4, config.z_dim))
         if isinstance(score, UserError):
             raise score
-        return {"fid": -score if trainer is measured else score, "kid": score}
+        return {"fid": -score if len(trainers) == 1 else score, "kid": score}
+
+    def best_after(step, *given, **changes):
+        """The step of the best checkpoint after evaluations with these scores, which end with that of this step."""
+        scores.extend(given)
+        trainers.append(make_trainer(**options | changes, total_step=step))
+        trainers[-1].train()
+        options.update(changes, metric_step=step + 1, pretrained_model="latest")
+        return checkpoint.load(trainers[-1].config.model_folder, "best").step
 
     monkeypatch.setattr("trainer.compute_metrics", compute_metrics)
     monkeypatch.setattr("metrics.scores.check_metrics", lambda *_: None)
-    measured = make_trainer(total_step=4, **options)
-    trainers.append(measured)
-    plain = make_trainer(total_step=4, version="plain")
-    for trainer in (measured, plain):
-        trainer.train()
-    assert_same_weights(measured, plain)
+    assert best_after(4) == 2
+    measured = trainers[0]
+    assert_same_weights(measured, train(total_step=4, version="plain"))
     logged = [(entry["step"], entry["kid"]) for entry in log(measured.config.log_folder, "kid")]
     assert logged == [(1, 9.0), (2, 3.0), (3, 5.0)]
     assert "the disk is full" in capsys.readouterr().err
-    best = checkpoint.load(measured.config.model_folder, "best")
-    assert best.step == 2
     assert checkpoint.list_steps(measured.config.model_folder) == [4]  # `latest` does not find the best one
-
-    def best_after(score, **changes):
-        """The step of the best checkpoint after one more evaluation."""
-        scores.append(score)
-        step = max(checkpoint.list_steps(measured.config.model_folder)) + 1
-        options.update(changes, metric_step=step, pretrained_model="latest")
-        trainers.append(make_trainer(total_step=step, **options))
-        trainers[-1].train()
-        return checkpoint.load(measured.config.model_folder, "best").step
-
-    assert best_after(4.0) == 2  # lower than the last, not than the lowest before the stop
-    assert best_after(4.0, metric_num=11) == 6  # of fewer images: not comparable
-    assert best_after(5.0) == 6
-    assert best_after(6.0, use_ema=False) == 8
-    assert best_after(7.0, metrics="fid") == 9
-    assert best_after(8.0, toy_num=99) == 10
-    assert best_after(float("nan")) == 10
-    make_trainer(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True}).train()
+    assert best_after(5, 4.0) == 2  # lower than the last, not than the lowest before the stop
+    assert best_after(6, 4.0, metric_num=11) == 6  # of fewer images: not comparable
+    assert best_after(7, 5.0) == 6
+    assert best_after(8, 6.0, use_ema=False) == 8
+    assert best_after(9, 7.0, metrics="fid") == 9
+    assert best_after(10, 8.0, toy_num=99) == 10
+    assert best_after(11, float("nan")) == 10
+    train(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True})
 
 
 def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch):
@@ -344,7 +281,7 @@ def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch)
     options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4, model_save_step=0.4)
 
     def stopped(config, *arguments):
-        wait_until((config.model_folder / "2_state.pth").exists)
+        wait_for((config.model_folder / "2_state.pth").exists)
         signal.raise_signal(signal.SIGTERM)
         return compute_metrics(config, *arguments)
 
@@ -356,7 +293,7 @@ def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch)
     assert not log(folder, "hog")
 
     def out_of_memory():
-        wait_until((trainer.config.model_folder / "3_state.pth").exists)
+        wait_for((trainer.config.model_folder / "3_state.pth").exists)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(trainer, "train_step", lambda: train_step() | {"signal": signal.raise_signal(signal.SIGTERM)})
@@ -376,20 +313,15 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume_from(make_train
     make_trainer().train()
 
 
-def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
+def test_a_checkpoint_of_another_folder_is_resumed_exactly(train):
     options = dict(total_step=6, log_step=1, model_save_step=0.1, keep_checkpoints=0)
-    whole = make_trainer(version="whole", **options)
-    whole.train()
+    whole = train(version="whole", **options)
     state = whole.config.model_folder / "3_state.pth"
-    branch = make_trainer(version="branch", pretrained_model=str(state), **options)
-    branch.train()
+    branch = train(version="branch", pretrained_model=str(state), **options)
     assert_same_weights(whole, branch)
     assert [entry["step"] for entry in log(branch.config.log_folder)] == [4, 5, 6]
     assert checkpoint.list_steps(branch.config.model_folder)[-1] == 3  # it can go on before the first one of its own
     assert (branch.config.sample_folder / "3_ema.png").exists()
-    assert checkpoint.list_steps(whole.config.model_folder)[0] == 6
-    with pytest.raises(UserError, match="--overwrite true"):
-        make_trainer(version="branch", total_step=9, pretrained_model=str(state)).train()
 
 
 def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):
@@ -398,8 +330,8 @@ def test_the_last_lines_name_the_files_to_open_first(make_config, capsys):
     main.print_outcome(config, 3, trainer.train())
     lines = capsys.readouterr().out.splitlines()
     report = config.log_folder / "report.html"
-    paths = [report, config.attn_folder / "3_explorer.html", config.sample_folder / "3_ema.png"]
-    assert [line.strip() for line in lines[-3:]] == [str(path) for path in paths]
+    paths = [Path(line.strip()) for line in lines[-3:]]
+    assert paths == [report, config.attn_folder / "3_explorer.html", config.sample_folder / "3_ema.png"]
     assert all(path.exists() for path in paths)
     text = report.read_text(encoding="utf-8")
     assert "step 3 of 3" in text and "finished" in text

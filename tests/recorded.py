@@ -24,8 +24,7 @@ ROWS = {  # of the recorded maps
 
 
 def read_oracle(model: str) -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / FILES[model]) as file:
-        return dict(file)
+    return dict(np.load(Path(__file__).parent / FILES[model]))
 
 
 def draw(model: str, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -27,28 +27,19 @@ from visuals import report
 
 pytestmark = pytest.mark.slow
 
-SMALL = shlex.split(
-    "--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu --total_step 2 "
-    "--toy_num 20 --g_num 1 --min_save_step 1"
-)
-many = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu "
+                    "--total_step 2 --toy_num 20 --g_num 1 --min_save_step 1")  # fmt: skip
+many = settings(max_examples=60, deadline=None, derandomize=True,
+                suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 some = settings(many, max_examples=40)
+PICTURES = [f"{number}.png" for number in range(4)]
 # Left out: most of their values are legal, and take long.
 SLOW = {"total_step", "toy_num", "num_workers", "imsize", "n_critic", "z_dim", "g_conv_dim", "d_conv_dim", "download"}
 
 
 @pytest.fixture
-def no_figures(monkeypatch, no_report):
-    """Leave out the attention figures and the report, which take half of a run's time and depend on no input here."""
-    monkeypatch.setattr(recorder, "attention_figures", lambda *_: {})
-    monkeypatch.setattr(recorder, "write_explorer", lambda *_: None)
-
-
-@pytest.fixture
-def no_drawings(monkeypatch):
-    """Leave out the attention figures and the curves only: the report and the explorer show the options."""
+def no_figures(monkeypatch):
+    """Leave out the attention figures and the curves, which take half of a run's time."""
     monkeypatch.setattr(recorder, "attention_figures", lambda *_: {})
     monkeypatch.setattr(report, "line_chart", lambda *_, **__: "")
 
@@ -58,12 +49,10 @@ def run(folder, *words):
     err = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as context,
-        patch.object(sys, "argv", ["main.py", *words]),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(err),
-        patch.object(sys.stdout, "reconfigure", create=True),
-        patch.object(sys.stderr, "reconfigure", create=True),
     ):
+        context.setattr(sys, "argv", ["main.py", *words])
         context.chdir(folder)
         try:
             code = main.main()
@@ -83,28 +72,19 @@ def trained(tmp_path_factory):
     return folder
 
 
-def fresh_copy(folder, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
-    return copy
-
-
 names = sorted({field.name for fields in option_groups().values() for field in fields} - SLOW)
-values = st.one_of(
-    st.text(max_size=20),
-    st.integers().map(str),
-    st.floats().map(str),
-    st.sampled_from(
-        ["", "-1", "0", "nan", "inf", "1e400", "true", "None", "../..", "/dev/null", "a" * 300, "\0", "\udcff", "٣"]
-    ),
-)
+odd_values = ["", "-1", "0", "nan", "inf", "1e400", "true", "None", "../..", "/dev/null", "a" * 300, "\0", "\udcff",
+              "٣"]  # fmt: skip
+values = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(odd_values))
 
 
 @many
 @given(name=st.sampled_from(names), value=values)
-def test_any_value_of_an_option_is_accepted_or_refused_in_one_line(no_drawings, trained, tmp_path, name, value):
-    run(fresh_copy(trained, tmp_path), *SMALL, "--dataset", "toy", "--overwrite", "true", f"--{name}={value}")
+def test_any_value_of_an_option_is_accepted_or_refused_in_one_line(no_figures, trained, tmp_path, name, value):
+    folder = tmp_path / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained, folder)
+    run(folder, *SMALL, "--dataset", "toy", "--overwrite", "true", f"--{name}={value}")
 
 
 def make_pictures(folder, names):
@@ -124,30 +104,21 @@ def assert_untouched(files):
         assert path.read_bytes() == content, path
 
 
-file_names = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["", "samples/v/", "samples/", "cache/", ".hidden/", "@eaDir/", "lost+found/", "ä ö/", "a/b/c/"]
-        ),
-        st.sampled_from(
-            ["0_left", "5_fake", "100_ema", "real", "5_G_attn1", "5_explorer", "metrics", "-", "é", "x" * 90]
-        ),
-        st.sampled_from([".png", ".PNG", ".jpg", ".webp", ".heic", ".mov", ".txt", ".html", ".pth", "", ".png.bak"]),
-    ).map("".join),
-    max_size=8,
+parts_of_names = (
+    ["", "samples/v/", "samples/", "cache/", ".hidden/", "@eaDir/", "lost+found/", "ä ö/", "a/b/c/"],
+    ["0_left", "5_fake", "100_ema", "real", "5_G_attn1", "5_explorer", "metrics", "-", "é", "x" * 90],
+    [".png", ".PNG", ".jpg", ".webp", ".heic", ".mov", ".txt", ".html", ".pth", "", ".png.bak"],
 )
-folders = st.sampled_from(
-    [".", "..", "pics", "pics/samples", "pics/out", "./pics/../pics", "results", "results/v", "/proc"]
-)
+file_names = st.lists(st.tuples(*map(st.sampled_from, parts_of_names)).map("".join), max_size=8)
+folders = st.sampled_from([".", "..", "pics", "pics/samples", "pics/out", "./pics/../pics", "results/v", "/proc"])
+options_of_paths = {f"--{name}_path": folders for name in ("sample", "attn", "model_save", "log", "cache")}
 
 
 @some
 @given(
     names=file_names,
     image_path=st.sampled_from([".", "pics", "pics/samples", "pics/samples/v", "results/v", "nowhere", "pics/-.txt"]),
-    paths=st.fixed_dictionaries(
-        {}, optional={f"{name}_path": folders for name in ("sample", "attn", "model_save", "log", "cache")}
-    ),
+    paths=st.fixed_dictionaries({}, optional=options_of_paths),
     is_inside=st.booleans(),
     overwrite=st.booleans(),
 )
@@ -156,10 +127,9 @@ def test_images_are_untouched_wherever_the_results_are(
 ):
     folder = tmp_path / "case"
     shutil.rmtree(folder, ignore_errors=True)
-    ours = [f"{number}.png" for number in range(4)]
-    files = make_pictures(folder / "pics", [*ours, *names]) | make_pictures(folder / "results" / "v", ours[:1])
+    files = make_pictures(folder / "pics", [*PICTURES, *names]) | make_pictures(folder / "results" / "v", ["0.png"])
     words = [*SMALL, "--dataset", "folder", "--image_path", image_path, "--version", "v", "--total_step", "1"]
-    words += [f"--{name}={path}" for name, path in paths.items()]
+    words += [f"{name}={path}" for name, path in paths.items()]
     for _ in range(2):  # the second run finds the results of the first
         run(folder / "pics" if is_inside else folder, *words, f"--overwrite={overwrite}")
         assert_untouched(files)
@@ -199,7 +169,7 @@ def test_an_error_of_the_file_system_is_one_line_or_a_warning(no_figures, tmp_pa
     """In one call of a function, or in all from there on."""
     failing = data.draw(st.integers(1, calls[name]))
     shutil.rmtree(tmp_path / "case", ignore_errors=True)
-    files = make_pictures(tmp_path / "case" / "pics", [f"{number}.png" for number in range(4)])
+    files = make_pictures(tmp_path / "case" / "pics", PICTURES)
     owner, _, function = name.rpartition(".")
     owner = pkgutil.resolve_name(owner)
     original, count = getattr(owner, function), itertools.count(1)

@@ -13,7 +13,6 @@ import main
 import tester
 from errors import UserError
 from metrics import scores
-from networks.latents import class_rows, sample_z
 from training import checkpoint
 from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
@@ -97,15 +96,6 @@ def test_both_networks_judge_and_draw_by_the_same_labels(make):
     assert all(grad is not None and grad.abs().sum() > 0 for grad in changed)
 
 
-def test_a_grid_has_a_row_for_each_class_and_the_same_z_down_each_column():
-    z = sample_z(0, 20, 16, "cpu")
-    for classes, columns in ((range(3), 10), (range(8), 8), ([4, 1], 16), ([5], 20)):
-        rows, labels = class_rows(z, classes)
-        assert labels.reshape(len(classes), columns).tolist() == [[number] * columns for number in classes]
-        assert torch.equal(rows, z[:columns].repeat(len(classes), 1))
-    assert len(class_rows(z[:2], range(3))[0]) == 6
-
-
 def test_samples_of_training_are_rows_of_classes(trained):
     images, z = trained.previews.samples()["ema"], trained.state.fixed_z
     with torch.no_grad():
@@ -149,15 +139,6 @@ def test_the_checkpoint_tells_the_classes(trained):
     assert saved_classes(weights) == tester.Tester(trained.config, None, weights, CPU).classes == ("0", "1", "2")
     check_classes(weights, ["a", "b", "c"])  # their names are not known
     assert tester.Tester(trained.config, trained.loader, weights, CPU).classes == CLASSES
-
-
-def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
-    trainer = make()
-    config = dataclasses.replace(trainer.config, dataset="celeb", attribute="Smiling")
-    checkpoint.save(config.model_folder, 1, trainer.state.state_dict() | {"config": vars(config), "classes": CLASSES})
-    for given, attribute in ({}, "Smiling"), ({"dataset": "toy"}, None):
-        default = dataclasses.replace(config, train=False, attribute=None, **given)
-        assert load_test_checkpoint(default, {*given})[1].attribute == attribute
 
 
 @pytest.mark.parametrize("classes, words", [

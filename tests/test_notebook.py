@@ -11,24 +11,22 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = (".git", ".venv", "cache", "samples", "attn", "models", "logs", "exports", "ablation")
 
 
-def read_notebook():
+@pytest.fixture
+def notebook():
     return nbformat.read(ROOT / "docs/sagan.ipynb", as_version=4)
 
 
-def test_it_is_saved_without_outputs():
-    notebook = read_notebook()
+def test_it_is_saved_without_outputs(notebook):
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
 @pytest.mark.slow
-def test_every_cell_runs_in_a_clone(tmp_path):
+def test_every_cell_runs_in_a_clone(tmp_path, notebook):
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(*RESULTS))
-    notebook = read_notebook()
     (options,) = (cell for cell in notebook.cells if "STEPS = 400" in cell.source)
-    options.source = options.source.replace("STEPS = 400", "STEPS = 2").replace(
-        '"--dataset toy"', '"--dataset toy --toy_num 40 --num_samples 4"'
-    )
+    for old, new in (("STEPS = 400", "STEPS = 2"), ('"--dataset toy"', '"--dataset toy --toy_num 40 --num_samples 4"')):
+        options.source = options.source.replace(old, new)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": tmp_path / "clone/docs"}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")

@@ -1,8 +1,8 @@
 """Shared by the tests: small networks, toy runs in a temporary folder, a browser."""
 
 import base64
-import contextlib
 import copy
+import io
 import json
 import os
 import shutil
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +21,10 @@ import pytest
 import torch
 
 import main
+import tester
 from data_loader import Loader
 from datasets.sources import find_source
-from errors import STOP_SIGNALS, Tolerate
+from errors import STOP_SIGNALS, Tolerate, stop_signals
 from exporting.safetensors_file import safetensors_bytes
 from parameter import Config
 from spectral import fold_spectral_norm
@@ -31,6 +33,7 @@ from training import recorder
 from training.distributed import Ranks
 from training.models import MODELS
 from utils import set_backends, setup_device
+from visuals import playground
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it saves
 Tolerate.tolerated = OSError  # so that a bug in what draws and reports fails a test
@@ -107,13 +110,37 @@ def build_trainer(config: Config, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B
     return main.make_trainer(config, device, precision, ranks)
 
 
+def run_main(folder: Path, *words: str) -> tuple[int, str, str]:
+    """Run main.py with these words in a folder, in this process; return its exit code, its output and its errors.
+
+    As in a notebook: the streams have neither `reconfigure` nor a terminal.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    handlers = [signal.getsignal(name) for name in stop_signals()]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["main.py", *words])
+        try:
+            code = main.main()
+        except SystemExit as error:
+            code = error.code
+    assert [signal.getsignal(name) for name in stop_signals()] == handlers
+    return code, out.getvalue(), err.getvalue()
+
+
 def train_in(folder: Path, *words: str) -> None:
     """Run main.py with these words in a folder, in this process, to its end. The report is left empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         patch.setattr(recorder, "report_page", lambda *_: "")
-        patch.setattr(sys, "argv", ["main.py", *words])
-        assert main.main() == 0
+        code, _, err = run_main(folder, *words)
+    assert code == 0, err
+
+
+@pytest.fixture
+def fewer_images(monkeypatch):
+    """An evaluation of few images."""
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 16)
+    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 @pytest.fixture
@@ -195,8 +222,7 @@ def browser(tmp_path_factory):
 def quiet_browser(browser):
     """The browser. After the test, its page must have logged nothing and requested nothing."""
     yield browser
-    log = browser.get_log("browser")
-    assert log == [], log
+    assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
 
 
@@ -204,21 +230,19 @@ def quiet_browser(browser):
 def start_process():
     """A function that starts a program in a session of its own. What still runs of it after the test is ended."""
     started = []
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def start(command, folder, **options):
-        started.append(subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            **options,
-        ))  # fmt: skip
+        started.append(subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes, **options))
         return started[-1]
 
     yield start
     for process in started:
         if process.poll() is None:
             process.terminate()  # launchers pass it on to their processes, which are in sessions of their own
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=40)
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             process.kill() if sys.platform == "win32" else os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -4,23 +4,20 @@ Each ends in a run, or in one line and exit code 2, and no file of the user's is
 the same each time: a regression test, not a search for new ones.
 """
 
-import contextlib
 import errno
-import io
 import itertools
 import os
 import pkgutil
 import shlex
 import shutil
-import sys
 from unittest.mock import patch
 
 import pytest
+from conftest import run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import main
 from parameter import Config, option_groups
 from training import recorder
 from visuals import report
@@ -45,23 +42,11 @@ def no_figures(monkeypatch):
 
 
 def run(folder, *words):
-    """Run the program in a folder and return its exit code: 0, or 2 with one line of error."""
-    err = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as context,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(err),
-    ):
-        context.setattr(sys, "argv", ["main.py", *words])
-        context.chdir(folder)
-        try:
-            code = main.main()
-        except SystemExit as error:
-            code = error.code
-    assert "Traceback" not in err.getvalue()
-    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert code in (0, 2)
-    assert len(lines) == (code == 2), err.getvalue()
+    """Run the program in a folder: its exit code is 0, or 2 with one line of error."""
+    code, _, err = run_main(folder, *words)
+    assert "Traceback" not in err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert code in (0, 2) and len(lines) == (code == 2), err
     return code
 
 
@@ -136,19 +121,19 @@ def test_images_are_untouched_wherever_the_results_are(
 
 
 variables = {
-    **{name: ["0", "1", "7", "-1", "x", ""] for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "SLURM_LOCALID")},
-    "WORLD_SIZE": ["1", "2", "0", "-1", "two", "", "1e3", "٣"],
-    "MASTER_ADDR": ["localhost", "", "no host"],
-    "MASTER_PORT": ["0", "x", "", "99999999"],  # no valid one: ranks would wait for each other
-    **{name: ["", "x", "0", "2"] for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")},
-    "TORCHELASTIC_RUN_ID": ["", "none"],
+    **{name: ["", "0", "1", "7", "-1", "x"] for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "SLURM_LOCALID")},
+    **{name: ["", "0", "2", "x"] for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")},
     **{name: ["", "/nonexistent", "\udcff"] for name in ("HOME", "TMPDIR", "TORCH_HOME", "XDG_CACHE_HOME")},
     **{name: ["", "x", "0"] for name in ("COLUMNS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TERM", "LANG")},
-}
+    "WORLD_SIZE": ["1", "2", "0", "-1", "two", "", "1e3", "٣"], "MASTER_ADDR": ["localhost", "", "no host"],
+    "MASTER_PORT": ["0", "x", "", "99999999"],  # no valid one: ranks would wait for each other
+    "TORCHELASTIC_RUN_ID": ["", "none"],
+}  # fmt: skip
+environments = st.fixed_dictionaries({}, optional={name: st.sampled_from(variables[name]) for name in variables})
 
 
 @some
-@given(values=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in variables.items()}))
+@given(values=environments)
 def test_any_environment_is_accepted_or_refused_in_one_line(no_figures, tmp_path, values):
     with patch.dict(os.environ, values):
         run(tmp_path, *SMALL, "--dataset", "toy", "--total_step", "1", "--overwrite", "true", "--parallel", "true")

@@ -17,17 +17,11 @@ from training import checkpoint
 from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
 from training.run_folders import remove_test_results
-from visuals import playground
 
+pytestmark = pytest.mark.usefixtures("fewer_images")
 OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
 CLASSES = ("short", "medium", "long")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def fewer_images(monkeypatch):
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 4)
-    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 @pytest.fixture
@@ -71,8 +65,8 @@ def test_real_images_have_their_labels_and_fakes_have_labels_as_frequent(make):
     frequencies = drawn.flatten().bincount().numpy() / drawn.numel()
     assert np.abs(frequencies - [0.7, 0.2, 0.1]).max() < 0.03  # four standard deviations
     assert len({labels.numpy().tobytes() for labels in drawn}) > 60  # drawn anew each time
-    for one, other in ((0, 1), (0, 2), (1, 2)):  # and for each update
-        assert not all(torch.equal(step[one]["fake_labels"], step[other]["fake_labels"]) for step in seen)
+    for pair in ((0, 1), (0, 2), (1, 2)):  # and for each update
+        assert not all(torch.equal(*(step[update]["fake_labels"] for update in pair)) for step in seen)
 
 
 def test_z_and_images_are_those_without_classes(make):
@@ -218,10 +212,8 @@ def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
     tested = make_tester(trained, loader=False)
     tested.test()
     image = np.asarray(Image.open(tested.folder / "class_interpolation.png")).astype(int)
-    rows = image[2:, image.shape[1] - (10 * 66 + 2) :].reshape(4, 66, -1, 3)[:, :64]
-    first, last = rows[:, :, 2:66], rows[:, :, 2 + 9 * 66 : 66 + 9 * 66]  # rows short - medium, medium - long, ...
-    assert [np.array_equal(first[index + 1], last[index]) for index in range(3)] == [False] * 3  # another z
-    steps = [rows[0][:, 2 + 66 * step : 66 + 66 * step] for step in range(10)]
+    left = image.shape[1] - 10 * 66
+    steps = [image[2:66, left + 66 * step : left + 64 + 66 * step] for step in range(10)]  # of the first row
     distances = [np.abs(step - steps[0]).mean() for step in steps]
     assert distances == sorted(distances) and distances[9] > 0
 

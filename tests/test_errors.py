@@ -88,15 +88,6 @@ def test_the_first_signal_is_received_and_the_second_exits(number):
     assert signal.getsignal(number) == previous
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_signals_that_are_ignored_stay_ignored_but_for_ctrl_c():
-    assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-    code = "import errors; print(*[number.name for number in errors.stop_signals()])"
-    command = ["sh", "-c", f'trap "" HUP INT; exec {sys.executable} -c "{code}"']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGUSR1"]
-
-
 @pytest.mark.parametrize("name", ["datasets", "training"])
 def test_another_module_of_the_same_name_in_this_process(tmp_path, name):
     """As in a notebook that runs the program by %run."""

@@ -23,22 +23,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 SMALL = "--imsize 64 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu"
 
-SOFTPLUS = """def softplus_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(-real_logits).mean(), F.softplus(fake_logits).mean()
-
-
-def softplus_g(fake_logits: Tensor) -> Tensor:
-    return F.softplus(-fake_logits).mean()
-
-
-"""
-GRAY_CASE = """        case "gray":
-            return Source("gray", range(20), decode_gray, "1", "20 gray images")
-"""
-GRAY = """def decode_gray(index: int, size: int) -> Image.Image:
-    return Image.new("RGB", (size, size), (index, index, index))
-
-
+LOSS = """LOSSES = {"softplus": Loss(
+    lambda real, fake: (F.softplus(-real).mean(), F.softplus(fake).mean()), lambda fake: F.softplus(-fake).mean()
+), """
+SOURCE = """        case "gray":
+            decode = lambda index, size: Image.new("RGB", (size, size), (index, index, index))
+            return Source("gray", range(20), decode, "1", "20 gray images")
 """
 
 
@@ -116,10 +106,9 @@ def test_the_recipes_for_a_loss_a_dataset_and_an_attention_layer(tmp_path):
     for path in [*ROOT.glob("*.py"), *(ROOT / folder for folder in FOLDERS)]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     for name, old, new in (
-        ("networks/losses.py", "LOSSES = {", SOFTPLUS + 'LOSSES = {"softplus": Loss(softplus_d, softplus_g), '),
+        ("networks/losses.py", "LOSSES = {", LOSS),
         ("parameter.py", 'one_of("hinge", ', 'one_of("softplus", "hinge", '),
-        ("datasets/sources.py", '        case "toy":', GRAY_CASE + '        case "toy":'),
-        ("datasets/sources.py", "def _celeb(", GRAY + "def _celeb("),
+        ("datasets/sources.py", '        case "toy":', SOURCE + '        case "toy":'),
         ("parameter.py", '"folder", "toy")', '"folder", "toy", "gray")'),
         ("sagan_models.py", "else (16, 32)", "else (8, 16, 32)"),
     ):

@@ -14,9 +14,9 @@ import tester
 from data_loader import to_model_range
 from training import recorder
 from training.resuming import load_test_checkpoint
-from visuals import playground
 from visuals.attention_stats import attention_stats
 
+pytestmark = pytest.mark.usefixtures("fewer_images")
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json", "gamma.svg",
          "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png", "playground.html"}  # fmt: skip
 
@@ -42,12 +42,6 @@ def make_tester(config, loader):
     """A tester of the checkpoint that the options name, all of them as if they were on the command line."""
     saved, config = load_test_checkpoint(config, set(vars(config)))
     return tester.Tester(config, loader, saved, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def fewer_images(monkeypatch):
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 64)
-    monkeypatch.setattr(playground, "MAX_SIDE", 4)
 
 
 def test_results_are_a_function_of_the_seed(trained, make_config):
@@ -105,7 +99,7 @@ def test_contents_of_the_files(trained, make_config):
         assert index not in corners or np.abs(tiles[corners[index]] - pixels).max() <= 1  # rounding of other batches
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
-        maps = tested.G(tested.sample_z(64), return_attention=True)[1]
+        maps = tested.G(tested.sample_z(tester.SUMMARY_IMAGES), return_attention=True)[1]
     assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)

@@ -101,7 +101,7 @@ def test_a_run_without_attention_has_no_figures_of_it(train, make_trainer, make_
 
 
 @pytest.mark.parametrize("options", [{}, dict(model="paper", conditional=True, imsize=64)])
-def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, options):
+def test_d_is_compared_on_held_out_and_training_images(make_trainer, options):
     """A D that has learned the training images alone has other logits on the held-out ones."""
     trainer = make_trainer(holdout=0.3, log_step=1, total_step=1, batch_size=4, **options)
     before = weights_of(trainer)
@@ -113,11 +113,7 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
     assert means["d_train"].item() != means["d_holdout"].item()
     trainer.D.train()
     trainer.train()
-    (entry,) = metrics_of(trainer)
-    assert {"d_train", "d_holdout"} <= entry.keys()
-    assert "at first" not in capsys.readouterr().err
-    make_trainer(holdout=0.4, total_step=2, batch_size=4, pretrained_model="1", **options).train()
-    assert "the gap of d_train and d_holdout means nothing at first" in capsys.readouterr().err
+    assert {"d_train", "d_holdout"} <= metrics_of(trainer)[0].keys()
 
 
 @pytest.mark.parametrize("loss, checked", [("hinge", [2, 4, 5]), ("wgan-gp", [])])
@@ -160,15 +156,13 @@ def test_a_run_writes_all_its_files(train, capsys):
     assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
 
 
-def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train, capsys):
+def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train):
     """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
     options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
     first = train(**options, total_step=7)
     options |= dict(toy_num=40, batch_size=2, g_num=2, pretrained_model="latest")
     for total_step in (10, 40):  # continued twice
-        capsys.readouterr()
         resumed = train(**options, total_step=total_step)
-        assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
     assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
     assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 import tester
@@ -188,6 +189,23 @@ def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
     metadata = export_metadata(*network) | changes
     path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)), metadata))
     return G
+
+
+def make_pictures(folder, names):
+    """Write images, or files that are none, and return the content of all files by path."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".png", ".jpg", ".webp"):
+            Image.new("RGB", (40, 50), (number * 20 % 256, 20, 99)).save(path)
+        else:
+            path.write_bytes(b"x")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_untouched(files):
+    for path, content in files.items():
+        assert path.read_bytes() == content, path
 
 
 def cache_folder(tmp_path):

@@ -13,10 +13,9 @@ import shutil
 from unittest.mock import patch
 
 import pytest
-from conftest import run_main
+from conftest import assert_untouched, make_pictures, run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from parameter import Config, option_groups
 from training import recorder
@@ -70,23 +69,6 @@ def test_any_value_of_an_option_is_accepted_or_refused_in_one_line(no_figures, t
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(trained, folder)
     run(folder, *SMALL, "--dataset", "toy", "--overwrite", "true", f"--{name}={value}")
-
-
-def make_pictures(folder, names):
-    """Write images, or files that are none, and return the content of all files by path."""
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in (".png", ".jpg", ".webp"):
-            Image.new("RGB", (40, 50), (number * 20, 20, 99)).save(path)
-        else:
-            path.write_bytes(b"x")
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_untouched(files):
-    for path, content in files.items():
-        assert path.read_bytes() == content, path
 
 
 parts_of_names = (

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_lines, run_main, train_in, wait_for
+from conftest import assert_untouched, log_lines, make_pictures, run_main, train_in, wait_for
 from PIL import Image
 
 import main
@@ -27,8 +26,6 @@ LOGS = "logs/sagan_celeb"
 SIGNALS = stop_signals()
 SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu")
 TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
-
-
 MAIN = [sys.executable, str(ROOT / "main.py")]
 
 
@@ -36,13 +33,6 @@ MAIN = [sys.executable, str(ROOT / "main.py")]
 def run(tmp_path):
     """`run_main` in a temporary folder."""
     return partial(run_main, tmp_path)
-
-
-def draw_images(folder, count, size=(40, 40), name="{}.png"):
-    """Write images, each of a color of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", size, (number % 256, 100, 50)).save(folder / name.format(number))
 
 
 @pytest.mark.slow
@@ -53,7 +43,7 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
         command = [*MAIN, *words, "--device", "cpu"]
         return subprocess.run(command, cwd=tmp_path, timeout=200, check=True, capture_output=True, text=True)
 
-    draw_images(tmp_path / "data" / "a", 40, (70, 80))
+    make_pictures(tmp_path / "data", [f"{number % 3}/{number}.png" for number in range(40)])
     (tmp_path / "data" / "bad.jpg").write_text("no image")
     words = shlex.split("--dataset folder --batch_size 4 --sample_step 1 --log_step 1 --use_tensorboard true")
     first = run(*words, "--total_step", "2")
@@ -87,7 +77,7 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, mon
     take_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", train_step)
     code, out, err = run(*TOY, "--log_step", "1", "--total_step", "9")
-    assert "step 3/9" in err and "\r" not in err
+    assert "step 1/9" in err and "\r" not in err
     assert code == 128 + number and "--pretrained_model 3" in out  # the step is finished first
     assert json.loads(log_lines(tmp_path / LOGS)[-1])["step"] == 3
     for path in ("models/sagan_celeb/3_state.pth", "models/sagan_celeb/3_G.pth", "attn/sagan_celeb/3_explorer.html",
@@ -172,21 +162,20 @@ def test_the_options_of_the_images_reach_the_loader(tmp_path, make_config):
 
 def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp_path):
     """`fail` checks that nothing was removed or written."""
-    draw_images(tmp_path / "samples/cats", 16, name="{}_fake.png")
+    make_pictures(tmp_path / "samples/cats", [f"{number}_fake.png" for number in range(16)])
     words = shlex.split("--dataset folder --image_path samples/cats --overwrite true --version cats")
     assert "samples/cats" in fail(*SMALL, *words)
 
 
 def test_results_beside_the_images_are_not_trained_on(tmp_path, run, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
-    draw_images(tmp_path, 16, name="{}_ema.png")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = make_pictures(tmp_path, [f"{number}_ema.png" for number in range(16)])
     words = [*SMALL, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
     for options in ([], ["--overwrite", "true"], ["--version", "other"]):
         code, out, _ = run(*words, *options)
         assert code == 0 and "16 images" in out
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert_untouched(before)
 
 
 @pytest.mark.parametrize("words, token", [
@@ -205,19 +194,10 @@ def test_a_mistake_is_one_line_that_says_what_to_do(fail, words, token):
     assert token in fail(*SMALL, *words.split())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run of two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    train_in(folder, *TOY, "--total_step", "2")
-    return folder
-
-
 @pytest.fixture
-def trained(finished, tmp_path):
-    """The folder of the checkpoint of a finished run of two steps, all of whose files are copies."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "models" / "sagan_celeb"
+def trained(tmp_path):
+    """The results of a finished run of two steps."""
+    train_in(tmp_path, *TOY, "--total_step", "2")
 
 
 @pytest.mark.parametrize("words, token", [

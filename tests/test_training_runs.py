@@ -63,8 +63,7 @@ def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, train, options
     resumed = make_trainer(version="parts", pretrained_model="2", overwrite=True, **options)
     assert resumed.step == 2
     resumed.train()
-    states = [trainer.state.state_dict() | {"schedule": None} for trainer in (whole, resumed)]
-    assert_same(*states)
+    assert_same(*(trainer.state.state_dict() | {"schedule": None} for trainer in (whole, resumed)))
     for kind in ("fake", "ema"):
         samples = [trainer.config.sample_folder / f"4_{kind}.png" for trainer in (whole, resumed)]
         assert samples[0].read_bytes() == samples[1].read_bytes()
@@ -82,7 +81,7 @@ def test_moments_are_resumed_in_the_memory_format_of_the_parameters(make_trainer
     states = [*trainer.d_optimizer.state.items()]
     assert sum(not parameter.is_contiguous() for parameter, _ in states) > 2
     for (parameter, moments), given in zip(states, saved["state"].values(), strict=True):
-        assert torch.equal(moments["exp_avg"], given["exp_avg"])
+        assert_same(moments, given)
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from utils import (
     memory_mib,
     set_backends,
     setup_device,
+    write_atomically,
 )
 
 
@@ -76,6 +78,16 @@ def test_memory_format_of_convolutions(device, precision):
     is_contiguous = device == "mps" or (device, precision) == ("cuda", "fp32")  # the latter has no tensor cores
     expected = torch.contiguous_format if is_contiguous else torch.channels_last
     assert conv_memory_format(torch.device(device), precision) == expected
+
+
+@pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
+def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    write_atomically({path: b"old" for path in paths})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(failing, Mock(side_effect=OSError(28, "No space left on device")))
+        write_atomically({path: b"new" for path in paths})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
 
 
 def test_seeds_are_distinct():

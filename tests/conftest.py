@@ -133,7 +133,8 @@ def train_in(folder: Path, *words: str) -> None:
     """Run main.py with these words in a folder, in this process, to its end. The report is left empty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "report_page", lambda *_: "")
-        code, _, err = run_main(folder, *words)
+        code, out, err = run_main(folder, *words)
+    print(out)
     assert code == 0, err
 
 

@@ -135,6 +135,13 @@ def test_the_checkpoint_tells_the_classes(trained):
     assert tester.Tester(trained.config, trained.loader, weights, CPU).classes == CLASSES
 
 
+def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
+    trainer = make()
+    config = dataclasses.replace(trainer.config, dataset="celeb", attribute="Smiling")
+    checkpoint.save(config.model_folder, 1, trainer.state.state_dict() | {"config": vars(config), "classes": CLASSES})
+    assert load_test_checkpoint(dataclasses.replace(config, attribute=None), set())[1].attribute == "Smiling"
+
+
 @pytest.mark.parametrize("classes, words", [
     (["short", "medium", "long", "bald"], "only the images have bald"),
     (["a", "medium", "long"], "only the checkpoint has short; only the images have a"),

@@ -224,21 +224,16 @@ def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, star
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_the_weights_of_a_run_depend_on_its_seed(tmp_path, run, no_report):
-    weights = []
-    for seed in ("3", "3", "4"):
-        assert run(*TOY, "--seed", seed, "--total_step", "1", "--overwrite", "true")[0] == 0
-        weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_precision_and_determinism_are_those_of_the_options(run):
+def test_seed_precision_and_determinism_are_those_of_the_options(tmp_path, run, no_report):
+    words, weights = shlex.split("--total_step 1 --overwrite true --precision bf16 --deterministic true"), []
     try:
-        _, out, _ = run(*TOY, "--total_step", "1", "--precision", "bf16", "--deterministic", "true")
-        assert torch.are_deterministic_algorithms_enabled()
+        for seed in ("3", "3", "4"):
+            code, out, _ = run(*TOY, *words, "--seed", seed)
+            assert code == 0 and "on cpu in bf16" in out and torch.are_deterministic_algorithms_enabled()
+            weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
     finally:
         torch.use_deterministic_algorithms(False)
-    assert "on cpu in bf16" in out
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_run_that_diverges_saves_nothing(run, tmp_path):

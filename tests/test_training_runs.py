@@ -155,13 +155,15 @@ def test_a_run_writes_all_its_files(train, capsys):
     assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
 
 
-def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train):
+def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train, capsys):
     """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
     options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
     first = train(**options, total_step=7)
     options |= dict(toy_num=40, batch_size=2, g_num=2, pretrained_model="latest")
     for total_step in (10, 40):  # continued twice
+        capsys.readouterr()
         resumed = train(**options, total_step=total_step)
+        assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
     assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
     assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])

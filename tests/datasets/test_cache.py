@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -90,13 +91,8 @@ def test_a_damaged_cache_is_rebuilt_unless_the_user_has_files_in_it(numbers, tmp
 
 
 def test_a_cache_built_meanwhile_by_another_process_is_kept(numbers, tmp_path):
-    inodes = []
-
-    def build_another():
-        numbers.open()
-        inodes.extend(path.stat().st_ino for path in (tmp_path / "cache").iterdir() if "building" not in path.name)
-
-    numbers.at_first = build_another
+    folder, inodes = tmp_path / "cache" / "numbers_8_1", []
+    numbers.at_first = lambda: (numbers.open(), inodes.append(folder.stat().st_ino))
     assert numbers.open() == (ALL, {})
     assert inodes == [cache_folder(tmp_path).stat().st_ino]
 
@@ -127,23 +123,15 @@ def test_skipped_images_alone_are_tried_again_and_the_cache_built_again_when_one
     assert numbers.open() == WITHOUT_3 and numbers.tried == ["3"]
 
 
-def refuse(monkeypatch, owner, name, number):
-    def raise_error(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(owner, name, raise_error)
-
-
 def test_a_cache_stays_if_it_cannot_be_built_again_as_well(numbers, monkeypatch, capsys):
     numbers.broken |= {"3"}
     assert numbers.open() == WITHOUT_3
     numbers.broken.clear()
-
     # After "3" was tried.
     numbers.at_first = lambda: setattr(numbers, "at_first", lambda: numbers.broken.update({"3", "4", "5"}))
     assert numbers.open() == WITHOUT_3
     numbers.broken.clear()
-    refuse(monkeypatch, Path, "mkdir", errno.EROFS)
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
     assert numbers.open() == WITHOUT_3
     assert "Read-only file system" in capsys.readouterr().err
 
@@ -151,9 +139,9 @@ def test_a_cache_stays_if_it_cannot_be_built_again_as_well(numbers, monkeypatch,
 def test_a_cache_that_cannot_be_memory_mapped_is_read_and_one_that_cannot_be_read_stays(numbers, tmp_path, monkeypatch):
     numbers.open()
     files = files_in(cache_folder(tmp_path))
-    refuse(monkeypatch, mmap, "mmap", errno.ENODEV)
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(errno.ENODEV, "No such device")))
     assert numbers.open() == (ALL, {}) and not numbers.tried
-    refuse(monkeypatch, Path, "read_text", errno.EACCES)
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
     with pytest.raises(UserError, match=r"Permission denied.*--cache_path"):
         numbers.open()
     assert files_in(cache_folder(tmp_path)) == files

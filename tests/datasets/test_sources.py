@@ -70,14 +70,15 @@ def test_celeb_images_of_another_size_are_a_warning_unless_the_crop_is_given(tmp
         assert f"{number}.jpg has 300x400" in capsys.readouterr().err
 
 
-def test_files_that_are_no_images_are_counted_in_one_warning(tmp_path, capsys):
-    save(picture(8, 8), tmp_path / "a.png")
-    for name in ("b.mov", "c.mov", "nameless"):
+def test_files_that_are_no_images_are_counted_in_one_warning_except_companions_and_hidden_ones(tmp_path, capsys):
+    save(picture(8, 8), tmp_path / "b" / "a.png")
+    for name in ("1.HEIX", "b/2.heix", "film.mov", "nameless", "12.30 o'clock", "odd.a\nb", ".DS_Store", "labels.csv"):
         (tmp_path / name).touch()
     assert find_source("folder", str(tmp_path)).description == f"1 images in {tmp_path}"
-    assert re.fullmatch(r".*3 files .* 2 \.mov, 1 without ending\n", capsys.readouterr().err)
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match=r"no image .* 2 \.mov"):
+    others = "3 without ending, 2 .heix, 1 .mov"
+    assert re.fullmatch(f".* 6 files .*: {others}\n", capsys.readouterr().err)
+    (tmp_path / "b" / "a.png").unlink()
+    with pytest.raises(UserError, match=f"no image .*: {others}"):
         find_source("folder", str(tmp_path))
     with pytest.raises(UserError, match="is not a folder"):
         find_source("folder", "~nobody-of-this-name/pictures")
@@ -104,14 +105,13 @@ def test_fingerprints_depend_on_the_files_and_the_crop_and_stay_the_same_in_late
     def fingerprint(dataset="folder", **options):
         return find_source(dataset, str(tmp_path), **options).fingerprint
 
-    (tmp_path / "a.png").write_bytes(b"12345")
-    os.utime(tmp_path / "a.png", ns=(5, 5))
-    assert (fingerprint(), fingerprint(crop_size=32)) == ("502f05eecfa6fa40", "7f2767b1a659ffdf")
-    os.utime(tmp_path / "a.png", ns=(6, 6))
-    assert fingerprint() == "6f93f21bd2248ca0"
     (tmp_path / "CelebA").mkdir()
-    (tmp_path / "a.png").rename(tmp_path / "CelebA" / "a.png")
-    assert (fingerprint(), fingerprint("celeb")) == ("f785f12808ca9641", "d467ce6885d010b4")
+    (tmp_path / "CelebA" / "a.png").write_bytes(b"12345")
+    os.utime(tmp_path / "CelebA" / "a.png", ns=(6, 6))
+    found = [fingerprint(), fingerprint(crop_size=32), fingerprint("celeb")]
+    assert found == ["f785f12808ca9641", "5b026ac97e65bb69", "d467ce6885d010b4"]
+    os.utime(tmp_path / "CelebA" / "a.png", ns=(5, 5))
+    assert fingerprint() not in found
     assert fingerprint("toy", toy_num=5, seed=1) == "f21e1e0359b4f11f"
     assert fingerprint("toy", toy_num=5, seed=2) == "1018fe642641a440"
 
@@ -131,8 +131,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert source.description == "20 images of CIFAR-10" and len(source.items) == 20
     pixels = pickle.loads((folder / "data_batch_2").read_bytes())["data"][3].reshape(3, 32, 32)
     assert np.array_equal(np.asarray(source.decode(7, 32)), pixels.transpose(1, 2, 0))
-    labels = source.labels()
-    assert labels.classes == tuple("0123456789") and labels.targets == [3, 0, 9, 3] * 5
+    assert source.labels() == (tuple("0123456789"), [3, 0, 9, 3] * 5)
 
 
 def test_lsun(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from recorded import read_oracle, replay
 from torch import nn
 
 from networks.losses import gradient_penalty
-from networks.paper_models import ConditionalBatchNorm2d, PooledAttention
+from networks.paper_models import ConditionalBatchNorm2d, PooledAttention, UpsampledConv2d
 from sagan_models import SelfAttention
 from spectral import SpectralNorm
 from training.models import MODELS
@@ -123,6 +123,12 @@ def test_arguments_that_no_network_has_are_rejected(model, name, value):
     for network in (MODELS[model].Generator, MODELS[model].Discriminator):
         with pytest.raises(ValueError, match=name):
             network(**{name: value})
+
+
+def test_an_upsampled_convolution_as_a_transposed_one():
+    layer, x = UpsampledConv2d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8)
+    assert type(layer.as_conv_transpose()) is nn.ConvTranspose2d
+    torch.testing.assert_close(layer.as_conv_transpose()(x), layer(x))
 
 
 # Attention

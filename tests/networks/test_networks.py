@@ -104,17 +104,17 @@ def test_weights_of_the_paper_s_networks_are_xavier_uniform_and_biases_0():
                 assert bias is None or not bias.any(), name
 
 
-@pytest.mark.parametrize("model, size, weights, sides", [  # of G and D; sides of the feature maps that attend
+@pytest.mark.parametrize("model, size, weights, sides", [  # weights of G and D, sides of the maps that attend
     ("sagan", 32, (19_419, 12_855), ((8, 16), (8, 4))), ("sagan", 256, (772_325, 806_235), ((16, 32), (8, 4))),
     ("paper", 128, (507_364, 601_818), ((32,), (32,))),
 ])  # fmt: skip
 def test_sizes(model, size, weights, sides):
     xs, shapes = (torch.randn(2, 16), torch.randn(2, 3, size, size)), ((3, size, size), ())
-    for network, x, shape, *expected in zip(make(model, size=size), xs, shapes, weights, sides, strict=True):
+    for network, x, shape, count, attending in zip(make(model, size=size), xs, shapes, weights, sides, strict=True):
+        assert sum(parameter.numel() for parameter in network.parameters()) == count
         out, *maps = network(x, return_attention=True)
         assert out.shape == (2, *shape) and network.eval()(x[:1]).shape == (1, *shape)
-        assert [m.shape for m in maps] == [(2, n**2, n**2 // (4 if model == "paper" else 1)) for n in expected[1]]
-        assert sum(parameter.numel() for parameter in network.parameters()) == expected[0]
+        assert [m.shape for m in maps] == [(2, n**2, n**2 // (4 if model == "paper" else 1)) for n in attending]
 
 
 @pytest.mark.parametrize("model", MODELS)

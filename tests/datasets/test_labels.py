@@ -107,7 +107,7 @@ def test_a_list_of_one_s_own(celeb, tmp_path, name, text, attribute):
     *(("Smiling", content, r"list_attr_celeba\.txt") for content in (
         b"", b"4\n", b"4\nSmiling\n000001.jpg\n", b"4\na Smiling\n000001.jpg 1\n",
         b"4\na Smiling\n000001.jpg 1 yes\n", b"<html>Quota exceeded</html>", b"Wavy Hair Smiling\n000001.jpg 1 1\n",
-        b"," + b"x" * 200_000)),
+        b"," + b"x" * 200_000, b"4\na Smiling\n000001.jpg 1 1\n000002.jpg 1\n")),
     *(("Smiling", content, "UTF-16") for content in (b"\xff\xfe\x00", "4\nSmiling\n000001.jpg 1\n".encode("utf-16"))),
 ])  # fmt: skip
 def test_what_is_wrong_with_an_attribute_or_the_list_is_one_line(celeb, tmp_path, attribute, content, words):

@@ -76,10 +76,15 @@ def test_weights_need_their_files_and_a_full_checkpoint_does_not(tmp_path, part,
         checkpoint.load(tmp_path, tmp_path / "7_G.pth")
 
 
-def test_latest_is_the_newest_full_checkpoint_then_the_newest_weights(tmp_path):
-    save_weights(tmp_path, 20, 200)
-    (tmp_path / "300_G.pth").write_bytes(b"no D beside it")
+def test_latest_is_the_newest_full_checkpoint_then_the_newest_weights_a_generator_alone_only_for_a_test(tmp_path):
+    save_weights(tmp_path, 20, 200, 300)
+    (tmp_path / "300_D.pth").unlink()
     assert_is(checkpoint.load(tmp_path, "latest"), 200, full=False)
+    alone = checkpoint.load(tmp_path, "latest", needs_D=False)
+    assert (alone.step, alone.D, alone.state) == (300, None, None)
+    for wanted in ("300", tmp_path / "300_G.pth"):
+        with pytest.raises(UserError, match=r"300_D\.pth is missing"):
+            checkpoint.load(tmp_path, wanted)
     save(tmp_path, 9, 10, 100)
     assert checkpoint.list_steps(tmp_path) == [100, 10, 9, 200, 20]
     assert_is(checkpoint.load(tmp_path, "latest"), 100)
@@ -228,15 +233,3 @@ def test_old_checkpoints_lose_their_state_but_not_later_ones_nor_those_without_e
     assert left == {f"{step}_state.pth" for step in (0, 1, 4, 5, 50, 60)}
     for step in (1, 2, 3):
         assert_is(checkpoint.load(tmp_path, str(step)), step, full=step == 1)
-
-
-def test_a_generator_alone_is_enough_where_d_is_not_needed(tmp_path):
-    save_weights(tmp_path, 500, 600)
-    (tmp_path / "600_D.pth").unlink()
-    alone = checkpoint.load(tmp_path, "latest", needs_D=False)
-    assert (alone.step, alone.D, alone.state) == (600, None, None)
-    assert checkpoint.load(tmp_path, "latest").step == 500
-    (tmp_path / "500_D.pth").unlink()
-    for wanted in ("latest", "600", tmp_path / "600_G.pth"):
-        with pytest.raises(UserError, match=r"600_D\.pth is missing"):
-            checkpoint.load(tmp_path, wanted)

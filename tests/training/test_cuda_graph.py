@@ -32,14 +32,12 @@ class FakeGraph:
 class Capture(TorchDispatchMode):
     """Record operations, and undo their effects at the end. As in CUDA, no value may be read, nor random ones drawn."""
 
-    FORBIDDEN = (Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded)
-
     def __init__(self, graph, capture_error_mode):
         super().__init__()
         self.graph, self.before = graph, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not set(self.FORBIDDEN).isdisjoint(function.tags):
+        if {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded} & {*function.tags}:
             raise RuntimeError(f"{function}: operation not permitted when stream is capturing\nmore")
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
@@ -55,10 +53,7 @@ class Capture(TorchDispatchMode):
         for storage, before in self.before.values():
             storage.copy_(before)
         if error[0]:  # so does torch
-            try:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            finally:
-                raise RuntimeError("still capturing")
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.fixture

@@ -93,19 +93,6 @@ def error_of(function, *arguments):
         return type(error).__name__
 
 
-def stopped_by_a_signal(trainer, rank):
-    """Return the signal number and the step of a run in which rank 1 alone receives SIGTERM in the fourth step."""
-    updates = trainer.updates
-
-    def interrupted(inputs):
-        if rank == 1 and trainer.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return updates(inputs)
-
-    trainer.updates = interrupted
-    return trainer.train(), trainer.step
-
-
 def compute(ranks, folder):
     """Save everything that the tests of two healthy ranks compare; then raise as a bug does."""
 
@@ -113,6 +100,11 @@ def compute(ranks, folder):
         with ranks.raise_together():
             if ranks.rank == broken:
                 raise UserError("mine")
+
+    def interrupted(inputs):
+        if ranks.rank == 1 and stopped.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return updates(inputs)
 
     use_small_extractor(pytest.MonkeyPatch())
     recorder.report_page = lambda *_: ""
@@ -127,7 +119,9 @@ def compute(ranks, folder):
     resumed = make(folder / "one", "run", ranks, pretrained_model="3")
     resumed.train()
     found["resumed"] = resumed.seen
-    found["stopped"] = stopped_by_a_signal(make(two, "stopped", ranks, total_step=100), ranks.rank)
+    stopped = make(two, "stopped", ranks, total_step=100)
+    updates, stopped.updates = stopped.updates, interrupted
+    found["stopped"] = stopped.train(), stopped.step
     mine, machines = folder / f"machine {ranks.rank}", dataclasses.replace(ranks, local_rank=0)
     make(mine, "machines", machines, total_step=2).train()
     found["errors"] = [error_of(fail, 0), error_of(fail, 1),

@@ -1,4 +1,5 @@
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from training.background import Background
 from visuals.attention_stats import AttentionSample
 
 CPU = torch.device("cpu")
+fail = mock.Mock(side_effect=OSError("disk full"))
 
 
 def test_jobs_run_in_order_and_submit_blocks_only_when_too_many_are_pending():
@@ -24,10 +26,6 @@ def test_jobs_run_in_order_and_submit_blocks_only_when_too_many_are_pending():
         for number in range(3, 30):
             background.submit(done.append, number)
     assert done == [True, *range(1, 30)]
-
-
-def fail():
-    raise OSError("disk full")
 
 
 def test_an_error_in_a_job_is_raised_by_a_later_submit_or_at_the_end():

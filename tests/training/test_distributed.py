@@ -287,17 +287,15 @@ def test_a_missing_or_wrong_variable_is_an_error_that_shows_it(environment, name
         read_launch()
 
 
-@pytest.mark.parametrize("device, train, variables, expected", [
+@pytest.mark.parametrize("device, train, given, expected", [
     ("auto", True, {}, 4), ("cuda", True, {}, 4), ("cpu", True, {}, 1), ("cuda:1", True, {}, 1), ("auto", False, {}, 1),
     ("auto", True, TORCHRUN, 1), ("auto", True, dict(WORLD_SIZE="1", TORCHELASTIC_RUN_ID="none"), 1),
 ])  # fmt: skip
-def test_parallel_starts_a_process_per_gpu_unless_a_launcher_did(
-    environment, monkeypatch, capsys, device, train, variables, expected
-):
-    environment(variables)
+def test_parallel_starts_a_process_per_gpu(environment, monkeypatch, capsys, device, train, given, expected):
+    environment(given)  # of a launcher
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert processes_to_start(device, train) == expected
-    assert capsys.readouterr().out.count("--parallel") == (expected == 1 and not variables)
+    assert capsys.readouterr().out.count("--parallel") == (expected == 1 and not given)
 
 
 @pytest.mark.slow

@@ -32,12 +32,8 @@ def test_a_run_that_goes_back_drops_later_tensorboard_entries(tmp_path):
     with RunLog(tmp_path, 5, use_tensorboard=True):
         pass
     (events,) = tmp_path.glob("events.out.tfevents.*")
-    content, found = events.read_bytes(), []
-    while content:  # records: the length in 8 bytes, a checksum of 4, the event, a checksum of 4
-        end = 12 + int.from_bytes(content[:8], "little")
-        found.append(Event.FromString(content[12:end]))
-        content = content[end + 4 :]
-    assert (found[-1].step, found[-1].session_log.status) == (6, SessionLog.START)
+    entry = Event(step=6, session_log=SessionLog(status=SessionLog.START))  # without its time, which comes first
+    assert entry.SerializeToString() in events.read_bytes()
 
 
 def test_a_full_disk_costs_the_entry_and_leaves_no_half_line(tmp_path, capsys):

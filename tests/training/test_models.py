@@ -1,6 +1,6 @@
 import pytest
 
-from training.models import MODELS, build_empty, checksum, recognize
+from training.models import MODELS, checksum, recognize
 
 
 @pytest.mark.parametrize("has_attention", [True, False])
@@ -10,8 +10,5 @@ def test_weights_tell_the_network_that_they_load_into(name, imsize, num_classes,
     for kind, own in (("generator", {"z_dim": 16, "conv_dim": 24}), ("discriminator", {"conv_dim": 8})):
         weights = getattr(MODELS[name], kind.capitalize())(**options, **own).state_dict()
         assert recognize(kind, weights) == (name, options | own)
-        empty = build_empty(kind, name, options | own)
-        assert all(parameter.is_meta for parameter in empty.parameters())
-        empty.load_state_dict(weights, assign=True)
-        sums |= {checksum(empty.state_dict()), checksum(weights)}
+        sums.add(checksum(weights))
     assert len(sums) == 2

@@ -42,20 +42,6 @@ def test_a_file_system_without_locks_is_a_warning(make_config, monkeypatch, caps
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("logs", "metrics.jsonl"), ("samples", "100_ema.png"), ("samples", "test_100"), ("checkpoints", "best_state.pth"),
-    ("checkpoints", "100_G.pth"), ("attention", "100_G_attn1.png"), ("attention", "100_explorer.html"),
-])  # fmt: skip
-def test_results_of_any_kind_are_not_overwritten_without_the_option(make_config, kind, name):
-    config = make_folders(make_config())
-    check_folders(config, 0)
-    (config.folders[kind] / name).write_text("{}\n")
-    with pytest.raises(UserError, match=f"--version {config.version}.*--overwrite true"):
-        check_folders(config, 0)
-    for options in ({"overwrite": True}, {"pretrained_model": "auto"}, {"version": "other"}):
-        check_folders(make_config(**options), 0)
-
-
 def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
     config = make_folders(make_config())
     for step in (1, 2):
@@ -83,15 +69,21 @@ def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
         check()
 
 
-def test_a_checkpoint_from_elsewhere_starts_in_a_folder_without_results(make_config):
-    config = make_folders(make_config(pretrained_model="backup/2_state.pth"))
+@pytest.mark.parametrize("kind, name", [
+    ("logs", "metrics.jsonl"), ("samples", "1_ema.png"), ("samples", "test_1"), ("checkpoints", "best_state.pth"),
+    ("checkpoints", "1_G.pth"), ("attention", "1_G_attn1.png"), ("attention", "1_explorer.html"),
+])  # fmt: skip
+@pytest.mark.parametrize("start", [None, "backup/2_state.pth"])
+def test_a_new_run_or_a_checkpoint_from_elsewhere_needs_folders_without_results(make_config, kind, name, start):
+    """Also without those that are earlier than the checkpoint: they are of another course."""
+    config = make_folders(make_config(pretrained_model=start))
     check_folders(config, 2)
-    (config.sample_folder / "1_ema.png").touch()  # earlier than the checkpoint: of another course all the same
-    with pytest.raises(UserError, match="another --version"):
+    (config.folders[kind] / name).write_text("{}\n")
+    with pytest.raises(UserError, match=r"another --version.*--overwrite true"):
         check_folders(config, 2)
-    (config.log_folder / "metrics.jsonl").touch()
-    checkpoint.save(config.model_folder, 1, {"step": 1, "G": {}, "D": {}})
-    init_folders(dataclasses.replace(config, overwrite=True), 2, [], 1000)
+    config = dataclasses.replace(config, overwrite=True)
+    check_folders(config, 2)
+    init_folders(config, 2, [], 1000)
     assert {path.name for path in files(config)} == {"config.json"}
 
 

@@ -2,8 +2,10 @@ import errno
 import mmap
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def numbers(tmp_path):
     return Numbers(tmp_path)
 
 
-ALL = [*range(10)]
+ALL, INFO = [*range(10)], b'{"format": 2, "count": 10, "skipped": []}'
 WITHOUT_3 = [0, 1, 2, 4, 5, 6, 7, 8, 9], {3: "3: OSError: no connection"}
 
 
@@ -56,7 +58,7 @@ def test_an_existing_cache_is_opened_without_decoding_or_writing(numbers, tmp_pa
     assert numbers.open() == (ALL, {}) and numbers.tried == [*"0123456789"]
     folder = cache_folder(tmp_path)
     assert folder.name == "numbers_8_1"  # so that later versions find it
-    assert files_in(folder)["info.json"] == b'{"format": 2, "count": 10, "skipped": []}'
+    assert files_in(folder)["info.json"] == INFO
     paths = (folder.parent, folder, *folder.iterdir())
     times = [path.stat().st_mtime_ns for path in paths]
     assert numbers.open() == (ALL, {}) and not numbers.tried
@@ -65,46 +67,32 @@ def test_an_existing_cache_is_opened_without_decoding_or_writing(numbers, tmp_pa
     assert len([*folder.parent.iterdir()]) == 2  # each size has its own
 
 
-def replace(path, old, new):
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
-
-
-@pytest.mark.parametrize("damage", [
-    lambda folder: os.truncate(folder / "images.bin", 100),
-    lambda folder: (folder / "images.bin").unlink(),
-    lambda folder: (folder / "info.json").unlink(),
-    lambda folder: (folder / "info.json").write_text("{}"),
-    lambda folder: (folder / "info.json").write_bytes(b"\xff\xfe\x00"),
-    lambda folder: (folder / "info.json").write_text("3"),
-    lambda folder: replace(folder / "info.json", '"format": 2', '"format": 1'),
-    lambda folder: replace(folder / "info.json", '"count": 10', '"count": 9'),
-    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [[99, "no such item"]]'),
-    lambda folder: replace(folder / "info.json", '"skipped": []', '"skipped": [["a", "no number"]]'),
+@pytest.mark.parametrize("name, content", [
+    ("images.bin", bytes(100)), ("images.bin", None), ("info.json", None), ("info.json", b"\xff\xfe\x00"),
+    ("info.json", b"3"), *(("info.json", INFO.replace(*change)) for change in (
+        (b"2", b"1"), (b"10", b"9"), (b'"count"', b'"number"'), (b"[]", b'[[99, "no such item"]]'),
+        (b"[]", b'[["a", "no number"]]')))
 ])  # fmt: skip
-def test_a_damaged_cache_is_rebuilt_unless_the_user_has_files_in_it(numbers, tmp_path, damage):
+def test_a_damaged_cache_is_rebuilt_unless_the_user_has_files_in_it(numbers, tmp_path, name, content):
+    def damage():
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+
     numbers.open()
     folder = cache_folder(tmp_path)
     complete = files_in(folder)
-    damage(folder)
+    damage()
     assert numbers.open() == (ALL, {})
     assert cache_folder(tmp_path) == folder and files_in(folder) == complete
-    damage(folder)
+    damage()
     (folder / "notes.txt").write_text("the user's")
     with pytest.raises(UserError, match="--cache_path"):
         numbers.open()
-    assert files_in(folder) == {"notes.txt": b"the user's"}
-    assert cache_folder(tmp_path) == folder
+    assert cache_folder(tmp_path) == folder and files_in(folder) == {"notes.txt": b"the user's"}
 
 
 def test_a_cache_built_meanwhile_by_another_process_is_kept(numbers, tmp_path):
-    inodes = []
-
-    def build_another():
-        numbers.open()
-        inodes.extend(path.stat().st_ino for path in (tmp_path / "cache").iterdir() if "building" not in path.name)
-
-    numbers.at_first = build_another
+    folder, inodes = tmp_path / "cache" / "numbers_8_1", []
+    numbers.at_first = lambda: (numbers.open(), inodes.append(folder.stat().st_ino))
     assert numbers.open() == (ALL, {})
     assert inodes == [cache_folder(tmp_path).stat().st_ino]
 
@@ -113,9 +101,7 @@ def test_stale_builds_are_removed(numbers, tmp_path):
     numbers.open()
     folder = cache_folder(tmp_path)
     for age, name in ((0, "live"), (2 * STALE_SECONDS, "dead"), (2 * STALE_SECONDS, "mixed")):
-        leftover = folder.with_name(f"{folder.name}.building-{name}")
-        leftover.mkdir()
-        (leftover / "images.bin").write_bytes(b"half")
+        leftover = shutil.copytree(folder, folder.with_name(f"{folder.name}.building-{name}"))
         if name == "mixed":
             (leftover / "notes.txt").write_text("the user's")
         for path in (*leftover.iterdir(), leftover):
@@ -130,34 +116,22 @@ def test_skipped_images_alone_are_tried_again_and_the_cache_built_again_when_one
     numbers.broken |= {"3", "5"}
     first = numbers.open()
     assert first[0] == [0, 1, 2, 4, 6, 7, 8, 9]
-    assert numbers.open() == first and numbers.tried == ["3", "5"]
-    assert capsys.readouterr().out == ""
+    assert numbers.open() == first and numbers.tried == ["3", "5"] and not capsys.readouterr().out
     numbers.broken.remove("5")
-    assert numbers.open() == WITHOUT_3
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert numbers.open() == WITHOUT_3 and capsys.readouterr().out.count("\n") == 1
     assert cache_folder(tmp_path)  # the only one
     assert numbers.open() == WITHOUT_3 and numbers.tried == ["3"]
-
-
-def refuse(monkeypatch, owner, name, number):
-    def raise_error(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(owner, name, raise_error)
 
 
 def test_a_cache_stays_if_it_cannot_be_built_again_as_well(numbers, monkeypatch, capsys):
     numbers.broken |= {"3"}
     assert numbers.open() == WITHOUT_3
     numbers.broken.clear()
-
-    def break_more():  # after "3" was tried
-        numbers.at_first = lambda: numbers.broken.update({"3", "4", "5"})
-
-    numbers.at_first = break_more
+    # After "3" was tried.
+    numbers.at_first = lambda: setattr(numbers, "at_first", lambda: numbers.broken.update({"3", "4", "5"}))
     assert numbers.open() == WITHOUT_3
     numbers.broken.clear()
-    refuse(monkeypatch, Path, "mkdir", errno.EROFS)
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
     assert numbers.open() == WITHOUT_3
     assert "Read-only file system" in capsys.readouterr().err
 
@@ -165,9 +139,9 @@ def test_a_cache_stays_if_it_cannot_be_built_again_as_well(numbers, monkeypatch,
 def test_a_cache_that_cannot_be_memory_mapped_is_read_and_one_that_cannot_be_read_stays(numbers, tmp_path, monkeypatch):
     numbers.open()
     files = files_in(cache_folder(tmp_path))
-    refuse(monkeypatch, mmap, "mmap", errno.ENODEV)
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(errno.ENODEV, "No such device")))
     assert numbers.open() == (ALL, {}) and not numbers.tried
-    refuse(monkeypatch, Path, "read_text", errno.EACCES)
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
     with pytest.raises(UserError, match=r"Permission denied.*--cache_path"):
         numbers.open()
     assert files_in(cache_folder(tmp_path)) == files
@@ -185,16 +159,12 @@ def test_readable_images_are_stored_in_order_without_gaps(tmp_path, workers):
     source = Source("noise", range(600), decode_most, "1", "600 images")  # three chunks
     images, skipped = open_cache(source, 4, tmp_path / "cache", workers)
     assert skipped == {number: f"{number}: OSError: broken" for number in range(7, 600, 100)}
-    expected = [np.asarray(decode_most(number, 4)) for number in range(600) if number not in skipped]
-    assert np.array_equal(images, expected)
+    assert np.array_equal(images, [decode_most(number, 4) for number in range(600) if number not in skipped])
 
 
 def test_a_failed_build_leaves_no_cache(numbers, tmp_path):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    numbers.at_first = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    numbers.at_first = sys.exit
+    with pytest.raises(SystemExit):
         numbers.open()
     numbers.broken |= {*"0123456789"}
     with pytest.raises(UserError, match="10 images could be read; the first: 0: OSError: no connection"):

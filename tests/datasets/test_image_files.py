@@ -1,17 +1,18 @@
 import errno
 import os
+import re
 import struct
 import sys
 import zlib
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from datasets.decoding import try_decode
-from datasets.image_files import UNREADABLE_FORMATS, count_by_ending, decode_file, find_images, image_endings, to_rgb
+from datasets.image_files import UNREADABLE_FORMATS, decode_file, find_images, image_endings, register_heif, to_rgb
 from errors import UserError
 
 GRAY = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
@@ -70,21 +71,8 @@ def test_images_among_the_run_s_results_are_an_error(tmp_path):
     for images, run, option in (("v1", "v1", "--version"), ("v1/mine", "v1", "--version"), ("", "v2", "--sample_path")):
         with pytest.raises(UserError, match=option):
             find_images(str(samples / images), [samples / run], [samples])
-    for other_run in ("v1", "v1/../v1"):
-        found = names(samples / other_run, run_folders=[samples / "v"], exclude=[tmp_path])
-        assert found == [os.path.join("mine", "a.png")]
-
-
-def test_other_files_are_counted_by_ending_except_companions_and_hidden_ones(tmp_path):
-    save(tmp_path / "b" / "a.png")
-    for name in ("1.HEIX", "b/2.heix", "film.mov", "nameless", "12.30 o'clock", "odd.a\nb", ".DS_Store", "labels.csv"):
-        (tmp_path / name).touch()
-    images, others = find_images(str(tmp_path))
-    assert len(images) == 1
-    assert others == {".heix": 2, ".mov": 1, "without ending": 3}
-    text = count_by_ending(Counter({".mov": 1, ".heic": 1200, "without ending": 2}))
-    assert text == "1,200 .heic, 2 without ending, 1 .mov (pip install pillow-heif reads .heic)"
-    assert count_by_ending(Counter({f".{number}": 1 for number in range(50)})).count(".") < 12
+    found = names(samples / "v1" / ".." / "v1", run_folders=[samples / "v"], exclude=[tmp_path])
+    assert found == [os.path.join("mine", "a.png")]
 
 
 def test_what_pillow_decodes_is_an_image():
@@ -94,6 +82,21 @@ def test_what_pillow_decodes_is_an_image():
     stubs = {name for name, (factory, _) in Image.OPEN.items()
              if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}  # fmt: skip
     assert stubs and stubs <= UNREADABLE_FORMATS  # those of later versions of Pillow too
+
+
+def test_heic_is_an_image_if_pillow_heif_is_installed_also_in_a_worker_which_only_decodes(tmp_path, monkeypatch):
+    opener = lambda: monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")  # noqa: E731
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=opener))
+    save(tmp_path / "a.png")
+    for prepare in (lambda: decode_file(str(tmp_path), None, "a.png", 8), image_endings):
+        monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)
+        for function in (register_heif, image_endings):
+            function.cache_clear()
+        prepare()
+        assert ".heic" in Image.EXTENSION
+    assert ".heic" in image_endings()
+    for function in (register_heif, image_endings):
+        function.cache_clear()
 
 
 def test_a_subfolder_that_cannot_be_listed_is_a_warning_and_the_folder_itself_an_error(tmp_path, monkeypatch, capsys):
@@ -107,8 +110,7 @@ def test_a_subfolder_that_cannot_be_listed_is_a_warning_and_the_folder_itself_an
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert names(tmp_path) == [os.path.join("cats", "a.png")]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert any(line.endswith(f"{tmp_path / folder} (Permission denied), and 1 more") for folder in refused)
+    assert re.search(r"[ow]s \(Permission denied\), and 1 more\n$", capsys.readouterr().err)
     refused.add(tmp_path.name)
     with pytest.raises(UserError, match="cannot be listed: Permission denied"):
         find_images(str(tmp_path))
@@ -153,14 +155,12 @@ def decode_rotated(path, damage=lambda exif: exif):
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "tif"])
-def test_exif_rotation_is_applied_also_where_pillow_fails_on_another_tag_afterwards(tmp_path, monkeypatch, ending):
+def test_exif_rotation_is_applied_unless_it_cannot_be_parsed(tmp_path, monkeypatch, ending):
+    damaged = decode_rotated(tmp_path / "damaged.png", lambda exif: exif.replace(b"MM\0*", b"MM\0\xff"))
+    assert np.array_equal(damaged, LYING)
     assert np.array_equal(decode_rotated(tmp_path / f"a.{ending}"), UPRIGHT)
-    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: struct.pack(">H", "no integer"))
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: struct.pack(">H", "no integer"))  # Pillow's, afterwards
     assert np.array_equal(decode_file(str(tmp_path), None, f"a.{ending}", 64), UPRIGHT)
-
-
-def test_an_image_whose_exif_cannot_be_parsed_is_used_as_it_lies(tmp_path):
-    assert np.array_equal(decode_rotated(tmp_path / "a.png", lambda exif: exif.replace(b"MM\0*", b"MM\0\xff")), LYING)
 
 
 def noise(*shape):
@@ -179,12 +179,10 @@ def save_bomb(path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, and file names of any bytes")
 @pytest.mark.parametrize("is_damaged, name, write", [
     (False, "a_png.jpg", lambda path: noise(40, 40, 3).save(path, "PNG")),
-    (False, "one_pixel.png", lambda path: noise(1, 1, 3).save(path)),
     (False, "animated.webp", lambda path: noise(9, 9, 3).save(path, save_all=True, append_images=[noise(9, 9, 3)])),
     (False, "transparent_palette.png", lambda path: noise(40, 40).convert("P").save(path, transparency=3)),
     (False, "name with \n and \udce9.png", lambda path: noise(40, 40, 3).save(path)),
     (True, "bomb.png", save_bomb),
-    (True, "zero_bytes.png", lambda path: path.touch()),
     (True, "cut.jpg", lambda path: (noise(40, 40, 3).save(path), os.truncate(path, 400))),
     (True, "cut.jp2", lambda path: (decode_rotated(path), os.truncate(path, path.stat().st_size // 2))),
     (True, "dangling.jpg", lambda path: path.symlink_to("nowhere")),

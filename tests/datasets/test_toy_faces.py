@@ -1,14 +1,6 @@
 import numpy as np
-import pytest
 
 from datasets.toy_faces import draw_face
-
-
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
-def test_faces_have_the_size_and_differ(size):
-    faces = [np.asarray(draw_face(0, index, size)) for index in range(4)]
-    assert all(face.shape == (size, size, 3) for face in faces)
-    assert len({face.tobytes() for face in faces}) == 4
 
 
 def test_a_face_is_the_same_at_every_size():

@@ -15,8 +15,8 @@ MOST = 2  # pixels that an image of this size moves
 def example(count):
     """Images and random numbers."""
     random = torch.Generator().manual_seed(3)
-    images, u = (torch.rand(count, *shape, generator=random, dtype=torch.float64)
-                 for shape in ((3, SIZE, SIZE), (RANDOM_NUMBERS,)))  # fmt: skip
+    shapes = (count, 3, SIZE, SIZE), (count, RANDOM_NUMBERS)
+    images, u = (torch.rand(shape, generator=random, dtype=torch.float64) for shape in shapes)
     return images * 2 - 1, u
 
 

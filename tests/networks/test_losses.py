@@ -13,20 +13,12 @@ def test_losses(name, real, fake):
     assert LOSSES[name].has_penalty == (name == "wgan-gp")
 
 
-@pytest.mark.parametrize("slope, expected", [(1.0, 0.0), (3.0, 4.0)])
-def test_penalty_of_a_linear_critic_is_known(slope, expected):
-    direction = torch.randn(3, 8, 8)
-    direction *= slope / direction.norm()
-    real, fake = torch.randn(2, 4, 3, 8, 8)
-    penalty = gradient_penalty(lambda x: (x * direction).sum((1, 2, 3)), real, fake, torch.rand(4, 1, 1, 1))
-    assert penalty.item() == pytest.approx(expected, abs=1e-5)
-
-
 def test_penalty_is_taken_between_real_and_fake():
-    seen, alpha = [], torch.tensor([0.25, 1.0]).view(2, 1, 1, 1)
-    real, fake = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    gradient_penalty(lambda x: seen.append(x.detach()) or x.square().sum((1, 2, 3)), real, fake, alpha)
-    assert torch.equal(seen[0], alpha.expand(2, 3, 4, 4))
+    """Of a critic whose gradient at x is x."""
+    real, fake, alpha = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4, 1, 1, 1)
+    penalty = gradient_penalty(lambda x: x.square().sum((1, 2, 3)) / 2, real, fake, alpha)
+    lengths = (alpha * real + (1 - alpha) * fake).flatten(1).norm(dim=1)
+    torch.testing.assert_close(penalty, (lengths - 1).square().mean())
 
 
 def test_penalty_has_finite_gradients_where_the_critic_is_flat():

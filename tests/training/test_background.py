@@ -1,6 +1,5 @@
 import threading
 from unittest import mock
-from unittest.mock import call
 
 import pytest
 import torch
@@ -9,31 +8,24 @@ from training.background import Background
 from visuals.attention_stats import AttentionSample
 
 CPU = torch.device("cpu")
+fail = mock.Mock(side_effect=OSError("disk full"))
 
 
 def test_jobs_run_in_order_and_submit_blocks_only_when_too_many_are_pending():
-    gate, done, submitted = threading.Event(), [], threading.Event()
-
-    def submit_one_more():
-        background.submit(done.append, 2)
-        submitted.set()
-
+    gate, done = threading.Event(), []
     with Background(CPU, capacity=2) as background:
         background.submit(lambda: done.append(gate.wait(30)))
         background.submit(done.append, 1)
         assert not done  # nobody waited for a job
-        third = threading.Thread(target=submit_one_more)
+        third = threading.Thread(target=background.submit, args=(done.append, 2))
         third.start()
-        assert not submitted.wait(0.2)
+        third.join(0.2)
+        assert third.is_alive()
         gate.set()
         third.join()
         for number in range(3, 30):
             background.submit(done.append, number)
     assert done == [True, *range(1, 30)]
-
-
-def fail():
-    raise OSError("disk full")
 
 
 def test_an_error_in_a_job_is_raised_by_a_later_submit_or_at_the_end():
@@ -61,25 +53,7 @@ def test_an_error_in_the_block_is_raised_first(error, runs):
 def test_on_mps_jobs_are_given_tensors_on_the_cpu(monkeypatch):
     """Also those inside of what checkpoints and figures are made of."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor + 100)  # there is no MPS here
-    seen = []
+    seen, sample = [], AttentionSample("real", torch.ones(1), {"D attn1": torch.zeros(1)})
     with Background(torch.device("mps")) as background:
-        state = {"G": {"weight": torch.zeros(1)}, "moments": [torch.ones(1)], "step": 7}
-        background.submit(lambda *found: seen.extend(found), 3, state)
-        background.submit(seen.append, [AttentionSample("real", torch.ones(1), {"D attn1": torch.zeros(1)})])
-    step, state, (sample,) = seen
-    assert (step, state) == (3, {"G": {"weight": 100}, "moments": [101], "step": 7})
-    assert sample == AttentionSample("real", torch.tensor([101.0]), {"D attn1": torch.tensor([100.0])})
-
-
-def test_on_cuda_a_job_waits_on_a_stream_of_its_own_for_what_was_queued_before_it(monkeypatch):
-    """With mocks; tests/test_cuda.py has real ones."""
-    cuda, device = mock.Mock(), torch.device("cuda", 1)
-    for name in ("Stream", "set_stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    with Background(device) as background:
-        background.submit(cuda.job, 7)
-    own, loop = call.Stream(), call.current_stream()
-    stream, event = cuda.Stream.return_value, cuda.current_stream.return_value.record_event.return_value
-    assert cuda.mock_calls == [call.Stream(device), call.current_stream(device), loop.record_event(),
-                               call.set_stream(stream), own.wait_event(event), call.job(7),
-                               own.synchronize()]  # fmt: skip
+        background.submit(lambda *found: seen.extend(found), 3, {"G": {"weight": torch.zeros(1)}}, [sample])
+    assert seen == [3, {"G": {"weight": 100}}, [AttentionSample("real", torch.tensor([101.0]), {"D attn1": 100})]]

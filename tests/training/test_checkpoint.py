@@ -24,10 +24,10 @@ def save(folder, *steps, **options):
         checkpoint.save(folder, step, make_state(step), **options)
 
 
-def save_weights(folder, *steps, **options):
+def save_weights(folder, *steps):
     """Weights without a state file, as the reference saves them."""
     for step, part in itertools.product(steps, "GD"):
-        torch.save(make_state(step)[part], folder / f"{step}_{part}.pth", **options)
+        torch.save(make_state(step)[part], folder / f"{step}_{part}.pth")
 
 
 def assert_is(loaded, step, first=None, full=True):
@@ -76,10 +76,15 @@ def test_weights_need_their_files_and_a_full_checkpoint_does_not(tmp_path, part,
         checkpoint.load(tmp_path, tmp_path / "7_G.pth")
 
 
-def test_latest_is_the_newest_full_checkpoint_then_the_newest_weights(tmp_path):
-    save_weights(tmp_path, 20, 200)
-    (tmp_path / "300_G.pth").write_bytes(b"no D beside it")
+def test_latest_is_the_newest_full_checkpoint_then_the_newest_weights_a_generator_alone_only_for_a_test(tmp_path):
+    save_weights(tmp_path, 20, 200, 300)
+    (tmp_path / "300_D.pth").unlink()
     assert_is(checkpoint.load(tmp_path, "latest"), 200, full=False)
+    alone = checkpoint.load(tmp_path, "latest", needs_D=False)
+    assert (alone.step, alone.D, alone.state) == (300, None, None)
+    for wanted in ("300", tmp_path / "300_G.pth"):
+        with pytest.raises(UserError, match=r"300_D\.pth is missing"):
+            checkpoint.load(tmp_path, wanted)
     save(tmp_path, 9, 10, 100)
     assert checkpoint.list_steps(tmp_path) == [100, 10, 9, 200, 20]
     assert_is(checkpoint.load(tmp_path, "latest"), 100)
@@ -101,8 +106,8 @@ def test_a_damaged_checkpoint_is_one_line_and_latest_falls_back_from_it(tmp_path
 
 
 def test_weights_of_the_references_parallel_and_of_torchs_format_before_zip(tmp_path):
-    for part, sign in (("G", 1), ("D", -1)):
-        prefixed = {"module.weight": sign * make_state(1)["numbers"]}
+    for part, weights in (("G", make_state(1)["G"]), ("D", make_state(1)["D"])):
+        prefixed = {f"module.{key}": value for key, value in weights.items()}
         torch.save(prefixed, tmp_path / f"1_{part}.pth", _use_new_zipfile_serialization=False)
     assert_is(checkpoint.load(tmp_path, "1"), 1, full=False)
 
@@ -135,23 +140,19 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_temporary_file(tmp_path,
     assert names(tmp_path) == files_of(1)
 
 
-class Killed(BaseException):
-    """Raised in place of SIGKILL."""
-
-
-def save_until(monkeypatch, point, *arguments, **options):
+def save_until(point, *arguments, **options):
     """Save until the call `point` that touches the disk, which fails with all later ones; return whether it ended."""
     calls = itertools.count(1)
 
     def killed_at_the_point(original):
         def call(*args, **kwargs):  # a function, which a class binds
             if next(calls) >= point:
-                raise Killed
+                raise KeyboardInterrupt  # in place of SIGKILL
             return original(*args, **kwargs)
 
         return call
 
-    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "unlink")):
             patch.setattr(owner, name, killed_at_the_point(getattr(owner, name)))
         checkpoint.save(*arguments, **options)
@@ -160,20 +161,17 @@ def save_until(monkeypatch, point, *arguments, **options):
 
 
 @pytest.mark.parametrize("name, step, before", [
-    pytest.param(3, 3, {1: 1, 2: 2}, id="a new one"), pytest.param(2, 2, {1: 1, 2: 2}, id="one that exists"),
-    pytest.param(1, 1, {}, id="the first one"), pytest.param("best", 3, {"best": 2}, id="the best one"),
-    pytest.param("best", 3, {}, id="the first best one"),
+    (3, 3, {1: 1, 2: 2}), (2, 2, {1: 1, 2: 2}), (1, 1, {}), ("best", 3, {"best": 2}), ("best", 3, {}),
 ])  # fmt: skip
-def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch, name, step, before):
+def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, name, step, before):
     """`before`: the checkpoints that exist, and their steps. The tensors of the new one count from 9."""
-    wanted = "best" if name == "best" else "latest"
-    outcomes = []
-    for point in itertools.count(1):
-        folder = tmp_path / str(point)
+    wanted, new, outcomes, ended = "best" if name == "best" else "latest", make_state(step, 9), [], False
+    while not ended:
+        folder = tmp_path / str(len(outcomes))
+        folder.mkdir()
         for other, other_step in before.items():
             checkpoint.save(folder, other, make_state(other_step))
-        folder.mkdir(exist_ok=True)
-        ended = save_until(monkeypatch, point, folder, name, make_state(step, 9), keep_checkpoints=1)
+        ended = save_until(len(outcomes) + 1, folder, name, new, keep_checkpoints=1)
 
         def is_new(part, folder=folder):
             path = folder / f"{name}_{part}.pth"
@@ -194,29 +192,35 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_
         present = checkpoint.list_steps(folder)
         save(folder, 5, keep_checkpoints=1)
         assert all(checkpoint.load(folder, str(other)).step == other for other in present)
-        checkpoint.save(folder, name, make_state(step, 9), keep_checkpoints=1)
+        checkpoint.save(folder, name, new, keep_checkpoints=1)
         assert is_new("state") and is_new("G") and is_new("D")
-        if ended:
-            break
     assert outcomes == sorted(outcomes) and not outcomes[0] and outcomes[-1]  # once renamed, it stays
 
 
-def test_files_are_flushed_whole_before_they_are_renamed(tmp_path, monkeypatch):
-    """test_utils.py has the flush of the folder."""
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed where the system can")
+@pytest.mark.parametrize("number, is_refusal", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_files_are_flushed_before_they_are_renamed_then_the_folder(tmp_path, monkeypatch, capsys, number, is_refusal):
+    """A file system that refuses to flush folders is a warning."""
     flushed, fsync, replace = {}, os.fsync, os.replace
 
-    def note_flush(descriptor):
+    def flush(descriptor):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise OSError(number, os.strerror(number))
         fsync(descriptor)
-        flushed[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        flushed[status.st_ino] = status.st_size
 
-    def check_rename(source, target):
+    def rename(source, target):
         assert flushed[os.stat(source).st_ino] == os.stat(source).st_size
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", note_flush)
-    monkeypatch.setattr(os, "replace", check_rename)
-    save(tmp_path, 2)
-    assert names(tmp_path) == files_of(2)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    warn_once.cache_clear()
+    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError):
+        save(tmp_path, 1, 2)
+    assert capsys.readouterr().err.count("warning") == is_refusal
+    assert checkpoint.list_steps(tmp_path) == ([2, 1] if is_refusal else [1])
 
 
 def test_old_checkpoints_lose_their_state_but_not_later_ones_nor_those_without_exports(tmp_path):
@@ -229,59 +233,3 @@ def test_old_checkpoints_lose_their_state_but_not_later_ones_nor_those_without_e
     assert left == {f"{step}_state.pth" for step in (0, 1, 4, 5, 50, 60)}
     for step in (1, 2, 3):
         assert_is(checkpoint.load(tmp_path, str(step)), step, full=step == 1)
-
-
-def test_a_checkpoint_for_resuming_only_has_no_exports_and_does_not_stay(tmp_path):
-    for step, export in ((1, True), (2, False), (3, False), (4, True)):
-        save(tmp_path, step, export=export, keep_checkpoints=2)
-        assert_is(checkpoint.load(tmp_path, "latest"), step)
-    assert names(tmp_path) == {"1_D.pth", "1_G.pth", "3_state.pth"} | files_of(4)
-    assert checkpoint.list_steps(tmp_path) == [4, 3, 1]
-
-
-def test_a_generator_alone_is_enough_where_d_is_not_needed(tmp_path):
-    save_weights(tmp_path, 500, 600)
-    (tmp_path / "600_D.pth").unlink()
-    alone = checkpoint.load(tmp_path, "latest", needs_D=False)
-    assert (alone.step, alone.D, alone.state) == (600, None, None)
-    assert checkpoint.load(tmp_path, "latest").step == 500
-    (tmp_path / "500_D.pth").unlink()
-    for wanted in ("latest", "600", tmp_path / "600_G.pth"):
-        with pytest.raises(UserError, match=r"600_D\.pth is missing"):
-            checkpoint.load(tmp_path, wanted)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="folders are flushed where the system can")
-@pytest.mark.parametrize("number, is_refusal", [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_file_system_that_cannot_flush_folders_is_a_warning(tmp_path, monkeypatch, capsys, number, is_refusal):
-    fsync = os.fsync
-
-    def refuse(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    warn_once.cache_clear()
-    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError):
-        save(tmp_path, 1, 2)
-    assert capsys.readouterr().err.count("warning") == is_refusal
-    assert checkpoint.load(tmp_path, "latest").step == (2 if is_refusal else 1)
-
-
-def test_the_best_checkpoint_is_kept_beside_the_others(tmp_path):
-    for step in (2, 3):
-        checkpoint.save(tmp_path, "best", make_state(step), keep_checkpoints=1)
-        assert_is(checkpoint.load(tmp_path, "best"), step)
-    assert_is(checkpoint.load(tmp_path, "latest"), 3)  # there are no others
-    save(tmp_path, 1, 2, keep_checkpoints=1)
-    assert checkpoint.list_steps(tmp_path) == [2, 1]
-    assert_is(checkpoint.load(tmp_path, "best"), 3)
-
-
-def test_errors_of_unfitting_content_become_one_line():
-    with pytest.raises(UserError, match="checkpoint 5") as error, checkpoint.reraise_load_errors(5):
-        raise RuntimeError("size mismatch for l1:\n\tcopying a param")
-    assert "\n" not in str(error.value)
-    with pytest.raises(ZeroDivisionError), checkpoint.reraise_load_errors(5):
-        raise ZeroDivisionError

@@ -32,14 +32,12 @@ class FakeGraph:
 class Capture(TorchDispatchMode):
     """Record operations, and undo their effects at the end. As in CUDA, no value may be read, nor random ones drawn."""
 
-    FORBIDDEN = (Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded)
-
     def __init__(self, graph, capture_error_mode):
         super().__init__()
         self.graph, self.before = graph, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not set(self.FORBIDDEN).isdisjoint(function.tags):
+        if {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded} & {*function.tags}:
             raise RuntimeError(f"{function}: operation not permitted when stream is capturing\nmore")
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
@@ -55,10 +53,7 @@ class Capture(TorchDispatchMode):
         for storage, before in self.before.values():
             storage.copy_(before)
         if error[0]:  # so does torch
-            try:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            finally:
-                raise RuntimeError("still capturing")
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.fixture
@@ -68,34 +63,6 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-
-
-def make_step(read=lambda value: value):
-    """A step that adds its inputs to a total in place, and reads the total with a function."""
-    total = torch.zeros(())
-
-    def step(inputs):
-        total.add_(sum(tensor.sum() for tensor in tree_leaves(inputs)))
-        read(total)
-        return {"total": total.clone()}
-
-    return step
-
-
-def inputs(call):
-    real = torch.full((2, 3, 4, 4), float(call)).contiguous(memory_format=torch.channels_last)
-    return [{"real": real, "z": torch.randn(4)}, {"z": torch.randn(4)}]
-
-
-def test_every_call_is_one_step_on_its_own_inputs(fake_cuda):
-    step, graphed = make_step(), GraphedStep(make_step(), "cuda")
-    results = []
-    for call in range(WARM_UP + 5):
-        given = inputs(call)
-        results.append(graphed(given)["total"])
-        assert results[-1] == step(given)["total"]
-    assert all(result is results[-1] for result in results[WARM_UP:])
-    assert graphed.inputs[0]["real"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("options", [{}, dict(precision="bf16", n_critic=2), dict(adv_loss="wgan-gp"),
@@ -111,9 +78,7 @@ def test_the_updates_of_the_trainer_can_be_captured(fake_cuda, make_trainer, opt
             optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])  # as on CUDA
     for _ in range(WARM_UP + 4):
         expected, actual = eager.train_step(), captured.train_step()
-        assert {name: value.item() for name, value in expected.items()} == {
-            name: value.item() for name, value in actual.items()
-        }
+        assert expected == actual
     assert captured.updates.graph is not None
     assert_same_weights(*trainers)
 
@@ -122,12 +87,16 @@ def test_the_updates_of_the_trainer_can_be_captured(fake_cuda, make_trainer, opt
 @pytest.mark.parametrize("fallback", [True, False])
 def test_a_failed_capture_falls_back_to_eager_or_raises(fake_cuda, capsys, fallback, read):
     """What is printed is the first of the errors, which says what is not permitted."""
-    step = make_step()
-    graphed = GraphedStep(make_step(lambda value: read(value * 0)), "cuda", fallback)
+
+    def step(inputs):
+        total.add_(inputs[0]["z"])
+        read(total * 0)
+        return {"total": total.clone()}
+
+    total, graphed = torch.zeros(()), GraphedStep(step, "cuda", fallback)
     with contextlib.nullcontext() if fallback else pytest.raises(RuntimeError):
-        for call in range(WARM_UP + 3):
-            given = inputs(call)
-            assert graphed(given)["total"] == step(given)["total"]
+        results = [graphed([{"z": torch.ones(())}])["total"] for _ in range(WARM_UP + 3)]
+        assert results == [*range(1, WARM_UP + 4)]
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("CUDA graph disabled") and "not permitted when stream is capturing" in line
 
@@ -135,13 +104,9 @@ def test_a_failed_capture_falls_back_to_eager_or_raises(fake_cuda, capsys, fallb
 @pytest.mark.parametrize("device, option, size, captures, printed", [
     ("cuda", "auto", 1, True, 0), ("cuda", "true", 1, True, 0), ("cuda", "false", 1, False, 0),
     ("cpu", "auto", 1, False, 0), ("cuda", "auto", 2, False, 1), ("cuda", "false", 2, False, 0),
+    ("cuda", "true", 2, None, 0), ("cpu", "true", 1, None, 0),
 ])  # fmt: skip
 def test_only_a_single_process_on_cuda_captures(capsys, device, option, size, captures, printed):
-    assert can_capture(torch.device(device), option, size) == captures
+    with pytest.raises(UserError) if captures is None else contextlib.nullcontext():
+        assert can_capture(torch.device(device), option, size) == captures
     assert capsys.readouterr().out.count("CUDA graph") == printed
-
-
-@pytest.mark.parametrize("device, size", [("cuda", 2), ("cpu", 1)])
-def test_a_capture_that_cannot_be_had_is_an_error(device, size):
-    with pytest.raises(UserError, match=f"--cuda_graph true .* this run has {size} on {device}"):
-        can_capture(torch.device(device), "true", size)

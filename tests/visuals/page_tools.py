@@ -10,7 +10,7 @@ from PIL import Image
 
 webdriver = pytest.importorskip("selenium.webdriver")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
-Keys = webdriver.Keys
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 MARKUP = "</script><b>bold</b> {{data}} & <!--<script>"  # a name that has to be shown as it is
 
 
@@ -22,16 +22,15 @@ class BrowserPage:
 
     def __init__(self, browser: webdriver.Chrome, path: Path, text: str):
         path.write_text(text, encoding="utf-8")
-        self.browser, self.script = browser, browser.execute_script
+        self.browser, self.script, self.actions = browser, browser.execute_script, ActionChains(browser, duration=0)
         self.command("Emulation.clearDeviceMetricsOverride")  # of an earlier test
         self.command("Emulation.setTouchEmulationEnabled", enabled=False)
         self.command("Emulation.setFocusEmulationEnabled", enabled=True)  # a window has no focus before the first click
-        browser.get(path.as_uri())
+        browser.get(path.absolute().as_uri())
         self.wait_until_decoded()
 
     def wait_until_decoded(self) -> None:
-        name = self.state_name
-        self.wait_for(lambda: self.script(f"return !window.{name} || Boolean(({name}() ?? {{}}).layers)"))
+        self.wait_for(lambda: self.state_name == "none" or (self.state() or {}).get("layers") is not None)
 
     def state(self) -> dict:
         return self.script(f"return {self.state_name}()")
@@ -50,9 +49,8 @@ class BrowserPage:
 
     def point(self, x: float, y: float, selector: str = "") -> None:
         """Move the mouse to a position given as fractions of an element, by default the pointable one."""
-        mouse = webdriver.ActionChains(self.browser, duration=0)
-        mouse.w3c_actions.pointer_action.move_to_location(*self.position(x, y, selector))
-        mouse.perform()
+        self.actions.w3c_actions.pointer_action.move_to_location(*self.position(x, y, selector))
+        self.actions.perform()
 
     def position(self, x: float, y: float, selector: str = "") -> tuple[int, int]:
         """Convert fractions of an element to pixels of the window."""
@@ -62,10 +60,10 @@ class BrowserPage:
 
     def click(self) -> None:
         """Click where the mouse is."""
-        webdriver.ActionChains(self.browser, duration=0).click().perform()
+        self.actions.click().perform()
 
     def press(self, *keys: str) -> None:
-        webdriver.ActionChains(self.browser, duration=0).send_keys(*keys).perform()
+        self.actions.send_keys(*keys).perform()
 
     def touch(self, *positions: tuple[float, float]) -> None:
         """Touch the element at the first position, in fractions of it, drag along the others and lift the finger."""

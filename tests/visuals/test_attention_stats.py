@@ -5,11 +5,7 @@ import torch
 
 from sagan_models import Discriminator, Generator
 from training.previews import collect_attention
-from visuals.attention_stats import (
-    attention_stats,
-    format_attention_stats,
-    mean_attention_stats,
-)
+from visuals.attention_stats import attention_stats, format_attention_stats, mean_attention_stats
 
 
 @pytest.mark.parametrize("query_side, key_side", [(8, 8), (8, 4), (8, 2)])

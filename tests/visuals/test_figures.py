@@ -4,34 +4,16 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
+from visuals import figures
 from visuals.attention_stats import AttentionSample
-from visuals.figures import (
-    CAPTION,
-    GAP,
-    QUERY_COLORS,
-    TILE,
-    attention_figure,
-    attention_figures,
-    nearest_figure,
-    progress_frames,
-    query_points,
-    sample_grid,
-    save_animation,
-    shorten,
-    to_pixels,
-)
-
-
-def test_model_range_is_converted_to_pixels():
-    images = torch.tensor([-1.0, 0.0, 1.0, 1.5]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert to_pixels(images)[0, :, :, 0].tolist() == [[0, 128], [255, 255]]
+from visuals.figures import CAPTION, GAP, QUERY_COLORS, TILE, attention_figure, sample_grid
 
 
 @pytest.mark.parametrize("count, given, columns", [(4, None, 2), (5, None, 3), (64, None, 8), (10, 5, 5)])
 def test_grid_equals_torchvision_s(count, given, columns):
     """By default it is nearly square. Names of its rows are at the left."""
-    images = torch.rand(count, 3, 32, 32) * 2 - 1
-    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
+    images = torch.rand(count, 3, 32, 32) * 2.2 - 1.1
+    pixels = (127.5 * (images + 1)).round().clamp(0, 255).byte()
     expected = make_grid(pixels, nrow=columns, padding=2).permute(1, 2, 0).numpy()
     assert np.array_equal(sample_grid(images, columns=given), expected)
     assert sample_grid(images[:1]).size == (36, 36)
@@ -47,8 +29,8 @@ def test_query_points_are_distinctive_and_keep_their_distance_to_each_other_and_
     maps = np.full((256, keys), 1 / keys)
     for point in (40, 100, 200):
         maps[point] = np.eye(keys)[point * keys // 256]
-    assert set(query_points(maps, 3)) == {40, 100, 200}
-    points = query_points(np.random.default_rng(0).dirichlet(np.ones(keys), 256), 4)
+    assert set(figures.query_points(maps, 3)) == {40, 100, 200}
+    points = figures.query_points(np.random.default_rng(0).dirichlet(np.ones(keys), 256), 4)
     places = np.stack(np.divmod(points, 16), axis=1)
     assert len(points) == 4 and places.min() >= 2 and places.max() < 14
     distances = np.linalg.norm(places[:, None] - places, axis=2)
@@ -84,18 +66,20 @@ def test_figure_names_the_class_below_each_image():
     rows, columns = np.nonzero((plain != named).any(axis=2))
     below = 58 + TILE + CAPTION + GAP + TILE  # the second image
     assert below <= rows.min() and rows.max() < below + CAPTION and columns.max() < GAP + TILE
-    assert shorten("x" * 20) == "x" * 20 and shorten("x" * 21) == "x" * 17 + "..."
+    assert figures.shorten("x" * 20) == "x" * 20 and figures.shorten("x" * 21) == "x" * 17 + "..."
 
 
 def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():
     maps = torch.full((1, 16, 16), 1 / 16)
     black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
-    figures = attention_figures([generated, AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})], 5)
-    assert list(figures) == ["G_attn1", "D_attn1", "D_attn2"]
-    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in figures.items()}
+    drawn = figures.attention_figures(
+        [generated, AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})], 5
+    )
+    assert list(drawn) == ["G_attn1", "D_attn1", "D_attn2"]
+    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in drawn.items()}
     assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
-    assert list(attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
+    assert list(figures.attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
 
 
 def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
@@ -103,9 +87,9 @@ def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
     for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32)), (31, (32, 32))):
         Image.new("RGB", size, colors[step]).save(tmp_path / f"{step}.png")
     (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
-    frames = progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30, 31)}, width=100)
-    assert all(frame.size == (100, 124) for frame in frames) and progress_frames({}) == []
-    save_animation(tmp_path / "a.gif", frames, seconds=0.2)
+    frames = figures.progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30, 31)}, width=100)
+    assert all(frame.size == (100, 124) for frame in frames) and figures.progress_frames({}) == []
+    figures.save_animation(tmp_path / "a.gif", frames, seconds=0.2)
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.n_frames, gif.info["loop"]) == (3, 0)
         for index, step in enumerate((2, 30, 31)):
@@ -116,7 +100,7 @@ def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
 
 def test_nearest_figure_has_a_row_per_sample():
     samples, near = torch.full((2, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
-    figure = np.asarray(nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
+    figure = np.asarray(figures.nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
     for row in range(2):
         middle = 34 + row * (96 + CAPTION + GAP) + 48
         assert (figure[middle, GAP + 48] == 0).all()

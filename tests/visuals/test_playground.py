@@ -26,6 +26,7 @@ def noise_grid(name: str, side: int, size: int, keys: tuple[int, ...]) -> Grid:
 
 SIDE, CLASS_SIDE = 16, 4  # tiles in a row of the page without classes, and with them
 GRID = noise_grid("", SIDE, 32, (64, 256))
+TILES = GRID.pixels.reshape(SIDE, SIDE, 32, 32, 3).astype(int)
 CLASS_GRIDS = [noise_grid(name, CLASS_SIDE, 64, (64,)) for name in NAMES]
 
 
@@ -67,11 +68,6 @@ def show(quiet_browser, tmp_path):
     return lambda grids, title="title": Page(quiet_browser, tmp_path / "page.html", playground_page(grids, title))
 
 
-def tiles_of(grid: Grid) -> np.ndarray:
-    """The pixels of the page without classes by row and column, (SIDE, SIDE, S, S, 3)."""
-    return grid.pixels.reshape(SIDE, SIDE, *grid.pixels.shape[1:]).astype(int)
-
-
 @torch.no_grad()
 def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its_maps():
     corners, G = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), random_generator("sagan", 32)
@@ -80,7 +76,8 @@ def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its
     for column, row in ((0, 0), (SIDE - 1, 0), (0, SIDE - 1), (SIDE - 1, SIDE - 1), (5, 11), (11, 5)):
         top, bottom = (slerp(corners[[i]], corners[[i + 1]], SIDE)[:, column] for i in (0, 2))
         image, *maps = G(slerp(top, bottom, SIDE)[:, row], return_attention=True)
-        assert np.abs(tiles_of(grid)[row, column] - to_pixels(image)[0]).max() <= 1  # rounding of other batches
+        pixels = grid.pixels[SIDE * row + column].astype(int)
+        assert np.abs(pixels - to_pixels(image)[0]).max() <= 1  # rounding of other batches
         for values, attention in zip(grid.attention.values(), maps, strict=True):
             assert np.allclose(values[SIDE * row + column], attention[0].mean(0), atol=1e-6)
 
@@ -97,8 +94,8 @@ def test_a_page_of_noise_stays_below_6_mb(size, keys, classes, side):
 
 @pytest.mark.browser
 def test_the_image_is_that_of_the_tile_or_a_blend(show):
-    page, tiles = show([GRID]), tiles_of(GRID)
-    assert np.array_equal(page.pixels("#grid canvas"), tiles.swapaxes(1, 2).reshape(SIDE * 32, SIDE * 32, 3))
+    page = show([GRID])
+    assert np.array_equal(page.pixels("#grid canvas"), TILES.swapaxes(1, 2).reshape(SIDE * 32, SIDE * 32, 3))
     for column, row in ((0, 0), (SIDE - 1, 0), (5, 11)):
         page.click_tile(column, row)
         page.check_tile(GRID, SIDE * row + column)
@@ -111,7 +108,7 @@ def test_the_image_is_that_of_the_tile_or_a_blend(show):
         assert np.abs(place - (np.array([x, y]) * SIDE - 0.5).clip(0, SIDE - 1)).max() < 0.03
         (left, top), (right, down) = place.astype(int), place % 1
         weights = np.outer([1 - down, down], [1 - right, right])[..., None, None, None]
-        expected = (weights * np.pad(tiles, [(0, 1)] * 2 + [(0, 0)] * 3)[top : top + 2, left : left + 2]).sum((0, 1))
+        expected = (weights * np.pad(TILES, [(0, 1)] * 2 + [(0, 0)] * 3)[top : top + 2, left : left + 2]).sum((0, 1))
         assert np.abs(page.pixels("#image canvas") - expected).max() <= 0.51
         marker, center = page.find(".point").rect, page.position(*(place + 0.5) / SIDE)
         assert np.abs(np.array([marker["x"], marker["y"]]) + marker["width"] / 2 - center).max() <= 1.5
@@ -134,12 +131,10 @@ def test_classes_are_switched_at_the_same_place(show):
     page = show(CLASS_GRIDS)  # of two quick choices the last one is shown, also if the first one is decoded after it
     page.script("""
         const [original, radios] = [Response.prototype.arrayBuffer, document.querySelectorAll("#classes input")];
-        let milliseconds = 300;
         Response.prototype.arrayBuffer = async function () {
-          const delay = milliseconds;
-          milliseconds = 0;
-          await new Promise((resolve) => setTimeout(resolve, delay));
-          if (delay) setTimeout(() => (window.isDecoded = true), 200);
+          Response.prototype.arrayBuffer = original;  // only the first one is late
+          await new Promise((resolve) => setTimeout(resolve, 300));
+          setTimeout(() => (window.isDecoded = true), 200);
           return original.call(this);
         };
         radios[1].click();

@@ -55,16 +55,11 @@ def page_of(config: Config, step: int, command: str = COMMAND, machine: str = "c
     return report_page(config, machine, (), step, command, datetime(2026, 11, 24, 14, 40), **options)
 
 
-def data_of(page):
-    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
-
-
-def titles_of(page):
-    return re.findall(r"<svg[^>]*>\s*<title>(.*?)</title>", page)
-
-
-def figures_of(page):
-    return re.findall(r'href="[^"]*/(\d+_\w+)\.png"', page)
+def parts_of(page):
+    """What the slider shows, the titles of the charts and the names of the attention figures."""
+    data = json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    titles = re.findall(r"<svg[^>]*>\s*<title>(.*?)</title>", page)
+    return data, titles, re.findall(r'href="[^"]*/(\d+_\w+)\.png"', page)
 
 
 def write_log(run, rows):
@@ -75,13 +70,12 @@ def test_a_finished_run(toy_run):
     page = page_of(toy_run, 6)
     facts = ("step 6 of 6 (100%)", "32×32", "batch 4", "on cpu in fp32", "updated 2026-11-24 14:40")
     assert all(f"<li>{fact}</li>" in page for fact in facts) and ">finished<" in page
-    data = data_of(page)
+    data, titles, figures = parts_of(page)
     assert [frame["step"] for frame in data["frames"]] == [2, 4, 6] and data["real"]
     assert all(frame["fake"].startswith("data:image/jpeg") and frame["ema"] for frame in data["frames"])
-    first = ["Losses", "Logits of D", "Sign of D on training images", "Gamma of the attention layers",
-             "Spectral norms of G", "Spectral norms of D"]  # fmt: skip
-    assert titles_of(page) == [*first, "Speed", "Memory", "Learning rates"]
-    assert figures_of(page) == ["6_G_attn1", "6_G_attn2", "6_D_attn1", "6_D_attn2"]
+    assert titles == ["Losses", "Logits of D", "Sign of D on training images", "Gamma of the attention layers",
+                      "Spectral norms of G", "Spectral norms of D", "Speed", "Memory", "Learning rates"]  # fmt: skip
+    assert figures == ["6_G_attn1", "6_G_attn2", "6_D_attn1", "6_D_attn2"]
     assert html.escape(COMMAND) in page and "<div><dt>beta2</dt><dd>0.9</dd>" in page
     assert "<div class=changed><dt>batch_size</dt><dd>4<small>default 64</small></dd>" in page
 
@@ -91,8 +85,9 @@ def test_a_finished_run(toy_run):
     assert len(ids) == len(set(ids)) > 10
 
     page = page_of(toy_run, 4)  # results of later steps are ignored
-    assert [frame["step"] for frame in data_of(page)["frames"]] == [2, 4]
-    assert figures_of(page)[0] == "3_G_attn1" and "6_G_attn1" not in page
+    data, _, figures = parts_of(page)
+    assert [frame["step"] for frame in data["frames"]] == [2, 4]
+    assert figures[0] == "3_G_attn1" and "6_G_attn1" not in page
     row = json.loads((toy_run.log_folder / "metrics.jsonl").read_text().splitlines()[3])
     assert f"d_loss  {row['d_loss']:.4g}".replace("-", "\N{MINUS SIGN}") in page
     assert "(66.6%)" in page
@@ -112,8 +107,8 @@ def test_a_run_without_results(empty_run):
         for folder in (empty_run.log_folder, empty_run.sample_folder, empty_run.attn_folder):
             remove(folder)
         page = page_of(empty_run, 0)
-        assert data_of(page) == {"frames": [], "real": "", "folder": "../../samples/sagan_celeb"}
-        assert "Attention maps" not in page and not titles_of(page) and "step 0 of 100 (0%)" in page
+        assert parts_of(page) == ({"frames": [], "real": "", "folder": "../../samples/sagan_celeb"}, [], [])
+        assert "Attention maps" not in page and "step 0 of 100 (0%)" in page
 
 
 def test_damaged_and_incomplete_images_are_left_out_and_the_newest_figure_of_each_layer_is_shown(toy_run):
@@ -127,10 +122,10 @@ def test_damaged_and_incomplete_images_are_left_out_and_the_newest_figure_of_eac
         shutil.copy(figures / "6_G_attn1.png", figures / f"{name}.png")
     (figures / "6_G_attn1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (figures / "6_D_attn2.png").unlink()
-    page = page_of(toy_run, 6)
-    shown = [{kind for kind in ("ema", "fake") if frame.get(kind)} for frame in data_of(page)["frames"]]
-    assert shown == [{"ema"}, {"fake"}]
-    assert figures_of(page) == ["6_G_attn2", "5_G_attn3", "6_D_attn1", "3_D_attn1_small", "3_D_attn2"]
+    data, _, shown = parts_of(page_of(toy_run, 6))
+    kinds = [{kind for kind in ("ema", "fake") if frame.get(kind)} for frame in data["frames"]]
+    assert kinds == [{"ema"}, {"fake"}]
+    assert shown == ["6_G_attn2", "5_G_attn3", "6_D_attn1", "3_D_attn1_small", "3_D_attn2"]
 
 
 def test_charts_of_a_log(empty_run):
@@ -139,7 +134,7 @@ def test_charts_of_a_log(empty_run):
     row |= {"reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "new": 1}
     write_log(empty_run, [row, row | {"step": 20}])
     page = page_of(empty_run, 20, best={"step": 10, "metric": "fid", "score": 80})
-    assert titles_of(page) == ["FID", "Face rate", "reach", "new"]
+    assert parts_of(page)[1] == ["FID", "Face rate", "reach", "new"]
     assert "G_attn2  0.4" in page
     assert "<li>best checkpoint: step 10, fid 80</li>" in page
     assert page.count(GRAY) == 1 and "best checkpoint" not in page_of(empty_run, 20)
@@ -167,9 +162,10 @@ def test_a_page_of_pure_noise_stays_below_8_mb(empty_run):
     names = ["d_loss", "g_loss", *(f"sigma/{network}_{index}" for network in "GD" for index in range(15))]
     write_log(empty_run, [{"step": step} | {name: random.normal() for name in names} for step in range(1, 1001)])
     page = page_of(empty_run, 4000)
-    steps = [frame["step"] for frame in data_of(page)["frames"]]
+    data, _, figures = parts_of(page)
+    steps = [frame["step"] for frame in data["frames"]]
     assert len(steps) == FRAMES and (steps[0], steps[-1]) == (100, 4000) and set(np.diff(steps)) == {100, 200}
-    assert len(figures_of(page)) == 4 and len(page.encode()) < 8e6
+    assert len(figures) == 4 and len(page.encode()) < 8e6
 
 
 def test_hostile_names(empty_run, tmp_path):
@@ -183,14 +179,15 @@ def test_hostile_names(empty_run, tmp_path):
     assert page.count("</script>") == 2 and "<b>" not in page
     assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 5  # machine, state, path, path, command
     assert html.escape(VERSION) in page and '/1_explorer.html"' in page
-    assert HOSTILE in unquote(data_of(page)["folder"], errors="surrogateescape")
+    assert HOSTILE in unquote(parts_of(page)[0]["folder"], errors="surrogateescape")
 
 
 @pytest.mark.browser
 def test_the_slider_and_the_command(quiet_browser, toy_run):
     text = page_of(toy_run, 6, HOSTILE)
     page = BrowserPage(quiet_browser, toy_run.log_folder / "report.html", text)
-    frames = {frame["step"]: frame for frame in data_of(text)["frames"]}
+    data = parts_of(text)[0]
+    frames = {frame["step"]: frame for frame in data["frames"]}
     sample, slider, (ema, generator, real) = page.find("#sample"), page.find("#slider"), page.find_all("#kinds button")
 
     def assert_shown(step: int, kind: str) -> None:
@@ -208,7 +205,7 @@ def test_the_slider_and_the_command(quiet_browser, toy_run):
     assert generator.get_attribute("aria-pressed") == "true"
     assert page.find("#original").get_attribute("href").endswith("/samples/sagan_celeb/4_fake.png")
     real.click()
-    assert sample.get_attribute("src") == data_of(text)["real"] and page.find("#shown").text == "real images"
+    assert sample.get_attribute("src") == data["real"] and page.find("#shown").text == "real images"
     ema.click()
     page.find("#play").click()
     page.wait_for(lambda: page.find("#shown").text == "step 6" and page.find("#play").text == "▶")

@@ -75,7 +75,6 @@ def test_page_of_incompressible_noise_stays_below_6_mb(size, g_sides, d_sides):
 
 @pytest.mark.browser
 def test_panels_show_the_maps(show):
-    """In both directions."""
     page = show(SAMPLES)
     query = query_points(SAMPLES[0].maps["G attn1"][0].numpy(), 1)[0]  # the most distinctive one
     assert (page.state()["image"], page.state()["layers"][0]["cell"]) == (0, query)

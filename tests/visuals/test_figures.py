@@ -73,9 +73,8 @@ def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():
     maps = torch.full((1, 16, 16), 1 / 16)
     black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
-    drawn = figures.attention_figures(
-        [generated, AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})], 5
-    )
+    real = AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})
+    drawn = figures.attention_figures([generated, real], 5)
     assert list(drawn) == ["G_attn1", "D_attn1", "D_attn2"]
     brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in drawn.items()}
     assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]

@@ -60,25 +60,20 @@ def test_figure_marks_each_query_on_the_image_and_on_its_map(side, key_side, mon
     assert {f"max {keys}.0x uniform", "max 1.0x uniform"} <= set(texts) and f"1x uniform = 1/{keys}:" in texts[-1]
 
 
-def test_figure_names_the_class_below_each_image():
-    images, attention = torch.zeros(2, 3, 64, 64), torch.full((2, 16, 16), 1 / 16)
-    plain, named = (np.asarray(attention_figure(images, attention, "title", classes)) for classes in ([], ["", "dog"]))
-    rows, columns = np.nonzero((plain != named).any(axis=2))
+def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images_and_the_class_of_each():
+    maps = torch.full((2, 16, 16), 1 / 16)
+    black, white = -torch.ones(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
+    generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
+    real = AttentionSample("real", white, {"D attn1": maps, "D attn2": maps}, ["", "dog"])
+    without, drawn = (figures.attention_figures(samples, 5) for samples in ([generated], [generated, real]))
+    assert list(without) == list(drawn) == ["G_attn1", "D_attn1", "D_attn2"]
+    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in drawn.items()}
+    assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
+    plain = figures.attention_figures([real._replace(classes=[])], 5)["D_attn1"]
+    rows, columns = np.nonzero((np.asarray(plain) != drawn["D_attn1"]).any(axis=2))
     below = 58 + TILE + CAPTION + GAP + TILE  # the second image
     assert below <= rows.min() and rows.max() < below + CAPTION and columns.max() < GAP + TILE
     assert figures.shorten("x" * 20) == "x" * 20 and figures.shorten("x" * 21) == "x" * 17 + "..."
-
-
-def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():
-    maps = torch.full((1, 16, 16), 1 / 16)
-    black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
-    generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
-    real = AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})
-    drawn = figures.attention_figures([generated, real], 5)
-    assert list(drawn) == ["G_attn1", "D_attn1", "D_attn2"]
-    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in drawn.items()}
-    assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
-    assert list(figures.attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
 
 
 def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):

@@ -169,8 +169,9 @@ def test_keyboard_mouse_and_touch(show):
     assert not page.state()["pinned"] and page.place() == pytest.approx((12.3, 12.46), abs=0.03)
     page.press(Keys.ARROW_LEFT)
     assert page.place() == (12, 12.5)  # at a quarter of a tile again
-    for positions, place in (([(0.2, 0.7)], (3, 11)), ([(0.5, 0.9), (0.6, 0.5), (0.9, 0.1)], (13.9, 1.1))):
-        page.touch(*positions)  # a tap, a drag
+    for positions, place in (([(0.2, 0.7)], (3, 11)), ([(0.5, 0.9), (0.6, 0.5), (0.9, 0.1)], (13.9, 1.1)),
+                             ([(0.53, 0.53), (0.535, 0.535)], (8, 8))):  # fmt: skip
+        page.touch(*positions)  # a tap, a drag, a tap that moves a few pixels
         assert page.place() == pytest.approx(place, abs=0.03) and page.script("return scrollY") == 0
 
 

@@ -115,3 +115,10 @@ def test_of_many_series_those_that_change_most_are_named_and_some_dashed():
     styles = [path.get("style", "") for path in elements_of(text, "path")]
     assert sum(GRAY in style for style in styles) == 12 + 1  # and the legend's
     assert sum("stroke-dasharray" in style for style in styles) == 2 * (NAMED - len(COLORS))
+
+
+def test_colors_stand_out_from_light_and_dark_backgrounds():
+    rgb = np.array([list(bytes.fromhex(color[1:])) for color in (*COLORS, "#171b21", "#ffffff")]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    *lines, dark, light = linear @ [0.2126, 0.7152, 0.0722] + 0.05
+    assert 3 * dark <= min(lines) and 3 * max(lines) <= light  # WCAG: 3:1 for graphics

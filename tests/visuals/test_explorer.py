@@ -34,8 +34,7 @@ class Page(BrowserPage):
 
     def cell(self) -> tuple[int, int]:
         """Column and row of the query, in cells of the finest layer."""
-        state = self.state()
-        return int(state["x"] * FINEST), int(state["y"] * FINEST)
+        return tuple(int(self.state()[axis] * FINEST) for axis in "xy")
 
     def select(self, image: int) -> None:
         self.find_all("#thumbnails button")[image].click()
@@ -78,8 +77,7 @@ def test_panels_show_the_maps(show):
     page = show(SAMPLES)
     query = query_points(SAMPLES[0].maps["G attn1"][0].numpy(), 1)[0]  # the most distinctive one
     assert (page.state()["image"], page.state()["layers"][0]["cell"]) == (0, query)
-    images = [(sample, index) for sample in SAMPLES for index in range(len(sample.images))]
-    for number, (sample, index) in enumerate(images):
+    for number, (sample, index) in enumerate((one, i) for one in SAMPLES for i in range(len(one.images))):
         page.select(number)
         check_panels(page, sample, index)
 

@@ -37,8 +37,7 @@ class Page(BrowserPage):
 
     def place(self) -> tuple[float, float]:
         """Column and row of the position, in tiles."""
-        state = self.state()
-        return state["column"], state["row"]
+        return tuple(self.state()[name] for name in ("column", "row"))
 
     def click_tile(self, column: int, row: int) -> None:
         """Click beside the tile's center."""

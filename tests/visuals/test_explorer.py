@@ -127,8 +127,7 @@ def test_texts_of_pooled_keys(show):
     assert page.state()["layers"][0]["readout"] == FINEST + 14 and facts.text.endswith("row 2, column 15")
     page.point(0.4, 0.15)
     assert page.state()["layers"][0]["readout"] is None and position.text == "key: row 2, column 4 of 8 × 8"
-    factor = float(re.match(r"max ([\d.]+)", facts.text)[1])
-    assert factor == pytest.approx(64 * maps[:, key].max().item(), rel=0.03)
+    assert float(re.match(r"max ([\d.]+)", facts.text)[1]) == pytest.approx(64 * maps[:, key].max().item(), rel=0.03)
     page.press("r")
     assert page.cell() == (6, 2)  # the query at the pointer
     page.press("r", Keys.ARROW_LEFT, *[Keys.ARROW_DOWN] * POOLED)

@@ -49,8 +49,7 @@ class Page(BrowserPage):
     def check_tile(self, grid: Grid, cell: int) -> None:
         """Compare what is shown at a tile with its image and its maps."""
         assert np.array_equal(self.pixels("#image canvas"), grid.pixels[cell])
-        panels = self.find_all("figure")
-        for index, (layer, panel) in enumerate(zip(self.state()["layers"], panels, strict=True), start=1):
+        for index, (layer, panel) in enumerate(zip(self.state()["layers"], self.find_all("figure"), strict=True), 1):
             shown, side, maps = np.array(layer["values"]), layer["side"], grid.attention[f"G attn{index}"]
             assert (np.abs(shown - maps[cell]) <= bound(maps)[cell]).all()
             expected = overlay(Image.fromarray(grid.pixels[cell]), shown.reshape(side, side))

@@ -129,8 +129,7 @@ def test_damaged_and_incomplete_images_are_left_out_and_the_newest_figure_of_eac
 
 def test_charts_of_a_log(empty_run):
     """Names that no chart knows have charts by prefix; the step of the best checkpoint is marked."""
-    row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "faces": 0.5}
-    row |= {"reach/G_attn1": 0.3, "reach/G_attn2": 0.4, "new": 1}
+    row = {"step": 10, "fid": 80.0, "d_loss_real": 1, "faces": 1, "reach/G_attn1": 0, "reach/G_attn2": 0.4, "new": 1}
     write_log(empty_run, [row, row | {"step": 20}])
     page = page_of(empty_run, 20, best={"step": 10, "metric": "fid", "score": 80})
     assert parts_of(page)[1] == ["FID", "Face rate", "reach", "new"] and "G_attn2  0.4" in page
@@ -171,8 +170,7 @@ def test_hostile_names(empty_run, tmp_path):
         folder.mkdir(parents=True)
     (run.attn_folder / "1_explorer.html").touch()
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    page = page_of(run, 1, HOSTILE, HOSTILE, state=HOSTILE)
-    page.encode()
+    (page := page_of(run, 1, HOSTILE, HOSTILE, state=HOSTILE)).encode()
     assert page.count("</script>") == 2 and "<b>" not in page
     assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 5  # machine, state, path, path, command
     assert html.escape(VERSION) in page and '/1_explorer.html"' in page

@@ -59,10 +59,11 @@ def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counte
 def test_step_measures_contenders(output_of, tmp_path):
     with pytest.raises(SystemExit):
         output_of(step, "--device cpu --model sagan,paper --imsize 32")
-    words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
-    lines = output_of(step, f"{words} {tmp_path / 'results.json'}")
+    lines = output_of(
+        step, f"--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json {tmp_path}/a"
+    )
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines
-    (record,) = json.loads((tmp_path / "results.json").read_text())
+    (record,) = json.loads((tmp_path / "a").read_text())
     assert record["batch_size"] == 4 and record["speedup"] is None and record["peak_mib"] > 0
     assert lines[-1].startswith(f"| this repository, fp32, eager | {record['ms_per_step']:.2f} (")
 

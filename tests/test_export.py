@@ -194,8 +194,7 @@ def test_mistakes_are_one_line(run, words, message):
     assert message in (line := run(*words, code=2)) and "main.py --help" not in line
 
 
-@pytest.mark.parametrize("format, package", [(format, name) for format in export.PACKAGES
-                                             for name in export.PACKAGES[format]])  # fmt: skip
+@pytest.mark.parametrize("format, package", [(key, name) for key, names in export.PACKAGES.items() for name in names])
 def test_a_package_that_cannot_be_imported_is_one_line_for_its_format(run, monkeypatch, tmp_path, package, format):
     assert package in (ROOT / "requirements-export.txt").read_text()
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:

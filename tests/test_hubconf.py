@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ root, others = sys.argv[1:]
 load = functools.partial(torch.hub.load, root, source="local")
 G = load("generator", checkpoint="generator.safetensors")
 assert G(torch.randn(2, 16)).shape == (2, 3, 32, 32)
-assert load("generator", checkpoint="5_G.pth")(torch.randn(1, 16)).shape[0] == 1
 D = load("discriminator", image_size=32, conv_dim=8)
 assert D(torch.rand(2, 3, 32, 32)).shape == (2,)
 for network in (G, D):
@@ -30,20 +28,16 @@ for network in (G, D):
     file.seek(0)
     for other in (torch.load(file, weights_only=False), copy.deepcopy(network)):
         assert type(other) is type(network)
-assert sys.modules.get("utils") is utils and sys.modules.get("networks") is networks
 for name in others.split():  # those imported before, and those imported now
     assert __import__(name).__file__ == utils.__file__.replace("utils", name), name
 """
-load = partial(torch.hub.load, str(ROOT), source="local")
 
 
 def test_in_a_program_with_modules_of_the_same_names(tmp_path):
-    G = write_export(tmp_path / "generator.safetensors", "sagan", 32)
-    torch.save(G.state_dict(), tmp_path / "5_G.pth")
+    write_export(tmp_path / "generator.safetensors", "sagan", 32)
     for name in OTHERS:
         (tmp_path / f"{name}.py").touch()
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "program.py", str(ROOT), " ".join(OTHERS)]
+    command = [sys.executable, "-c", PROGRAM, str(ROOT), " ".join(OTHERS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -55,11 +49,11 @@ def test_random_weights_are_the_constructor_s_with_the_sigma_of_evaluation(part,
     torch.manual_seed(0)
     expected = getattr(MODELS[network], part.capitalize())(**options).state_dict()
     torch.manual_seed(0)
-    loaded = load(part, network=network, **options)
+    loaded = torch.hub.load(str(ROOT), part, source="local", network=network, **options)
     assert not loaded.training
     assert all(torch.equal(loaded.state_dict()[key], expected[key]) for key in expected if key[-2:] not in ("_u", "_v"))
     for layer in (layer for layer in loaded.modules() if hasattr(layer, "sigma")):
         true = torch.linalg.matrix_norm(layer.module.weight_bar.flatten(1), 2)
         assert 0.9 * true < layer.sigma() < 1.001 * true
     with pytest.raises(ValueError, match="must be one of sagan, paper, got other"):
-        load(part, network="other")
+        torch.hub.load(str(ROOT), part, source="local", network="other")

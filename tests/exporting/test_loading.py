@@ -31,9 +31,7 @@ def test_weights_alone_tell_the_network(tmp_path, network):
     path = tmp_path / "5_G.pth"
     for ours, load, other in ((G, load_generator, load_discriminator), (D, load_discriminator, load_generator)):
         torch.save(ours.state_dict(), path)
-        state = torch.get_rng_state()
         assert_same(ours, load(path))
-        assert torch.equal(state, torch.get_rng_state())
         with pytest.raises(ValueError, match=r"^.*5_G\.pth has no (generator|discriminator) of this program[^\n]*$"):
             other(path)
         torch.save({f"module.{key}": value for key, value in ours.state_dict().items()}, path)
@@ -46,7 +44,7 @@ def test_weights_alone_tell_the_network(tmp_path, network):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_export_alone_gives_the_generator(tmp_path, network):
-    """Once and for all: without random numbers, and though the file is replaced while the generator is in use."""
+    """Once and for all: without random numbers, and though the file is damaged while the generator is in use."""
     path = tmp_path / "G.safetensors"
     G = write_export(path, *network)
     state = torch.get_rng_state()
@@ -54,7 +52,11 @@ def test_an_export_alone_gives_the_generator(tmp_path, network):
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="export, which has no discriminator"):
         load_discriminator(path)
-    path.write_bytes(b"")
+    content = path.read_bytes()
+    for damaged in (content[:-10], content[:100], b"", struct.pack("<Q", 2**60)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^.*damaged or not an export.*$"):
+            load_generator(path)
     assert not read.training and not any(isinstance(layer, SpectralNorm) for layer in read.modules())
     inputs = generator_inputs(5, network[2])
     with torch.no_grad():
@@ -88,33 +90,20 @@ def test_metadata_that_does_not_fit_is_one_line(tmp_path, changes):
         load_generator(tmp_path / "G.safetensors")
 
 
-def test_damaged_exports_are_one_line(tmp_path):
-    write_export(tmp_path / "G.safetensors", "sagan", 32)
-    content = (tmp_path / "G.safetensors").read_bytes()
-    for damaged in (content[:-10], content[:100], b"", struct.pack("<Q", 2**60)):
-        (tmp_path / "G.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"^.*damaged or not an export.*$"):
-            load_generator(tmp_path / "G.safetensors")
-
-
 def test_a_url_is_downloaded_once(tmp_path, monkeypatch):
     """Exports of other runs have the same name; a hub may add a query."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    requests = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            requests.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for network in (NETWORKS[0], NETWORKS[3]):
             (tmp_path / network[0]).mkdir()
             write_export(path := tmp_path / network[0] / "generator.safetensors", *network)
+            expected = load_generator(path)
             for _ in range(2):
-                assert_same(load_generator(path), load_generator(f"{url}/{network[0]}/{path.name}?download=true"))
-        assert len(requests) == 2
+                assert_same(expected, load_generator(f"{url}/{network[0]}/{path.name}?download=true"))
+                path.unlink(missing_ok=True)
         with pytest.raises(ValueError, match=rf"^{url}/none\.pth cannot be downloaded: .*404"):
             load_generator(f"{url}/none.pth")
         server.shutdown()

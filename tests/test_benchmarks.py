@@ -46,9 +46,8 @@ def test_baseline_losses_equal_those_of_the_trainer(make_trainer, update):
 
 
 def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counted():
-    small = Setting("cpu", "sagan", 32, 2)
-    fp32, again, bf16 = (build_step(Contender("ours", precision, "eager"), small)()["d_loss"].item()
-                         for precision in ("fp32", "fp32", "bf16"))  # fmt: skip
+    contenders = [Contender("ours", precision, "eager") for precision in ("fp32", "fp32", "bf16")]
+    fp32, again, bf16 = (build_step(each, Setting("cpu", "sagan", 32, 2))()["d_loss"].item() for each in contenders)
     assert fp32 == again == pytest.approx(bf16, rel=0.02) and fp32 != bf16
     seconds = [0.5, 0, 0, 0]
     times = time_block(lambda: time.sleep(seconds.pop(0)), 4, "cpu")
@@ -59,9 +58,8 @@ def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counte
 def test_step_measures_contenders(output_of, tmp_path):
     with pytest.raises(SystemExit):
         output_of(step, "--device cpu --model sagan,paper --imsize 32")
-    lines = output_of(
-        step, f"--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json {tmp_path}/a"
-    )
+    words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
+    lines = output_of(step, f"{words} {tmp_path}/a")
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines
     (record,) = json.loads((tmp_path / "a").read_text())
     assert record["batch_size"] == 4 and record["speedup"] is None and record["peak_mib"] > 0

@@ -26,8 +26,8 @@ def assert_same(ours, theirs):
 def test_weights_alone_tell_the_network(tmp_path, network):
     """Of this program and of the reference; with the prefix of its --parallel; in half precision; in a state file."""
     model, imsize, num_classes, attention = network
-    options = {"num_classes": num_classes, "has_attention": attention == "full"}
-    G, D = random_generator(*network), MODELS[model].Discriminator(imsize, 16, **options).eval()
+    G = random_generator(*network)
+    D = MODELS[model].Discriminator(imsize, 16, num_classes=num_classes, has_attention=attention == "full").eval()
     path = tmp_path / "5_G.pth"
     for ours, load, other in ((G, load_generator, load_discriminator), (D, load_discriminator, load_generator)):
         torch.save(ours.state_dict(), path)
@@ -59,10 +59,8 @@ def test_an_export_alone_gives_the_generator(tmp_path, network):
             load_generator(path)
     assert not read.training and not any(isinstance(layer, SpectralNorm) for layer in read.modules())
     inputs = generator_inputs(5, network[2])
-    with torch.no_grad():
-        outputs = zip(G(*inputs, return_attention=True), read(*inputs, return_attention=True), strict=True)
-    for expected, actual in outputs:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    outputs = (network(*inputs, return_attention=True) for network in (read, G))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
 
 
 class Code:
@@ -73,7 +71,6 @@ class Code:
 @pytest.mark.parametrize("content", [{}, {"a": 1}, {1: 2}, {"ema": []}, {"ema": 3}, {"l1.0.module.weight_bar": 3}, [1],
                                      {"ema": Code()}])  # fmt: skip
 def test_foreign_files_are_one_line(tmp_path, content):
-    """Also with the name of an export."""
     for name in ("other.pth", "other.safetensors"):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=rf"^[^\n]*{name}[^\n]*$"):

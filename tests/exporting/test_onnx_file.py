@@ -9,7 +9,6 @@ from conftest import export_metadata, generator_inputs, random_generator
 
 from errors import UserError
 from exporting import onnx_file
-from exporting.onnx_file import onnx_bytes
 from spectral import fold_spectral_norm
 
 
@@ -19,7 +18,7 @@ from spectral import fold_spectral_norm
 def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
     """For any batch, with and without classes and attention; and nothing is printed."""
     G = random_generator(*network)
-    content = onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), export_metadata(*network), True)
+    content = onnx_file.onnx_bytes(fold_spectral_norm(copy.deepcopy(G)), export_metadata(*network), True)
     assert capfd.readouterr() == ("", "")
     session = onnxruntime.InferenceSession(content)
     layers = [name for name, _ in G.named_children() if name.startswith("attn")]
@@ -52,10 +51,10 @@ def test_a_graph_that_torch_exports_wrongly_is_no_file():
             return (torch.nn.functional.avg_pool2d(z[:, None, None], (1, 2), divisor_override=1),)
 
     with pytest.raises(UserError, match="onnxruntime does not return the images"):
-        onnx_bytes(Wrong(), export_metadata(), False)
+        onnx_file.onnx_bytes(Wrong(), export_metadata(), False)
 
 
 def test_weights_too_large_for_a_file(monkeypatch):
     monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="--format safetensors"):
-        onnx_bytes(torch.nn.Linear(100, 100), export_metadata(), False)
+        onnx_file.onnx_bytes(torch.nn.Linear(100, 100), export_metadata(), False)

@@ -41,19 +41,14 @@ def test_baseline_losses_equal_those_of_the_trainer(make_trainer, update):
     baseline.D.load_state_dict(trainer.D.state_dict())
     inputs = {"z": torch.randn(4, 16)} | ({"real": trainer.loader.batch(0)[0]} if update == "d_step" else {})
     stats, expected = getattr(trainer, update)(**inputs), getattr(baseline, update)(**inputs)
-    assert expected
-    for name, value in expected.items():
-        assert stats[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    for name in {*expected, "d_loss" if update == "d_step" else "g_loss"}:
+        assert stats[name].item() == pytest.approx(expected[name].item(), rel=1e-5), name
 
 
-def test_contenders_take_the_same_step():
-    small = Setting("cpu", "sagan", 32, 2)
-    fp32, again, bf16 = (build_step(Contender("ours", precision, "eager"), small)()["d_loss"].item()
-                         for precision in ("fp32", "fp32", "bf16"))  # fmt: skip
+def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counted():
+    contenders = [Contender("ours", precision, "eager") for precision in ("fp32", "fp32", "bf16")]
+    fp32, again, bf16 = (build_step(each, Setting("cpu", "sagan", 32, 2))()["d_loss"].item() for each in contenders)
     assert fp32 == again == pytest.approx(bf16, rel=0.02) and fp32 != bf16
-
-
-def test_the_step_after_waiting_for_other_contenders_is_not_counted():
     seconds = [0.5, 0, 0, 0]
     times = time_block(lambda: time.sleep(seconds.pop(0)), 4, "cpu")
     assert len(times) == 3 and max(times) < 400
@@ -61,32 +56,26 @@ def test_the_step_after_waiting_for_other_contenders_is_not_counted():
 
 @pytest.mark.slow
 def test_step_measures_contenders(output_of, tmp_path):
-    """Each in a process of its own; what cannot be measured is refused before anything is."""
     with pytest.raises(SystemExit):
         output_of(step, "--device cpu --model sagan,paper --imsize 32")
     words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
-    lines = output_of(step, f"{words} {tmp_path / 'results.json'}")
+    lines = output_of(step, f"{words} {tmp_path}/a")
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines
-    (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert (record["batch_size"], record["precision"], record["speedup"]) == (4, "fp32", None)
-    assert record["ms_per_step"] > 0 and record["peak_mib"] > 0
+    (record,) = json.loads((tmp_path / "a").read_text())
+    assert record["batch_size"] == 4 and record["speedup"] is None and record["peak_mib"] > 0
     assert lines[-1].startswith(f"| this repository, fp32, eager | {record['ms_per_step']:.2f} (")
 
 
-def test_speedup_and_floor():
+def test_speedup_work_and_floor():
     """The floor is the longer of compute and memory traffic, which is half in bf16 but for seven passes of Adam."""
-    rates = Rates({"fp32": 1e12, "bf16": 1e15}, 1e9)
-    floors = floors_ms(Work(flop=1e11, saved_bytes=10_000_000, parameters=1_000_000), rates)
+    floors = floors_ms(Work(1e11, saved_bytes=10**7, parameters=10**6), Rates({"fp32": 1e12, "bf16": 1e15}, 1e9))
     assert floors == {"fp32": pytest.approx(100), "bf16": pytest.approx(10 + 28)}
     records = [{"name": "baseline", "precision": "fp32", "ms_per_step": 400.0},
                {"name": "ours", "precision": "bf16", "ms_per_step": 76.0}]  # fmt: skip
     add_ratios(records, floors)
-    assert [record["speedup"] for record in records] == [1, pytest.approx(400 / 76)]
-    assert [record["floor_fraction"] for record in records] == pytest.approx([0.25, 0.5])
-
-
-def test_work_of_convolutions():
-    """Forward, and gradients of inputs and weights. The memory of the first x is free for the next: it counts again."""
+    ratios = [record[name] for record in records for name in ("speedup", "floor_fraction")]
+    assert ratios == pytest.approx([1, 0.25, 400 / 76, 0.5])
+    # Forward, and gradients of inputs and weights. The memory of the first x is free for the next: it counts again.
     layer = torch.nn.Conv2d(2, 3, 1, bias=False)
     work = step_work(lambda: [layer(torch.zeros(4, 2, 8, 8, requires_grad=True)).sum().backward() for _ in range(9)])
     assert work == Work(9 * 3 * (2 * 4 * 8 * 8 * 2 * 3), saved_bytes=9 * 4 * (4 * 2 * 8 * 8), parameters=2 * 3)
@@ -99,37 +88,23 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():
 
 
 @pytest.mark.slow
-def test_loop_measures_whole_runs(make_config, no_report):
-    config = make_config()
-    times = loop.measure(config, steps=2, run_steps=5, rounds=2)
-    assert list(times) == ["steps only", "with data", "whole run"] and all(ms > 0 for ms in times.values())
-    assert (config.model_folder / "15_state.pth").exists()  # a warm-up run and one per round, resumed in turn
-
-
-def test_data_measures_decoding_opening_and_batches(monkeypatch, output_of):
-    monkeypatch.setattr(data, "BATCHES", 5)
+@pytest.mark.distributed
+def test_data_loop_and_scaling_measure(make_config, no_report, output_of):
     lines = output_of(data, "--images 100 --imsize 32 --batch_size 4 --num_workers 0")
     numbers = [float(re.search(r"  ([\d.]+) (images/s|ms)", line)[1]) for line in lines if line.strip()]
     assert len(numbers) == 4 and all(number > 0 for number in numbers)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_scaling_compares_ranks_with_independent_runs(output_of):
+    times = loop.measure(config := make_config(), steps=2, run_steps=5, rounds=2)
+    assert list(times) == ["steps only", "with data", "whole run"] and all(ms > 0 for ms in times.values())
+    assert (config.model_folder / "15_state.pth").exists()  # a warm-up run and one per round, resumed in turn
     *_, row = output_of(scaling, f"--processes 2 --batch_size 4 --steps 15 {SMALL}")
-    processes, batch, rate, efficiency, independent = row.strip("| ").split(" | ")
-    assert (processes, batch, efficiency) == ("2", "4", "100%") and float(rate) > 0 and float(independent) > 0
+    assert re.fullmatch(r"\| 2 \| 4 \| [\d.]*[1-9][\d.]* \| 100% \| [\d.]*[1-9][\d.]* \|", row)
 
 
 @pytest.mark.slow
 def test_a_classifier_names_the_classes_of_real_faces_only(output_of, tmp_path, monkeypatch):
-    """The generator has taken one step."""
     monkeypatch.chdir(tmp_path)
-    words = SMALL.replace("32", "64").split()
-    train_in(tmp_path, "--dataset=toy", "--toy_num=600", "--model=paper", "--conditional=true", "--total_step=1",
-             "--batch_size=4", *words)  # fmt: skip
+    words = f"--dataset=toy --toy_num=600 --model=paper --conditional=true --total_step=1 --batch_size=4 {SMALL}"
+    train_in(tmp_path, *words.replace("32", "64").split())
     lines = output_of(class_accuracy, "--device cpu --num_samples 10")
-    rates = dict(re.fullmatch(r"(.*\S) +([\d.]+)%", line).groups() for line in lines[-5:])
-    rates = {name: float(value) for name, value in rates.items()}
-    assert rates.pop("held-out real images") > 70 and len(rates) == 4, lines
-    assert rates["all generated"] == pytest.approx(100 / 3, abs=0.1)  # it draws the same for each class
+    real, *generated, mean = (float(re.fullmatch(r".*\S +([\d.]+)%", line)[1]) for line in lines[-5:])
+    assert real > 70 and len(generated) == 3 and mean == pytest.approx(100 / 3, abs=0.1)  # the same for each class

@@ -56,19 +56,13 @@ def fake_gpu(monkeypatch):
         yield
 
 
-OPTIONS = [
-    dict(precision="fp32"),
-    dict(precision="bf16", attention="none") | AUGMENT,
-    dict(precision="bf16", adv_loss="wgan-gp", hflip=True),
-    dict(precision="bf16") | PAPER,
+@pytest.mark.parametrize("options", [
+    dict(precision="fp32"), dict(attention="none") | AUGMENT, dict(adv_loss="wgan-gp", hflip=True), PAPER,
     dict(precision="fp32", adv_loss="wgan-gp", conditional=True, n_critic=2) | PAPER | AUGMENT,
-    dict(precision="bf16", attention="none", conditional=True) | PAPER,
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())))
+    dict(attention="none", conditional=True) | PAPER,
+], ids=lambda options: " ".join(map(str, options.values())))  # fmt: skip
 def test_no_tensor_of_a_step_is_on_the_cpu(make_config, fake_gpu, options):
-    """Nor of what is shown of the networks."""
+    """Nor of what is shown of the networks; in bf16 where the options do not say fp32."""
     trainer = build_trainer(make_config(device="cuda", cuda_graph="false", holdout=0.2, **options))
     shown = trainer.train_step() | trainer.previews.samples() | trainer.previews.scalars(1)
     assert {tensor.device for tensor in shown.values()} == {torch.device("cuda", 0)}

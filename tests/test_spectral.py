@@ -10,18 +10,19 @@ from spectral import SUFFIXES, SpectralNorm, fold_spectral_norm
 from training.models import MODELS
 
 
-@pytest.mark.parametrize("kind, arguments, shape", [
-    (nn.Conv2d, (6, 10, 3), (2, 6, 8, 8)),
-    (nn.ConvTranspose2d, (6, 10, 4, 2, 1), (2, 6, 8, 8)),
-    (nn.Linear, (7, 5), (2, 7)),
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Conv2d(6, 10, 3), (2, 6, 8, 8)), (nn.ConvTranspose2d(6, 10, 4, 2, 1), (2, 6, 8, 8)), (nn.Linear(7, 5), (2, 7)),
 ])  # fmt: skip
-def test_sigma_converges_to_the_largest_singular_value(kind, arguments, shape):
+def test_sigma_converges_to_the_largest_singular_value(layer, shape):
+    """And keys are the reference's, u and v buffers."""
     torch.manual_seed(0)
-    layer = SpectralNorm(kind(*arguments))
+    layer = SpectralNorm(layer)
     matrix = layer.module.weight_bar.detach().flatten(1)
     for _ in range(200):
         layer(torch.randn(shape))
     assert layer.sigma().item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-4)
+    assert {*layer.state_dict()} == {"module.weight_bar", "module.weight_u", "module.weight_v", "module.bias"}
+    assert {name for name, _ in layer.named_parameters()} == {"module.weight_bar", "module.bias"}
 
 
 def test_values_and_gradients_agree_with_torch_s_own_spectral_norm():
@@ -61,22 +62,14 @@ def test_each_forward_is_algorithm_1_of_the_paper_with_exact_gradients(iteration
     torch.testing.assert_close(layer.module.weight_bar.grad, weight.grad)
 
 
-def test_keys_are_the_reference_s_and_u_and_v_are_buffers():
-    layer = SpectralNorm(nn.Conv2d(3, 8, 4))
-    assert set(layer.state_dict()) == {"module.weight_bar", "module.weight_u", "module.weight_v", "module.bias"}
-    assert {name for name, _ in layer.named_parameters()} == {"module.weight_bar", "module.bias"}
-
-
-def test_deepcopy_works_after_a_forward_with_gradients_and_a_zero_weight_gives_no_nan_vectors():
+def test_deepcopy_after_a_forward_with_gradients_a_zero_weight_and_no_iterations():
+    """The first works, the second gives no NaN, the third is refused."""
     layer = SpectralNorm(nn.Linear(7, 5))
     layer(torch.randn(3, 7))
     layer = copy.deepcopy(layer)
     nn.init.zeros_(layer.module.weight_bar)
     layer(torch.randn(3, 7))
     assert torch.isfinite(layer.module.weight_u).all()
-
-
-def test_zero_power_iterations_are_rejected():
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNorm(nn.Linear(2, 2), power_iterations=0)
 

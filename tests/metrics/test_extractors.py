@@ -1,9 +1,6 @@
-import email.message
 import hashlib
-import io
 import socket
 import sys
-import urllib.error
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ def check(names: str) -> None:
     check_metrics(Config(metrics=names), torch.device("cpu"))
 
 
-def test_image_source_starts_again_for_the_next_extractor():
+def test_each_extractor_reads_all_images_which_the_progress_bar_counts():
     from metrics.extractors import ImageSource  # imported late: needs torch-fidelity
 
     images = torch.arange(10)
@@ -46,49 +43,29 @@ def test_a_library_that_is_missing_or_of_another_version(module, missing, names,
             check(names)
 
 
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-    """The path of Inception weights that are not there, and a function that sets what their download gives."""
-    content = b"weights"
-    name = f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+def test_weights_are_downloaded_once_and_whole_or_an_error_says_where_to_put_them(tmp_path, monkeypatch):
+    name = f"weights-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    source, path, urlopen = tmp_path / name, tmp_path / "torch" / "hub" / "checkpoints" / name, torch.hub.urlopen
+
+    def urlopen_with_timeout(request):
+        assert 0 < socket.getdefaulttimeout() <= 30
+        return urlopen(request)
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("metrics.extractors.URL_INCEPTION_V3", f"https://example.org/a/{name}")
-
-    def respond(size: int | None) -> None:
-        def urlopen(_):
-            assert 0 < socket.getdefaulttimeout() <= 30
-            if size is None:
-                raise urllib.error.URLError(OSError("no route to host"))
-            response = io.BytesIO(content[:size])
-            response.info = email.message.Message
-            return response
-
-        monkeypatch.setattr("torch.hub.urlopen", urlopen)
-
-    return tmp_path / "torch" / "hub" / "checkpoints" / name, respond
-
-
-def test_a_failed_download_says_which_file_to_put_where(weights):
-    path, respond = weights
-    respond(None)
-    with pytest.raises(UserError) as error:
-        check("fid,kid")
-    for token in ("--metrics fid,kid", "no route to host", f"https://example.org/a/{path.name}", str(path)):
-        assert token in str(error.value)
-    assert socket.getdefaulttimeout() is None
-
-
-def test_weights_are_downloaded_once_and_whole(weights):
-    path, respond = weights
-    respond(3)
-    with pytest.raises(UserError, match=path.name):
-        check("fid")
-    assert not list(path.parent.iterdir())
-    respond(7)
+    monkeypatch.setattr("metrics.extractors.URL_INCEPTION_V3", source.as_uri())
+    monkeypatch.setattr("torch.hub.urlopen", urlopen_with_timeout)
+    for content, cause in ((None, "No such file"), (b"wei", "hash")):  # cut off
+        if content:
+            source.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            check("fid,kid")
+        assert all(part in str(error.value) for part in ("--metrics fid,kid", cause, source.as_uri(), str(path)))
+        assert not list(path.parent.iterdir())
+    source.write_bytes(b"weights")
     check("fid")
-    assert path.read_bytes() == b"weights"
-    respond(None)
+    source.unlink()
     check("fid")
+    assert path.read_bytes() == b"weights" and socket.getdefaulttimeout() is None
     path.write_bytes(b"wei")
     with pytest.raises(UserError, match=f"{path} is damaged"):
         check("fid")

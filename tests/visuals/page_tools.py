@@ -2,96 +2,87 @@
 
 import base64
 import io
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 webdriver = pytest.importorskip("selenium.webdriver")
-Keys = webdriver.Keys
-By = pytest.importorskip("selenium.webdriver.common.by").By
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 MARKUP = "</script><b>bold</b> {{data}} & <!--<script>"  # a name that has to be shown as it is
 
 
 class BrowserPage:
-    """User input to a page, and what it shows.
+    """A page that is written and opened, user input to it, and what it shows. Selectors are those of CSS."""
 
-    Args:
-        pointable: id of the element on which a position is chosen.
-        state: the page's function that returns its state, if it has one, of which `ready` is there once it is decoded.
-    """
+    pointable = "body"  # on which a position is chosen
+    state_name = "none"  # of the function that returns the page's state, if it has one; `layers` are there once decoded
 
-    def __init__(self, browser: webdriver.Chrome, address: str, pointable: str, state: str = "", ready: str = ""):
-        self.browser, self._state, self.ready = browser, state, ready
+    def __init__(self, browser: webdriver.Chrome, path: Path, text: str):
+        path.write_text(text, encoding="utf-8")
+        self.browser, self.script, self.actions = browser, browser.execute_script, ActionChains(browser, duration=0)
         self.command("Emulation.clearDeviceMetricsOverride")  # of an earlier test
         self.command("Emulation.setTouchEmulationEnabled", enabled=False)
         self.command("Emulation.setFocusEmulationEnabled", enabled=True)  # a window has no focus before the first click
-        browser.get(address)
-        self.pointable = self.find(f"#{pointable}")
-        self.wait_until_ready()
+        browser.get(path.absolute().as_uri())
+        self.wait_until_decoded()
 
-    def state(self) -> Any:
-        return self.browser.execute_script(f"return window.{self._state}()")
+    def wait_until_decoded(self) -> None:
+        self.wait_for(lambda: self.state_name == "none" or (self.state() or {}).get("layers") is not None)
 
-    def wait_until_ready(self) -> None:
-        self.wait_for(lambda: not self.ready or (self.state() or {}).get(self.ready) is not None)
+    def state(self) -> dict:
+        return self.script(f"return {self.state_name}()")
 
-    def wait_for(self, condition: Any) -> None:
+    def wait_for(self, condition) -> None:
         WebDriverWait(self.browser, 20, poll_frequency=0.02).until(lambda _: condition())
 
     def find(self, selector: str):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
+        return self.browser.find_element("css selector", selector)
 
     def find_all(self, selector: str) -> list:
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+        return self.browser.find_elements("css selector", selector)
 
     def command(self, name: str, **arguments) -> None:
         self.browser.execute_cdp_cmd(name, arguments)
 
-    def point(self, x: float, y: float, element=None) -> None:
+    def point(self, x: float, y: float, selector: str = "") -> None:
         """Move the mouse to a position given as fractions of an element, by default the pointable one."""
-        mouse = webdriver.ActionChains(self.browser, duration=0)
-        mouse.w3c_actions.pointer_action.move_to_location(*self.position(element or self.pointable, x, y))
-        mouse.perform()
+        self.actions.w3c_actions.pointer_action.move_to_location(*self.position(x, y, selector))
+        self.actions.perform()
 
-    def position(self, element, x: float, y: float) -> tuple[int, int]:
+    def position(self, x: float, y: float, selector: str = "") -> tuple[int, int]:
         """Convert fractions of an element to pixels of the window."""
-        box = self.browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
+        element = self.find(selector or self.pointable)
+        box = self.script("return arguments[0].getBoundingClientRect().toJSON()", element)
         return round(box["x"] + x * box["width"]), round(box["y"] + y * box["height"])
 
     def click(self) -> None:
         """Click where the mouse is."""
-        webdriver.ActionChains(self.browser, duration=0).click().perform()
+        self.actions.click().perform()
 
     def press(self, *keys: str) -> None:
-        webdriver.ActionChains(self.browser, duration=0).send_keys(*keys).perform()
+        self.actions.send_keys(*keys).perform()
 
     def touch(self, *positions: tuple[float, float]) -> None:
         """Touch the element at the first position, in fractions of it, drag along the others and lift the finger."""
         self.command("Emulation.setTouchEmulationEnabled", enabled=True)
-        for index, fractions in enumerate(positions):
-            x, y = self.position(self.pointable, *fractions)
-            kind = "touchMove" if index else "touchStart"
-            self.command("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y, "id": 1}])
+        for kind, fractions in zip(["touchStart"] + ["touchMove"] * len(positions), positions, strict=False):
+            point = dict(zip("xy", self.position(*fractions), strict=True), id=1)
+            self.command("Input.dispatchTouchEvent", type=kind, touchPoints=[point])
         self.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
-    def resize(self, width: int, height: int = 800) -> None:
-        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                     mobile=width < 600)  # fmt: skip
-
-    def panels(self) -> list:
-        return self.find_all("figure")
-
-    def pixels(self, element) -> np.ndarray:
-        """Pixels of an element's canvas, (S, S, 3)."""
-        canvas = element.find_element(By.TAG_NAME, "canvas")
-        png = self.browser.execute_script("return arguments[0].toDataURL('image/png')", canvas).split(",")[1]
+    def pixels(self, selector: str) -> np.ndarray:
+        """Pixels of a canvas, (S, S, 3)."""
+        png = self.script("return arguments[0].toDataURL('image/png')", self.find(selector)).split(",")[1]
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
 
-    def assert_fits(self, width: int) -> None:
-        assert self.browser.execute_script("return document.documentElement.scrollWidth") <= width
+    def assert_fits(self, width: int, height: int = 800) -> None:
+        """Resize the window: nothing is wider than it."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.command("Emulation.setDeviceMetricsOverride", **size)
+        assert self.script("return document.documentElement.scrollWidth") <= width
 
 
 def bound(maps: np.ndarray) -> np.ndarray:

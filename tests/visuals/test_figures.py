@@ -4,156 +4,97 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
+from visuals import figures
 from visuals.attention_stats import AttentionSample
-from visuals.figures import (
-    CAPTION,
-    GAP,
-    QUERY_COLORS,
-    TILE,
-    attention_figure,
-    attention_figures,
-    nearest_figure,
-    overlay,
-    progress_frames,
-    query_points,
-    sample_grid,
-    save_animation,
-    shorten,
-    to_pixels,
-)
-
-
-def test_model_range_is_converted_to_pixels():
-    images = torch.tensor([-1.0, 0.0, 1.0, 1.5]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert to_pixels(images)[0, :, :, 0].tolist() == [[0, 128], [255, 255]]
+from visuals.figures import CAPTION, GAP, QUERY_COLORS, TILE, attention_figure, sample_grid
 
 
 @pytest.mark.parametrize("count, given, columns", [(4, None, 2), (5, None, 3), (64, None, 8), (10, 5, 5)])
 def test_grid_equals_torchvision_s(count, given, columns):
-    """By default it is nearly square."""
-    images = torch.rand(count, 3, 16, 16) * 2 - 1
-    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
+    """By default it is nearly square. Names of its rows are at the left."""
+    images = torch.rand(count, 3, 32, 32) * 2.2 - 1.1
+    pixels = (127.5 * (images + 1)).round().clamp(0, 255).byte()
     expected = make_grid(pixels, nrow=columns, padding=2).permute(1, 2, 0).numpy()
-    assert np.array_equal(np.asarray(sample_grid(images, columns=given)), expected)
-    assert sample_grid(images[:1]).size == (20, 20)
-
-
-def test_a_grid_has_the_names_of_its_rows_at_the_left():
-    images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 3, 32, 32)
-    named, plain = (np.asarray(sample_grid(images, **given)) for given in ({"row_names": ["", "dog"]}, {"columns": 3}))
-    margin = named.shape[1] - plain.shape[1]
-    assert np.array_equal(named[:, margin:], plain)
-    assert named[36:68, :margin].any() and not named[:36, :margin].any()
-
-
-def test_names_are_cut_where_they_are_too_long_for_a_figure():
-    assert shorten("x" * 20) == "x" * 20 and shorten("x" * 21) == "x" * 17 + "..."
+    assert np.array_equal(sample_grid(images, columns=given), expected)
+    assert sample_grid(images[:1]).size == (36, 36)
+    if given:
+        named = np.asarray(sample_grid(images, row_names=["", "dog"]))
+        margin = named.shape[1] - expected.shape[1]
+        assert np.array_equal(named[:, margin:], expected)
+        assert named[36:68, :margin].any() and not named[:36, :margin].any()
 
 
 @pytest.mark.parametrize("keys", [256, 64])
-def test_query_points_have_distinctive_maps(keys):
+def test_query_points_are_distinctive_and_keep_their_distance_to_each_other_and_to_the_border(keys):
     maps = np.full((256, keys), 1 / keys)
     for point in (40, 100, 200):
         maps[point] = np.eye(keys)[point * keys // 256]
-    assert set(query_points(maps, 3)) == {40, 100, 200}
-
-
-def test_query_points_keep_their_distance_to_each_other_and_to_the_border():
-    points = query_points(np.random.default_rng(0).dirichlet(np.ones(256), 256), 4)
-    assert len(points) == 4
+    assert set(figures.query_points(maps, 3)) == {40, 100, 200}
+    points = figures.query_points(np.random.default_rng(0).dirichlet(np.ones(keys), 256), 4)
     places = np.stack(np.divmod(points, 16), axis=1)
-    assert places.min() >= 2 and places.max() < 14
+    assert len(points) == 4 and places.min() >= 2 and places.max() < 14
     distances = np.linalg.norm(places[:, None] - places, axis=2)
     assert distances[~np.eye(4, dtype=bool)].min() >= 4
 
 
-def test_overlay_is_brightest_at_the_maximum():
-    heat = np.zeros((4, 4))
-    heat[1, 2] = 0.5
-    pixels = np.asarray(overlay(Image.new("RGB", (64, 64), (100, 100, 100)), heat), int).sum(axis=2)
-    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
-    assert (row // 16, column // 16) == (1, 2)
-    assert pixels[56:, :8].std() == 0  # elsewhere only the darkened image
-
-
-@pytest.mark.parametrize("side", [4, 32])
-def test_figure_marks_each_query_on_the_image_and_on_its_map(side):
-    torch.manual_seed(0)
-    attention = torch.softmax(4 * torch.randn(2, side**2, side**2), -1)
+@pytest.mark.parametrize("side, key_side", [(4, 4), (16, 16), (16, 8), (32, 8)])
+def test_figure_marks_each_query_on_the_image_and_on_its_map(side, key_side, monkeypatch):
+    """Each of four queries attends to one key: its map is bright there, M times uniform."""
+    texts, middle, keys = [], (np.arange(2) * 2 + 1) * side // 4, key_side**2
+    queries = [row * side + column for row in middle for column in middle]
+    attention = torch.full((2, side**2, keys), 1 / keys)
+    attention[1, queries] = torch.eye(keys)[:4]
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: texts.append(text))
     figure = attention_figure(torch.zeros(2, 3, 64, 64), attention, "title")
-    assert figure.width == (TILE + GAP) * (1 + len(QUERY_COLORS)) + GAP
-    pixels = np.asarray(figure)[58 : 58 + TILE]  # the first image's row
-
-    def has(column, color):
-        tile = pixels[:, GAP + column * (TILE + GAP) : GAP + column * (TILE + GAP) + TILE]
-        return (tile == color).all(axis=2).any()
-
+    row = np.asarray(figure, int)[58 + TILE + CAPTION + GAP :][:TILE]  # of the second image
+    image, *maps = (row[:, left : left + TILE] for left in range(GAP, figure.width, TILE + GAP))
+    found = {}
     for index, color in enumerate(QUERY_COLORS):
-        assert has(0, color)
-        assert [has(column, color) for column in range(1, 5)] == [column == index + 1 for column in range(1, 5)]
+        places = [np.argwhere((tile == color).all(axis=2)) for tile in (image, maps[index])]
+        assert not any((maps[other] == color).all(axis=2).any() for other in range(4) if other != index)
+        (y, x), on_map = (place.mean(axis=0) * side / TILE for place in places)
+        assert on_map == pytest.approx([y, x], abs=0.02 * side) and (y % 1, x % 1) == pytest.approx((0.5, 0.5), abs=0.2)
+        cells = maps[index].sum(axis=2).reshape(key_side, TILE // key_side, key_side, -1).mean(axis=(1, 3))
+        found[int(y) * side + int(x)] = cells.argmax()
+    assert found == {query: key for key, query in enumerate(queries)}
+    assert {f"max {keys}.0x uniform", "max 1.0x uniform"} <= set(texts) and f"1x uniform = 1/{keys}:" in texts[-1]
 
 
-def test_figure_names_the_class_below_each_image():
-    images, attention = torch.zeros(2, 3, 64, 64), torch.full((2, 16, 16), 1 / 16)
-    plain, named = (np.asarray(attention_figure(images, attention, "title", classes)) for classes in ([], ["", "dog"]))
-    rows, columns = np.nonzero((plain != named).any(axis=2))
+def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images_and_the_class_of_each():
+    maps = torch.full((2, 16, 16), 1 / 16)
+    black, white = -torch.ones(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
+    generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
+    real = AttentionSample("real", white, {"D attn1": maps, "D attn2": maps}, ["", "dog"])
+    without, drawn = (figures.attention_figures(samples, 5) for samples in ([generated], [generated, real]))
+    assert list(without) == list(drawn) == ["G_attn1", "D_attn1", "D_attn2"]
+    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in drawn.items()}
+    assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
+    plain = figures.attention_figures([real._replace(classes=[])], 5)["D_attn1"]
+    rows, columns = np.nonzero((np.asarray(plain) != drawn["D_attn1"]).any(axis=2))
     below = 58 + TILE + CAPTION + GAP + TILE  # the second image
     assert below <= rows.min() and rows.max() < below + CAPTION and columns.max() < GAP + TILE
+    assert figures.shorten("x" * 20) == "x" * 20 and figures.shorten("x" * 21) == "x" * 17 + "..."
 
 
-def test_figure_of_pooled_keys(monkeypatch):
-    """A query attends to one key of 8 x 8: the map is bright there, 64 times uniform."""
-    texts, query, key = [], 5 * 16 + 4, 6 * 8 + 5
-    attention = torch.full((1, 256, 64), 1 / 64)
-    attention[0, query] = torch.eye(64)[key]
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, *_, **__: texts.append(text))
-    figure = attention_figure(torch.zeros(1, 3, 64, 64), attention, "title")
-    image, heat = (np.asarray(figure, int)[58 : 58 + TILE, left : left + TILE] for left in (GAP, 2 * GAP + TILE))
-    cells = heat.sum(axis=2).reshape(8, TILE // 8, 8, TILE // 8).mean(axis=(1, 3))
-    assert cells.argmax() == key
-    for tile in (image, heat):
-        ring = np.argwhere((tile == QUERY_COLORS[0]).all(axis=2)).mean(axis=0) * 16 / TILE
-        assert ring == pytest.approx([5.5, 4.5], abs=0.1)
-    assert "attention map of each query (16 x 16 queries over 8 x 8 keys)" in texts
-    assert {"max 64.0x uniform", "max 1.0x uniform"} <= set(texts)
-    assert texts[-1].endswith("1x uniform = 1/64: uniform attention over all 64 keys")
-
-
-def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images():
-    maps = torch.full((1, 16, 16), 1 / 16)
-    black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
-    generated = AttentionSample("generated", black, {"G attn1": maps, "D attn1": maps, "D attn2": maps})
-    figures = attention_figures([generated, AttentionSample("real", white, {"D attn1": maps, "D attn2": maps})], 5)
-    assert list(figures) == ["G_attn1", "D_attn1", "D_attn2"]
-    brightness = {name: np.asarray(figure)[60:200, 10:140].mean() for name, figure in figures.items()}
-    assert brightness["G_attn1"] < 60 < 200 < brightness["D_attn2"]
-    assert list(attention_figures([generated], 5)) == ["G_attn1", "D_attn1", "D_attn2"]
-
-
-def test_animation_has_every_frame_in_order(tmp_path):
-    colors = [(200, 30, 40), (30, 200, 40), (30, 40, 200)]
-    save_animation(tmp_path / "a.gif", [Image.new("RGB", (20, 10), color) for color in colors], seconds=0.2)
+def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
+    colors = {1: (9, 9, 9), 2: (200, 30, 40), 30: (30, 200, 40), 31: (30, 40, 200)}
+    for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32)), (31, (32, 32))):
+        Image.new("RGB", size, colors[step]).save(tmp_path / f"{step}.png")
+    (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    frames = figures.progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30, 31)}, width=100)
+    assert all(frame.size == (100, 124) for frame in frames) and figures.progress_frames({}) == []
+    figures.save_animation(tmp_path / "a.gif", frames, seconds=0.2)
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.n_frames, gif.info["loop"]) == (3, 0)
-        for index, color in enumerate(colors):
+        for index, step in enumerate((2, 30, 31)):
             gif.seek(index)
-            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - color).max() <= 8
+            assert np.abs(np.subtract(gif.convert("RGB").getpixel((50, 50)), colors[step])).max() <= 8
             assert gif.info["duration"] == (1500 if index == 2 else 200)
-
-
-def test_progress_skips_damaged_grids_and_other_sizes(tmp_path):
-    for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32))):
-        Image.new("RGB", size, (step, step, step)).save(tmp_path / f"{step}.png")
-    (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
-    frames = progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30)}, width=100)
-    assert [frame.getpixel((50, 50)) for frame in frames] == [(2, 2, 2), (30, 30, 30)]
-    assert all(frame.size == (100, 124) for frame in frames)
-    assert progress_frames({}) == []
 
 
 def test_nearest_figure_has_a_row_per_sample():
     samples, near = torch.full((2, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
-    figure = np.asarray(nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
+    figure = np.asarray(figures.nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
     for row in range(2):
         middle = 34 + row * (96 + CAPTION + GAP) + 48
         assert (figure[middle, GAP + 48] == 0).all()

@@ -34,7 +34,6 @@ from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_im
 from training.run_folders import remove_test_results
 from utils import SEED_INTERPOLATION, SEED_SAMPLES, conv_memory_format, evenly_spaced, files_by_step, progress
 from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
-from visuals.curves import line_chart, read_curves
 from visuals.explorer import write_explorer
 from visuals.figures import (
     CLASS_ROWS,
@@ -99,7 +98,6 @@ class Tester:
         if self.config.has_attention:
             pages.insert(0, self._write_attention())
             self._write_attention_stats()
-            self._write_gamma()
         if self.loader is not None:
             self._write_nearest()
         if self.config.metrics:
@@ -198,13 +196,6 @@ class Tester:
             for layer, ((side, key_side), stats) in layers.items()
         }  # fmt: skip
         self._write_json("attention.json", numbers)
-
-    def _write_gamma(self) -> None:
-        """Write the chart of each attention layer's gamma over the steps, if the run has a log."""
-        curves = read_curves(self.config.log_folder, self.step)
-        if gammas := {name.removeprefix("gamma/"): curves[name] for name in curves if name.startswith("gamma/")}:
-            chart = line_chart("Gamma of the attention layers", gammas)
-            (self.folder / "gamma.svg").write_text(chart, encoding="utf-8")
 
     def _write_nearest(self) -> None:
         """Write the training images nearest to some samples, with the distances between training images as baseline."""

@@ -96,7 +96,7 @@ def test_a_run_without_attention_has_no_figures_of_it(train, make_trainer, make_
     saved, tested = load_test_checkpoint(make_config(), set())
     tester.Tester(tested, trainer.loader, saved, trainer.device).test()
     results = {path.name for path in config.test_folder(1).iterdir()}
-    assert {"grid.png", "playground.html"} <= results and not {"attention.json", "gamma.svg", "G_attn1.png"} & results
+    assert {"grid.png", "playground.html"} <= results and not {"attention.json", "G_attn1.png"} & results
 
 
 @pytest.mark.parametrize("options", [{}, dict(model="paper", conditional=True, imsize=64)])

@@ -11,9 +11,9 @@ Finished runs are kept, so that seeds, values and, with a constant learning rate
 
     python benchmarks/ablation.py --minutes 60 --vary batch_size 16 64 --vary n_critic 1 2 --seeds 0 1
 
---minutes, in place of --total_step, gives every run the same CPU time for its steps, with evaluations not counted. The
-CPU time of a step is measured before the first run of a variant and kept in --out, and decides the number of steps.
-Variants whose options do not change it, such as learning rates, have the same number.
+--minutes, in place of --total_step, gives all runs the same CPU time, without that of evaluations. The CPU time of a
+step is measured before the first run of a variant and kept in --out. Variants whose options do not change it, such as
+learning rates, have the same number of steps.
 
 Writes to --out (./ablation): the results of each run in the usual folders and, after each run that is finished,
 `ablation_<names of what varies>.md`, a table of means and ranges over the seeds, and `.png`, samples of the same z side
@@ -65,7 +65,6 @@ LENGTH = {"total_step", "metric_step", "sample_step"}  # with a constant learnin
 # With --minutes: variants that differ in these only have the same number of steps, from one measurement.
 SAME_COST = {*NOT_COMPARED, *OWN_OPTIONS, *LENGTH, "metrics", "metric_num", "num_samples", "g_lr", "d_lr",
              "lr_schedule", "lr_decay", "beta1", "beta2", "ema_decay"}  # fmt: skip
-MEASURED_SECONDS = 20  # of CPU time, at least; less where --minutes is so short that this is more than a tenth
 HEADER = ("model", "imsize", "dataset", "batch_size")  # of the report, even if they are main.py's defaults
 NAMES = {  # of the curves that are compared, in the table and in the figure
     "faces": "face rate",
@@ -163,14 +162,10 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
 
 
 def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str]) -> list[Run]:
-    """Return the runs with the numbers of steps that take some minutes of CPU time.
-
-    Args:
-        given: names of the options that are given or vary.
+    """Return the runs with the steps that take so much CPU time; `given` names the options that are given or vary.
 
     Raises:
-        UserError: the minutes or another option do not allow it, or what was measured is of other options.
-        SystemExit: the training that is measured failed or was stopped; with its exit code.
+        UserError: the minutes or another option do not allow it; and see `seconds_per_step`.
     """
     if not 0 < minutes < math.inf:
         raise UserError(f"--minutes must be greater than 0, not {minutes:g}")
@@ -180,62 +175,56 @@ def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str
         raise UserError("--minutes is CPU time: it needs --device cpu, on Linux or macOS")
     limited = []
     for run in runs:
-        seconds = find_seconds(run, out) or measure(run, min(MEASURED_SECONDS, 6 * minutes))
-        seconds = find_seconds(run, out) or seconds  # another ablation may have measured meanwhile
-        path = out / "minutes" / f"{run.variant}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically({path: json.dumps({"seconds": seconds, "config": vars(run.config)}).encode()})
+        seconds = seconds_per_step(run, min(20, 6 * minutes), out)
         every = max(1, round(60 * minutes / seconds / EVALUATIONS))
         values = {"total_step": every * EVALUATIONS, "metric_step": every, "sample_step": every}
         arguments = run.arguments + [f"--{name}={values[name]}" for name in LENGTH - given]
         limited.append(Run(run.variant, run.seed, arguments, get_parameters(arguments, PROGRAM), minutes))
-        print(f"{run.config.version}: {every * EVALUATIONS:,} steps of {seconds:.3g} s of CPU time")
     return limited
 
 
-def find_seconds(run: Run, out: Path) -> float | None:
-    """Return the CPU time of a step in --out, as measured for this variant or one of the same cost, if there is one.
+def seconds_per_step(run: Run, at_least: float, out: Path) -> float:
+    """Return the CPU time of a step, as --out has it of this variant or one of the same cost, or measured and kept.
+
+    It is the difference of a short training and one that takes `at_least` more seconds, by that of their steps.
 
     Raises:
         UserError: this variant was measured with other options.
+        SystemExit: the training failed or was stopped; with its exit code.
     """
-    own = out / "minutes" / f"{run.variant}.json"
+    own, same = out / "minutes" / f"{run.variant}.json", {name: getattr(run.config, name) for name in SAME_COST}
     for path in sorted(own.parent.glob("*.json"), key=lambda path: path != own):
         saved = json.loads(path.read_bytes())
-        same = {name: getattr(run.config, name) for name in SAME_COST}
         if not (changes := changed_options(saved["config"] | same, run.config)):
-            return saved["seconds"]
+            break
         if path == own:
             raise UserError(f"{run.variant} in --out has other options, choose another --out: {', '.join(changes)}")
-    return None
+    else:
+        print(f"measuring the CPU time of a step of {run.variant}")
+        make_loader(run.config, CPU).open()  # so that the images are in the cache
+        base, steps = cpu_seconds(run, 5), 10
+        while (spent := cpu_seconds(run, 5 + steps) - base) < at_least:
+            steps = min(10 * steps, math.ceil(1.2 * steps * at_least / max(spent, 1e-9)))
+        saved = {"seconds": spent / steps, "config": vars(run.config)}
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if not own.exists():  # otherwise another ablation has measured meanwhile
+        write_atomically({own: json.dumps(saved).encode()})
+    return json.loads(own.read_bytes())["seconds"]
 
 
-def measure(run: Run, at_least: float) -> float:
-    """Return the CPU time of a step in seconds: the difference of a short and a longer training of `at_least` more.
-
-    Both write what is due at their last step, but for the metrics, to a temporary folder.
-    """
-    print(f"measuring the CPU time of a step of {run.variant}")
-    make_loader(run.config, CPU).open()  # so that the cache is complete
-
-    def spend(steps: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            changes = {"total_step": steps, "metrics": None, "save_minutes": 0.0, **dict.fromkeys(FOLDERS, folder)}
-            changes |= dict.fromkeys(("sample_step", "attn_step", "min_save_step"), 10**9)
-            options = (vars(run.config) | changes).items()
-            words = [f"--{name}={option_text(value)}" for name, value in options if value != getattr(Config, name)]
-            before = os.times()
-            code = train(run._replace(arguments=words))
-            after = os.times()
-        if code:
-            sys.exit(code)
-        return sum(after[2:4]) - sum(before[2:4])  # of child processes and theirs, that of the system included
-
-    base, steps = spend(5), 10
-    while (spent := spend(5 + steps) - base) < at_least:
-        steps = min(10 * steps, math.ceil(1.2 * steps * at_least / max(spent, 1e-9)))
-    return spent / steps
+def cpu_seconds(run: Run, steps: int) -> float:
+    """Return the CPU time of some steps, the start, and what is due at the end but the metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"total_step": steps, "metrics": None, "save_minutes": 0.0, **dict.fromkeys(FOLDERS, folder)}
+        changes |= dict.fromkeys(("sample_step", "attn_step", "min_save_step"), 10**9)
+        options = (vars(run.config) | changes).items()
+        words = [f"--{name}={option_text(value)}" for name, value in options if value != getattr(Config, name)]
+        before = os.times()
+        code = train(run._replace(arguments=words))
+        after = os.times()
+    if code:
+        sys.exit(code)
+    return sum(after[2:4]) - sum(before[2:4])  # of child processes and theirs, that of the system included
 
 
 def check_run(run: Run) -> None:

@@ -4,9 +4,16 @@
     python benchmarks/ablation.py --vary augment none color,translation,cutout --seeds 0 1 2 --total_step 5000
 
 All other options are those of main.py and the same for all runs; some have other defaults here, see `DEFAULTS`. With
---vary given twice, every combination is a variant. Runs are trained one after the other, seed by seed. Ctrl-C saves a
-checkpoint, and the same command goes on from there. Finished runs are kept, so that seeds, values and, with a constant
-learning rate, steps can be added later; runs in --out that have other options or images are refused.
+--vary given twice, every combination is a variant; --vary g_lr+d_lr 1e-4+4e-4 2e-4+2e-4 changes two options together.
+Runs are trained one after the other, seed by seed. Ctrl-C saves a checkpoint, and the same command goes on from there.
+Finished runs are kept, so that seeds, values and, with a constant learning rate, steps can be added later; runs in
+--out that have other options or images are refused.
+
+    python benchmarks/ablation.py --minutes 60 --vary batch_size 16 64 --vary n_critic 1 2 --seeds 0 1
+
+--minutes, in place of --total_step, gives all runs the same CPU time, without that of evaluations. The CPU time of a
+step is measured before the first run of a variant and kept in --out. Variants whose options do not change it, such as
+learning rates, have the same number of steps.
 
 Writes to --out (./ablation): the results of each run in the usual folders and, after each run that is finished,
 `ablation_<names of what varies>.md`, a table of means and ranges over the seeds, and `.png`, samples of the same z side
@@ -17,13 +24,15 @@ import argparse
 import ctypes
 import io
 import itertools
+import json
 import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +62,9 @@ OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "overwrite", *FOL
 # A run in --out may differ in these from what is asked for: where files are, how images get into the cache (not which).
 NOT_COMPARED = {*FOLDERS, "cache_path", "download", "num_workers"}
 LENGTH = {"total_step", "metric_step", "sample_step"}  # with a constant learning rate, these too
+# With --minutes: variants that differ in these only have the same number of steps, from one measurement.
+SAME_COST = {*NOT_COMPARED, *OWN_OPTIONS, *LENGTH, "metrics", "metric_num", "num_samples", "g_lr", "d_lr",
+             "lr_schedule", "lr_decay", "beta1", "beta2", "ema_decay"}  # fmt: skip
 HEADER = ("model", "imsize", "dataset", "batch_size")  # of the report, even if they are main.py's defaults
 NAMES = {  # of the curves that are compared, in the table and in the figure
     "faces": "face rate",
@@ -67,13 +79,16 @@ NAMES = {  # of the curves that are compared, in the table and in the figure
     "d_gap": "gap of D",
     "d_sign": "r",
     "ms": "ms per step",
+    "steps": "steps",
+    "cpu": "images per CPU second",
 }
+NO_CURVE = {"faces_real", "hog_real", "ms", "steps", "cpu"}  # in the table only
 NOTE = """\
-Mean over the seeds and, in brackets, the lowest and the highest value. Gap of D: its mean logit on training images
-minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the last tenth of
-the steps, ms per step is a median over all (runs are trained one after the other: compare it on an idle machine only),
-the metrics are of the last step. In the curves, lines are means over the seeds and bands reach from the lowest to the
-highest, at the steps that all seeds have.
+Mean over the seeds and, in brackets, the lowest and the highest value, if they differ. Gap of D: its mean logit on
+training images minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the
+last tenth of the steps, ms per step is a median over all (runs are trained one after the other: compare it on an idle
+machine only), the metrics are of the last step. In the curves, lines are means over the seeds and bands reach from the
+lowest to the highest, at the steps that all seeds have.
 
 Runs of the same seed have the same z and order of images, unless what varies decides these, and start from the same
 weights wherever these have the same name and shape."""
@@ -89,6 +104,7 @@ class Run(NamedTuple):
     seed: int
     arguments: list[str]
     config: Config
+    minutes: float | None = None  # of CPU time, in place of a number of steps
 
     @property
     def is_finished(self) -> bool:
@@ -99,14 +115,16 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     """Return all runs, seed by seed.
 
     Args:
-        vary: name and values of each option that differs.
+        vary: name and values of each option that differs; names and values are joined by "+" where several do at once.
         arguments: options of main.py for all runs.
 
     Raises:
         UserError: an option cannot be varied or given, or has fewer than two values.
         SystemExit: main.py does not allow an option or a value, which is said in one line on stderr.
     """
-    names = [name for name, *_ in vary]
+    axes = [(joined.split("+"), [value.split("+") if "+" in joined else [value] for value in values])
+            for joined, *values in vary]  # fmt: skip
+    names = [name for group, _ in axes for name in group]
     if unknown := [name for name in names if name not in Config.__dataclass_fields__]:
         raise UserError(f"--vary {unknown[0]}: there is no such option of main.py")
     given = given_options([*arguments], PROGRAM)
@@ -118,12 +136,15 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
             raise UserError(f"--vary {name}: it is set for each run; use --seeds and --out")
         if name in given or names.count(name) > 1:
             raise UserError(f"--vary {name}: it is given twice, by --vary and by --{name} or a second --vary")
+    for group, values in axes:
+        if wrong := ["+".join(value) for value in values if len(value) != len(group)]:
+            raise UserError(f"--vary {'+'.join(group)}: {wrong[0]} must have {len(group)} values, joined by +")
     every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
     words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
     words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
     runs = []
-    for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, *values in vary))):
-        varied = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+    for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, values in axes))):
+        varied = [f"{name}={value}" for name, value in zip(names, itertools.chain(*values), strict=True)]
         variant = ",".join(varied)
         if not NAME.check(version := f"{variant},seed={seed}"):
             raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
@@ -134,10 +155,76 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
             "--pretrained_model=auto",
         ]
         runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], PROGRAM)))
-    for name, *values in vary:
-        if len({getattr(run.config, name) for run in runs}) < max(2, len(values)):
-            raise UserError(f"--vary {name} needs two or more different values: --vary attention full none")
+    for group, values in axes:
+        if len({tuple(getattr(run.config, name) for name in group) for run in runs}) < max(2, len(values)):
+            raise UserError(f"--vary {'+'.join(group)} needs two or more different values: --vary attention full none")
     return runs
+
+
+def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str]) -> list[Run]:
+    """Return the runs with the steps that take so much CPU time; `given` names the options that are given or vary.
+
+    Raises:
+        UserError: the minutes or another option do not allow it; and see `seconds_per_step`.
+    """
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes must be greater than 0, not {minutes:g}")
+    if "total_step" in given:
+        raise UserError("--minutes and --total_step exclude each other")
+    if sys.platform == "win32" or any(setup_device(run.config.device).type != "cpu" for run in runs):
+        raise UserError("--minutes is CPU time: it needs --device cpu, on Linux or macOS")
+    limited = []
+    for run in runs:
+        seconds = seconds_per_step(run, min(20, 6 * minutes), out)
+        every = max(1, round(60 * minutes / seconds / EVALUATIONS))
+        values = {"total_step": every * EVALUATIONS, "metric_step": every, "sample_step": every}
+        arguments = run.arguments + [f"--{name}={values[name]}" for name in LENGTH - given]
+        limited.append(Run(run.variant, run.seed, arguments, get_parameters(arguments, PROGRAM), minutes))
+    return limited
+
+
+def seconds_per_step(run: Run, at_least: float, out: Path) -> float:
+    """Return the CPU time of a step, as --out has it of this variant or one of the same cost, or measured and kept.
+
+    It is the difference of a short training and one that takes `at_least` more seconds, by that of their steps.
+
+    Raises:
+        UserError: this variant was measured with other options.
+        SystemExit: the training failed or was stopped; with its exit code.
+    """
+    own, same = out / "minutes" / f"{run.variant}.json", {name: getattr(run.config, name) for name in SAME_COST}
+    for path in sorted(own.parent.glob("*.json"), key=lambda path: path != own):
+        saved = json.loads(path.read_bytes())
+        if not (changes := changed_options(saved["config"] | same, run.config)):
+            break
+        if path == own:
+            raise UserError(f"{run.variant} in --out has other options, choose another --out: {', '.join(changes)}")
+    else:
+        print(f"measuring the CPU time of a step of {run.variant}")
+        make_loader(run.config, CPU).open()  # so that the images are in the cache
+        base, steps = cpu_seconds(run, 5), 10
+        while (spent := cpu_seconds(run, 5 + steps) - base) < at_least:
+            steps = min(10 * steps, math.ceil(1.2 * steps * at_least / max(spent, 1e-9)))
+        saved = {"seconds": spent / steps, "config": vars(run.config)}
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if not own.exists():  # otherwise another ablation has measured meanwhile
+        write_atomically({own: json.dumps(saved).encode()})
+    return json.loads(own.read_bytes())["seconds"]
+
+
+def cpu_seconds(run: Run, steps: int) -> float:
+    """Return the CPU time of some steps, the start, and what is due at the end but the metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"total_step": steps, "metrics": None, "save_minutes": 0.0, **dict.fromkeys(FOLDERS, folder)}
+        changes |= dict.fromkeys(("sample_step", "attn_step", "min_save_step"), 10**9)
+        options = (vars(run.config) | changes).items()
+        words = [f"--{name}={option_text(value)}" for name, value in options if value != getattr(Config, name)]
+        before = os.times()
+        code = train(run._replace(arguments=words))
+        after = os.times()
+    if code:
+        sys.exit(code)
+    return sum(after[2:4]) - sum(before[2:4])  # of child processes and theirs, that of the system included
 
 
 def check_run(run: Run) -> None:
@@ -161,7 +248,8 @@ def check_run(run: Run) -> None:
     if changes := changed_options(state["config"] | same, config):
         raise UserError(f"{config.version} in --out has other options, choose another --out: {', '.join(changes)}")
     if (newest := max(checkpoint.list_steps(folder))) > config.total_step:
-        raise UserError(f"{config.version} in --out is at step {newest}: use --total_step {newest}, or another --out")
+        longer = "more --minutes" if run.minutes else f"--total_step {newest}"
+        raise UserError(f"{config.version} in --out is at step {newest}: use {longer}, or another --out")
     if make_loader(config, CPU).open().fingerprint != state["data"]:
         raise UserError(f"{config.version} in --out was trained on other images: choose another --out")
     if run.is_finished:
@@ -223,7 +311,12 @@ def read_run(run: Run) -> Curves:
     curves["ms"] = curves["images_per_s"] ** (1, -1) * (1, 1000 * config.batch_size)
     if config.adv_loss == "wgan-gp":
         del curves["d_sign"]  # its critic has no zero
-    return {name: curves[name] for name in NAMES if name in curves}
+    if run.minutes:
+        del curves["ms"]  # it depends on the batch size, and on what else the machine does
+        curves["steps"] = np.array([[last, last]])
+        curves["cpu"] = curves["steps"] * (1, config.batch_size / (60 * run.minutes))
+    scale = (run.minutes / last if run.minutes else 1, 1)
+    return {name: curves[name] * scale for name in NAMES if name in curves}
 
 
 def final_value(name: str, points: np.ndarray) -> float:
@@ -246,7 +339,7 @@ def table(results: Results) -> str:
         row = [variant, ", ".join(map(str, by_seed))]
         for name in shown:
             values = [final_value(name, curves[name]) for curves in by_seed.values() if name in curves]
-            spread = f" ({_format(min(values))} to {_format(max(values))})" if len(values) > 1 else ""
+            spread = f" ({_format(min(values))} to {_format(max(values))})" if len({*values}) > 1 else ""
             row.append(_format(np.mean(values)) + spread if values else "\N{EN DASH}")
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -256,10 +349,10 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], Path]) -> None:
+def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], Path], unit: str) -> None:
     """Draw the grids, if they exist, a column for each variant and a row for each seed, and below them the curves."""
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
-    shown = [name for name in names_in(results) if name not in ("ms", "faces_real", "hog_real")]
+    shown = [name for name in names_in(results) if name not in NO_CURVE]
     rows = math.ceil(len(shown) / 2)
     heights = [len(seeds) * min(4, 10 / len(results)), 3 * rows]
     figure = import_matplotlib().figure.Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
@@ -274,7 +367,7 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
         if name is None:  # an odd number of curves
             axes.axis("off")
             continue
-        axes.set(title=NAMES[name], xlabel="step")
+        axes.set(title=NAMES[name], xlabel=unit)
         for (variant, by_seed), color in zip(results.items(), itertools.cycle(COLORS)):
             found = [curves[name] for curves in by_seed.values() if name in curves]
             shared = set.intersection(*({*points[:, 0]} for points in found)) if found else ()
@@ -302,10 +395,11 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
     ]
     devices = {setup_device(run.config.device) for run in runs}
     names = {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}
+    length = f" of {runs[0].minutes:g} CPU minutes each" if runs[0].minutes else ""
     machine = f"torch {torch.__version__} on {' and '.join(sorted(names))}"
     lines = [
         "# Ablation",
-        f"{len(runs)} runs, all with {', '.join(shared)}; written by {machine}:",
+        f"{len(runs)} runs{length}, all with {', '.join(shared)}; written by {machine}:",
         f"    {command}",
         table(results),
         NOTE,
@@ -313,7 +407,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
     ]
     path.with_suffix(".md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     grids = {(run.variant, run.seed): run.config.sample_folder / f"{run.config.total_step}_ema.png" for run in runs}
-    write_figure(path.with_suffix(".png"), results, grids)
+    write_figure(path.with_suffix(".png"), results, grids, "CPU minutes" if runs[0].minutes else "step")
 
 
 def main() -> int:
@@ -324,15 +418,19 @@ def main() -> int:
     parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
                         help="an option of main.py and the values to compare")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
+    parser.add_argument("--minutes", type=float, help="CPU time of the steps of a run, in place of --total_step")
     parser.add_argument("--out", default="./ablation", help="folder of all results")
     own, arguments = parser.parse_known_args()
     if not own.out:
         raise UserError("--out must be a folder")
     check_writable(Path(os.path.expanduser(own.out)))
-    runs = make_runs(own.vary, own.seeds, own.out, arguments)
+    runs, out = make_runs(own.vary, own.seeds, own.out, arguments), Path(os.path.expanduser(own.out))
+    names = [name for joined, *_ in own.vary for name in joined.split("+")]
+    if own.minutes is not None:
+        runs = limit_minutes(runs, own.minutes, out, given_options(arguments, PROGRAM) | {*names})
     for run in runs:
         check_run(run)
-    path = Path(os.path.expanduser(own.out)) / f"ablation_{'_'.join(name for name, *_ in own.vary)}"
+    path = out / f"ablation_{'_'.join(names)}"
     command = shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]])
     for number, run in enumerate(runs, start=1):
         if run.is_finished:

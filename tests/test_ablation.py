@@ -54,6 +54,10 @@ def run_main(monkeypatch, tmp_path):
     (ATTENTION, ["--attention", "none"], "--vary attention"), (ATTENTION, ["--seed", "1"], "--seeds"),
     (["attention", "full", "some"], [], "--attention must be .*some .see python benchmarks/ablation.py --help.$"),
     (["atention", "a", "b"], [], "--vary atention: there is no such option"),
+    (["g_lr+d_lr", "1e-4+4e-4", "1e-4"], [], "1e-4 must have 2 values"),
+    (["g_lr+d_lr", "1e-4+4e-4", "0.0001+0.0004"], [], "two or more"),
+    (ATTENTION, ["--minutes", "1", "--total_step", "5"], "exclude"),
+    (["total_step", "5", "9"], ["--minutes", "1"], "exclude"), (ATTENTION, ["--minutes", "nan"], "--minutes must"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused_in_one_line(vary, words, message, run_main, capsys):
     with pytest.raises((UserError, SystemExit)) as caught:
@@ -94,8 +98,8 @@ def test_finished_runs_are_kept_made_longer_or_refused_by_name(words, outcome, r
     assert all(path.read_bytes() == content for path, content in before.items())
     if outcome == 0:
         written = Path("out/ablation_attention.md").read_text()
-        same, speed = "0, 1 | 1.5 (1 to 2) | 8 (8 to 8)", "500 (500 to 500)"
-        assert f"| attention=full | {same} | 4 (4 to 4) | {speed} |" in written  # r: of the last tenth; ms: a median
+        same, speed = "0, 1 | 1.5 (1 to 2) | 8", "500"
+        assert f"| attention=full | {same} | 4 | {speed} |" in written  # r: of the last tenth; ms: a median
         assert f"| attention=none | {same} | \N{EN DASH} | {speed} |" in written
         assert "4 runs, all with model sagan, imsize 32," in written and " attention " not in written.splitlines()[2]
         assert Path("out/ablation_attention.png").stat().st_size > 10_000
@@ -131,6 +135,43 @@ def test_runs_of_a_seed_start_from_the_same_weights(run_main, make_config):
     before = path.read_bytes()
     assert run_main([["g_conv_dim", "8", "32"], ["attention", "none", "full"]], *NARROW) == 7
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no CPU time of other processes")
+def test_the_cpu_time_of_a_step(tmp_path, monkeypatch):
+    """In place of main.py: 0.2 s, and 10 ms for each step, in a child of the training."""
+    (tmp_path / "main.py").write_text(
+        "import subprocess, sys, time\n"
+        "for word in sys.argv:\n"
+        "    if word[:13] == '--total_step=':\n"
+        "        subprocess.run([sys.executable, __file__, word[13:]])\n"
+        "while sys.argv[1:] and sys.argv[1].isdecimal() and time.process_time() < 0.2 + 0.01 * int(sys.argv[1]): pass"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "MAIN", "main.py")
+    run, *_ = make_runs([ATTENTION], [0], "out", SMALL)
+    assert ablation.seconds_per_step(run, 0.3, Path("out")) == pytest.approx(0.01, rel=0.3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no CPU time of other processes")
+def test_variants_of_the_same_cpu_time(run_main, monkeypatch, tmp_path):
+    """What was measured is kept, also for variants of the same cost."""
+    pytest.importorskip("cv2")
+    monkeypatch.setattr(ablation, "train", lambda run: train_in(tmp_path, *run.arguments))
+    monkeypatch.setattr(ablation, "cpu_seconds", lambda run, steps: 7 + steps * run.config.batch_size * 0.075)
+    words = [*SMALL, "--attention=none", "--metric_num=10", "--metric_step=1000", "--seeds", "0", "--minutes=0.1"]
+    words.remove("--batch_size=4")
+    vary = ["batch_size+g_lr", "4+1e-4", "8+3e-4"]
+    assert run_main([vary], *words) == 0
+    written = Path("out/ablation_batch_size_g_lr.md").read_text()
+    assert "2 runs of 0.1 CPU minutes each" in written and "| steps | images per CPU second |" in written
+    assert "| 20 | 13.3 |" in written and "| 10 | 13.3 |" in written
+    monkeypatch.setattr(ablation, "cpu_seconds", None)
+    with pytest.raises(UserError, match=r"batch_size=4,g_lr=1e-4 in --out has other options.*: --n_critic 2"):
+        run_main([vary], *words, "--n_critic=2")
+    runs = make_runs([["beta1", "0", "0.5"]], [0], "out", [*SMALL, "--attention=none"])
+    runs = ablation.limit_minutes(runs, 0.2, Path("out"), set())
+    assert {run.config.total_step for run in runs} == {40} and {run.config.sample_step for run in runs} == {4}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell that a process was killed")

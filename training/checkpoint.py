@@ -219,15 +219,15 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
     """Read a state file, a safetensors file, or weights, whose step is the number in their name, 0 without one."""
     name, _, ending = path.name.rpartition("_")
     if not path.exists():
-        raise UserError(f"there is no {path}")
-    if path.suffix == ".safetensors":
+        raise UserError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors" and path.name != "D.safetensors":
         return _load_safetensors(path, needs_D)
     if ending == "state.pth":
         state = _read(read_dict, path)
         with reraise_load_errors(name):
             return Checkpoint(state["step"], state["G"], state["D"], state)
     if ending != "G.pth":
-        raise UserError(f"{path}: the file's name must end in _state.pth, _G.pth or .safetensors")
+        raise UserError(f"{path}: its name must end in _state.pth, _G.pth or .safetensors, and not be D.safetensors")
     D_path = path.with_name(f"{name}_D.pth")
     G, D = _read(read_dict, path), _read(read_dict, D_path) if _is_there(D_path, needs_D) else None
     with reraise_load_errors(name):

@@ -117,7 +117,7 @@ def check_architecture(saved: checkpoint.Checkpoint, expected: Mapping[str, int 
 
 
 def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
-    if saved.metadata:
+    if checkpoint.is_folded(saved.metadata):
         return export_sizes(saved.metadata)
     with checkpoint.reraise_load_errors(saved.step):
         return recognize("generator", saved.G)

@@ -57,7 +57,7 @@ def test_a_state_file_has_the_ema_generator_and_the_discriminator(tmp_path):
 
 def test_an_export_has_no_discriminator(tmp_path):
     write_export(tmp_path / "g.safetensors", *NETWORKS[0])
-    with pytest.raises(ValueError, match="export, which has no discriminator"):
+    with pytest.raises(ValueError, match="has no discriminator"):
         load_discriminator(tmp_path / "g.safetensors")
 
 

@@ -159,11 +159,10 @@ class TrainingState:
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
     """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
-    if saved.is_initial:
-        print(f"starting from the weights of {config.init_from} (step {saved.step})")
     if saved.step:  # weights of step 0 are initial ones
         warn_of_trained_holdout(saved.state and saved.state["data"], data)
     if saved.is_initial:
+        print(f"starting from the weights of {config.init_from} (step {saved.step})")
         return
     if saved.state is None:
         if saved.step:

@@ -6,6 +6,7 @@ python export.py --pretrained_model 20000 --version cats --format onnx --maps tr
 Writes <export_path>/<version>/<step>/:
   generator.safetensors   weights, spectral norm folded in, and what it takes to build the network again
   generator.onnx          z, and labels of a conditional generator, to images, in standard ONNX operators
+  G.safetensors, D.safetensors   of --format weights: generator and discriminator, to train from
   model_card.md           what it is, data and license, metrics, how to load it, as model hubs read it
   samples.png             the grid of --train false
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH
 from errors import UserError, exit_code, make_output_robust, one_line
 from parameter import EXPORT_PATH, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
-PACKAGES = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # by format
+PACKAGES = {"safetensors": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "weights": ()}  # by format
 FORMATS = subset_of(*PACKAGES)
 
 
@@ -56,7 +57,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="")
-    add("--format", type=comma_list, default="safetensors,onnx", help=f"{FORMATS.description}; default both")
+    add("--format", type=comma_list, default="safetensors,onnx", help=f"{FORMATS.description}; default the first two")
     add("--maps", type=boolean, default=False, help="attention maps as outputs of ONNX; default false")
     add("--export_path", default=EXPORT_PATH, help=f"folder for exports; default {EXPORT_PATH}")
     own, arguments = parser.parse_known_args(argv)

@@ -1,6 +1,7 @@
 """The entry points of torch.hub.
 
 G = torch.hub.load("OWNER/REPOSITORY", "generator", checkpoint="generator.safetensors")
+G = torch.hub.load("OWNER/REPOSITORY", "generator", pretrained="faces64")       # weights of the repository
 D = torch.hub.load(".", "discriminator", source="local", image_size=128)        # random weights
 """
 
@@ -9,7 +10,7 @@ import pathlib
 import sys
 import types
 
-dependencies = ["torch", "numpy", "tqdm"]  # and safetensors for an export
+dependencies = ["torch", "numpy", "tqdm", "safetensors"]
 
 
 def _import_apart(package, *names):
@@ -45,36 +46,41 @@ def _import_apart(package, *names):
 _loading, _models, _spectral = _import_apart("sagan_hub", "exporting.loading", "training.models", "spectral")
 
 
-def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_dim=64, num_classes=0):
+def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_dim=64, num_classes=0, pretrained=None):
     """Return a generator on the CPU in evaluation mode: G(z) -> images (B, 3, S, S) in [-1, 1], of z (B, z_dim).
 
     A conditional generator takes G(z, labels), with labels (B,) below num_classes. G(z, return_attention=True) also
     returns the attention maps (B, queries, keys).
 
     Args:
-        checkpoint: path or URL of generator.safetensors (needs `pip install safetensors`), of {step}_state.pth,
-            whose EMA generator is returned, or of {step}_G.pth, also one of heykeetae/Self-Attention-GAN. Sizes are
-            read from it, and the arguments below are ignored. None: random weights. A file on the web is downloaded
-            once, into torch.hub's folder.
+        checkpoint: path or URL of generator.safetensors or G.safetensors, of {step}_state.pth, whose EMA generator is
+            returned, or of {step}_G.pth, also one of heykeetae/Self-Attention-GAN. Sizes are read from it, and the
+            arguments below are ignored. None: random weights. A file on the web is downloaded once, into torch.hub's
+            folder.
         network: "sagan" (the networks of heykeetae/Self-Attention-GAN) or "paper" (the ResNets of the paper).
         image_size: 32, 64, 128 or 256; of "paper" 64 or 128.
         conv_dim: width of the last block, a multiple of 8.
         num_classes: of "paper"; 0 for an unconditional generator.
+        pretrained: in place of `checkpoint`, the name of a folder of weights in the repository's pretrained/.
 
     Raises:
         ValueError: a value is not allowed, or the file has no generator or cannot be read.
     """
+    if pretrained is not None:
+        checkpoint = _loading.pretrained_file(pretrained, "G")
     if checkpoint is not None:
         return _loading.load_generator(checkpoint)
     return _new("Generator", network, num_classes, image_size, z_dim, conv_dim)
 
 
-def discriminator(checkpoint=None, network="sagan", image_size=64, conv_dim=64, num_classes=0):
+def discriminator(checkpoint=None, network="sagan", image_size=64, conv_dim=64, num_classes=0, pretrained=None):
     """Return a discriminator on the CPU in evaluation mode: D(images) -> logits (B,), of (B, 3, S, S) in [-1, 1].
 
-    Labels, attention maps, arguments and errors are those of `generator`, except that checkpoint is {step}_state.pth or
-    {step}_D.pth, an export has no discriminator, and conv_dim is the width of the first block.
+    Labels, attention maps, arguments and errors are those of `generator`, except that checkpoint is {step}_state.pth,
+    {step}_D.pth or D.safetensors, and conv_dim is the width of the first block.
     """
+    if pretrained is not None:
+        checkpoint = _loading.pretrained_file(pretrained, "D")
     if checkpoint is not None:
         return _loading.load_discriminator(checkpoint)
     return _new("Discriminator", network, num_classes, image_size, conv_dim)

@@ -137,6 +137,12 @@ class Config:
         "checkpoint to resume from or evaluate; best: see --metrics; auto: latest, else a new run; a file: of any run",
         CHECKPOINT,
     )
+    init_from: str | None = option(
+        None,
+        "weights that a new run starts from, at step 0: a checkpoint's file, or a folder with G.safetensors and "
+        "D.safetensors; ignored when resuming",
+        PATH,
+    )
 
     dataset: str = option("celeb", "training images; toy: drawn faces, no files needed", DATASET, group="Data")
     image_path: str = option("./data", "folder with the images", PATH)

@@ -39,7 +39,7 @@ class Trainer:
     Args:
         loader: opened.
         device, precision: from `setup_device` and `set_backends`.
-        saved: the checkpoint to resume from; None for a new run.
+        saved: the checkpoint to resume or start from; None for a new run.
 
     Attributes:
         G, D: the networks, in training mode.

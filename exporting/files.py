@@ -1,14 +1,14 @@
 """Write the files of an export. None is ever replaced unasked; a format that an earlier export lacks is added to it."""
 
 import copy
+import hashlib
 import io
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-
-from torch import nn
 
 from datasets.labels import as_text
 from errors import UserError
@@ -17,11 +17,11 @@ from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
 from training.previews import samples_grid
-from training.resuming import load_test_checkpoint, load_test_networks
+from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
 
-READERS = {"safetensors": safetensors_file.read_metadata, "onnx": onnx_file.read_metadata}  # by format
-FILES = (*(f"generator.{name}" for name in READERS), "model_card.md", "samples.png")
+FILES = {"safetensors": ["generator.safetensors"], "onnx": ["generator.onnx"],
+         "weights": ["G.safetensors", "D.safetensors"]}  # fmt: skip
 
 
 def export(config: Config, given: set[str], export_path: str, formats: Sequence[str], with_maps: bool) -> int:
@@ -29,7 +29,7 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
 
     Args:
         given: names of main.py's options on the command line.
-        formats: "safetensors", "onnx" or both.
+        formats: one or more of `FILES`.
         with_maps: make attention maps outputs of ONNX.
 
     Raises:
@@ -43,6 +43,8 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     metadata = describe(config, saved, networks, given)
     if with_maps and not config.has_attention:
         raise UserError("--maps true: this generator has no attention layers")
+    if "weights" in formats and networks.D is None:
+        raise UserError("--format weights needs a checkpoint with a discriminator")
     folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
     others = read_other_formats(folder, formats, metadata)
     maps = others.get("onnx", {}).get("maps", "").split()
@@ -52,15 +54,19 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     check_writable(folder)
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
-    contents = generator_files(networks.G, metadata, formats, with_maps)
+    contents = network_files(networks, metadata, formats, with_maps)
     num_images = saved.state["data"].get("training_images") if saved.state else None
-    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps)
+    digests = {  # of weights to train from: those that are written now, and those that stay
+        name: hashlib.sha256(contents[name] if name in contents else (folder / name).read_bytes()).hexdigest()
+        for name in (FILES["weights"] if "weights" in {*formats, *others} else ())
+    }
+    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps, digests)
     if config.overwrite or not (folder / "model_card.md").exists():
         contents["model_card.md"] = card.encode("utf-8")
     if config.overwrite or not (folder / "samples.png").exists():
         samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
         contents["samples.png"] = png.getvalue()
-    write_files(folder, contents, keep=[f"generator.{name}" for name in others])
+    write_files(folder, contents, keep=[file for name in others for file in FILES[name]])
     if "model_card.md" not in contents:
         print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
     elif saved.state and metrics is None:
@@ -73,26 +79,30 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
 def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
-    for name in READERS.keys() - formats:
+    for name in FILES.keys() - formats:
+        read = onnx_file.read_metadata if name == "onnx" else safetensors_file.read_metadata
         with suppress(Exception):  # it is missing or damaged, or its library is missing
-            entries = READERS[name](folder / f"generator.{name}")
-            if metadata.items() <= entries.items():
-                found[name] = entries
+            entries = [read(folder / file) for file in FILES[name]]
+            if all(metadata.items() <= of_file.items() for of_file in entries):
+                found[name] = entries[0]
     return found
 
 
 def check_folder(folder: Path, formats: Collection[str], others: Collection[str]) -> None:
     """Raise `UserError` if there are files already, other than those of other formats of this generator."""
-    found = [name for name in FILES if (folder / name).exists()]
-    if found and (not others or any(f"generator.{name}" in found for name in formats)):
+    found = [name for name in (*chain(*FILES.values()), "model_card.md", "samples.png") if (folder / name).exists()]
+    if found and (not others or any(file in found for name in formats for file in FILES[name])):
         raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
 
 
-def generator_files(
-    G: nn.Module, metadata: Mapping[str, str], formats: Collection[str], with_maps: bool
+def network_files(
+    networks: TestNetworks, metadata: Mapping[str, str], formats: Collection[str], with_maps: bool
 ) -> dict[str, bytes]:
-    """Return the contents of the generator's files by name."""
-    G, contents = fold_spectral_norm(copy.deepcopy(G)), {}
+    """Return the contents of the networks' files by name."""
+    G, contents = fold_spectral_norm(copy.deepcopy(networks.G)), {}
+    if "weights" in formats:
+        for name, network in zip(FILES["weights"], (networks.G, networks.D), strict=True):
+            contents[name] = safetensors_file.weights_bytes(network, metadata)
     if "safetensors" in formats:
         contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
     if "onnx" in formats:
@@ -101,13 +111,13 @@ def generator_files(
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
-    """Write all files or none and print their sizes. A generator that is neither among them nor kept is removed."""
+    """Write all files or none and print their sizes. Networks that are neither among them nor kept are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: content for name, content in contents.items()})
     print(f"results in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
-    for path in (folder / name for name in {*FILES[:2]} - {*contents, *keep}):
+    for path in (folder / name for name in {*chain(*FILES.values())} - {*contents, *keep}):
         if path.exists():
             path.unlink()
             print(f"removed {path}: it was not of this generator, or not readable")

@@ -1,4 +1,4 @@
-"""Networks from files, for hubconf.py: a checkpoint of this program or of the reference, or generator.safetensors."""
+"""Networks from files, for hubconf.py: a checkpoint of this program or of the reference, or a safetensors file."""
 
 import hashlib
 import os
@@ -12,8 +12,10 @@ from torch import nn
 
 from errors import one_line
 from exporting.safetensors_file import read_generator
-from training.checkpoint import read_dict, strip_dataparallel_prefix
+from training.checkpoint import read_dict, read_export, strip_dataparallel_prefix
 from training.models import build_empty, recognize
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"  # folders of weights, of the format of export.py
 
 
 def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
@@ -36,10 +38,16 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
 def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
     """Return the discriminator of a file; see `load_generator`."""
     path = _local(checkpoint)
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{path} is an export, which has no discriminator: use {{step}}_D.pth or {{step}}_state.pth")
-    content = read_dict(path)
+    content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
     return _network(path, "discriminator", content.get("D", content))
+
+
+def pretrained_file(name: str, network: Literal["G", "D"]) -> Path:
+    """Return the file of weights that come with the repository; `ValueError` with the names there are."""
+    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{network}.safetensors"))
+    if name not in names:
+        raise ValueError(f"pretrained must be one of {', '.join(names) or '(there are none)'}, got {name}")
+    return PRETRAINED / name / f"{network}.safetensors"
 
 
 def _local(checkpoint: str | os.PathLike) -> Path:

@@ -91,6 +91,18 @@ with torch.no_grad():
     images = G(torch.randn(16, {z_dim}){torch_labels})  # (16, 3, {image_size}, {image_size}) in [-1, 1]
 ```
 """
+WEIGHTS = """
+G.safetensors and D.safetensors are the generator and its discriminator with spectral norm, in float16, to train from.
+In a clone of the program:
+
+    python main.py --train false --pretrained_model PATH/G.safetensors     # samples and attention maps
+    python main.py --init_from PATH --version mine --dataset folder --image_path YOUR_IMAGES
+
+or `torch.hub.load("OWNER/REPOSITORY", "generator", checkpoint="PATH/G.safetensors")`, and `"discriminator"` of
+PATH/D.safetensors. Their SHA-256:
+
+{digests}
+"""
 
 
 def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: Collection[str]) -> dict[str, str]:
@@ -142,6 +154,7 @@ def model_card(
     metrics: Mapping[str, Any] | None,
     formats: Collection[str],
     maps: Sequence[str] = (),
+    digests: Mapping[str, str] | None = None,
 ) -> str:
     """Return the card in Markdown.
 
@@ -150,8 +163,9 @@ def model_card(
         metadata: from `describe`.
         num_images: of the training; None if it is not known.
         metrics: from `read_metrics`.
-        formats: of the files beside the card: "safetensors", "onnx" or both.
+        formats: of the files beside the card: "safetensors", "onnx", "weights".
         maps: names of the attention maps that generator.onnx returns.
+        digests: SHA-256 of the files of "weights".
     """
     classes = [f"{number}: {_escape(name)}" for number, name in enumerate(json.loads(metadata["classes"]))]
     _, _, front_matter = DATASETS[metadata["dataset"]]
@@ -168,8 +182,10 @@ def model_card(
         "numpy_labels": f', "labels": np.arange(16, dtype=np.int64) % {len(classes)}' if classes else "",
         "torch_labels": f", torch.arange(16) % {len(classes)}" if classes else "",
         "maps": f"\nAttention maps are outputs too: {', '.join(maps)} (B, queries, keys).\n" if maps else "",
+        "digests": "\n".join(f"    {digest}  {name}" for name, digest in (digests or {}).items()),
     }
-    return (CARD + ("onnx" in formats) * ONNX + ("safetensors" in formats) * TORCH).format_map(values)
+    texts = {"onnx": ONNX, "safetensors": TORCH, "weights": WEIGHTS}
+    return "".join([CARD, *(text for name, text in texts.items() if name in formats)]).format_map(values)
 
 
 def _escape(text: str) -> str:

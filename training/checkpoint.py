@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from errors import UserError, one_line, warn
 from utils import files_by_step, write_atomically
 
-EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of generator.safetensors
+EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of safetensors files
+UNFOLDED = {"spectral_norm": "not folded", "precision": "float16"}  # and in that of weights to train from
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 
 
@@ -36,7 +38,8 @@ class Checkpoint:
     """State dicts of G and D on the CPU, and the state that was saved with them.
 
     `state` is None for weights without a state file, such as the reference's. `D` is None for a generator that came
-    without its discriminator. `metadata` is that of an export, whose G has plain weights in place of spectral norm.
+    without its discriminator. `metadata` is that of a safetensors file; see `is_folded`. A new run that starts from a
+    checkpoint (`is_initial`) takes the weights of G, its EMA and D, and nothing else.
     """
 
     step: int
@@ -44,6 +47,7 @@ class Checkpoint:
     D: dict[str, Tensor] | None
     state: dict[str, Any] | None
     metadata: dict[str, str] | None = None
+    is_initial: bool = False
 
 
 def save(folder: Path, name: Name, state: Mapping[str, Any], *, export: bool = True, keep_checkpoints: int = 0) -> None:
@@ -82,7 +86,8 @@ def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoin
 
     Args:
         wanted: a step, "best", or "latest", the first of `list_steps` that is not damaged, the best one if that is
-            all there is; or the path of a `*_state.pth`, of a `*_G.pth` with its `*_D.pth` beside it, or of an export.
+            all there is; or the path of a `*_state.pth`, of a `*_G.pth` with its `*_D.pth` beside it, of an export, or
+            of a `G.safetensors` with its `D.safetensors` beside it.
         needs_D: do not return a generator alone.
 
     Raises:
@@ -162,23 +167,26 @@ def read_dict(path: Path) -> dict[str, Any]:
 
 
 def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the weights and the metadata of a generator.safetensors, see `exporting.model_card`.
+    """Return the weights, in float32, and the metadata of a safetensors file, see `exporting.model_card`.
 
     Raises:
         ValueError: the file is missing, damaged or not an export of this program; the message is one line.
-        ModuleNotFoundError: safetensors is not installed.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  not a dict; not mapped
+        weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
         if (metadata.get("content"), metadata.get("content_version")) != (EXPORT_CONTENT, EXPORT_VERSION):
             raise ValueError(f"its metadata does not say {EXPORT_CONTENT}, version {EXPORT_VERSION}")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return weights, metadata
+
+
+def is_folded(metadata: Mapping[str, str] | None) -> bool:
+    """Return whether weights with this metadata have plain layers in place of spectral norm, so cannot be trained."""
+    return metadata is not None and not UNFOLDED.items() <= metadata.items()
 
 
 def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,28 +216,43 @@ def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
 
 
 def _load_file(path: Path, needs_D: bool) -> Checkpoint:
-    """Read a state file, an export, or weights, whose step is the number in their name, 0 if there is none."""
+    """Read a state file, a safetensors file, or weights, whose step is the number in their name, 0 without one."""
     name, _, ending = path.name.rpartition("_")
     if not path.exists():
-        raise UserError(f"--pretrained_model: there is no {path}")
-    if path.suffix == ".safetensors":
-        if needs_D:
-            raise UserError(f"--pretrained_model {path}: an export has no discriminator; only --train false takes it")
-        weights, metadata = _read(read_export, path)
-        return Checkpoint(int(metadata["step"]), weights, None, None, metadata)
+        raise UserError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors" and path.name != "D.safetensors":
+        return _load_safetensors(path, needs_D)
     if ending == "state.pth":
         state = _read(read_dict, path)
         with reraise_load_errors(name):
             return Checkpoint(state["step"], state["G"], state["D"], state)
     if ending != "G.pth":
-        raise UserError(f"--pretrained_model {path}: the file's name must end in _state.pth, _G.pth or .safetensors")
+        raise UserError(f"{path}: its name must end in _state.pth, _G.pth or .safetensors, and not be D.safetensors")
     D_path = path.with_name(f"{name}_D.pth")
-    if needs_D and not D_path.exists():
-        raise UserError(f"--pretrained_model {path}: {D_path} is missing; only --train false can do without")
-    G, D = _read(read_dict, path), _read(read_dict, D_path) if D_path.exists() else None
+    G, D = _read(read_dict, path), _read(read_dict, D_path) if _is_there(D_path, needs_D) else None
     with reraise_load_errors(name):
         G, D = strip_dataparallel_prefix(G), strip_dataparallel_prefix(D) if D else None
     return Checkpoint(int(name) if name.isdecimal() else 0, G, D, None)
+
+
+def _load_safetensors(path: Path, needs_D: bool) -> Checkpoint:
+    """Read an export, which has no D, or a `G.safetensors` with the `D.safetensors` beside it."""
+    (G, metadata), D, D_path = _read(read_export, path), None, path.with_name("D.safetensors")
+    if is_folded(metadata):
+        if needs_D:
+            raise UserError(f"{path} is an export, which has no discriminator; only --train false takes it")
+    elif _is_there(D_path, needs_D):
+        D, metadata_of_D = _read(read_export, D_path)
+        if metadata_of_D != metadata:
+            raise UserError(f"{D_path} is not of the checkpoint that {path} is of")
+    return Checkpoint(int(metadata["step"]), G, D, None, metadata)
+
+
+def _is_there(D_path: Path, needs_D: bool) -> bool:
+    """Return whether a generator's discriminator is beside it; `UserError` if it is not, but needed."""
+    if needs_D and not D_path.exists():
+        raise UserError(f"{D_path} is missing; only --train false can do without")
+    return D_path.exists()
 
 
 def _path(folder: Path, name: Name | str, part: str) -> Path:
@@ -248,8 +271,6 @@ def _read(read: Callable[[Path], Any], path: Path) -> Any:
         return read(path)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"--pretrained_model {path} needs safetensors: pip install safetensors") from error
 
 
 def _peek(path: Path) -> dict[str, Any]:

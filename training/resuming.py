@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,15 +24,22 @@ DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
 def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint that `--pretrained_model` names, None for a new run; `classes` are the training images'.
+    """Return the checkpoint that `--pretrained_model` or, for a new run, `--init_from` names; None without one.
+
+    `classes` are those of the training images.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of other networks or classes.
     """
     wanted = config.pretrained_file or config.pretrained_model
-    if wanted is None or (wanted == "auto" and not checkpoint.has_any(config.model_folder)):
-        return None
+    is_new = wanted is None or (wanted == "auto" and not checkpoint.has_any(config.model_folder))
+    if is_new:
+        if config.init_from is None:
+            return None
+        wanted = Path(os.path.expanduser(config.init_from))
+        wanted = wanted / "G.safetensors" if wanted.is_dir() else wanted
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
+    saved = dataclasses.replace(saved, is_initial=is_new)
     check_architecture(saved, config.architecture)
     check_classes(saved, classes)
     return saved
@@ -50,7 +59,7 @@ def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetw
     classes = saved_classes(saved)
     is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
     G, D = build_networks(config, len(classes))
-    if saved.metadata:
+    if checkpoint.is_folded(saved.metadata):
         fold_spectral_norm(G)
     with checkpoint.reraise_load_errors(saved.step):
         G.load_state_dict(saved.state["ema"] if saved.state and is_ema else saved.G)
@@ -108,7 +117,7 @@ def check_architecture(saved: checkpoint.Checkpoint, expected: Mapping[str, int 
 
 
 def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
-    if saved.metadata:
+    if checkpoint.is_folded(saved.metadata):
         return export_sizes(saved.metadata)
     with checkpoint.reraise_load_errors(saved.step):
         return recognize("generator", saved.G)
@@ -133,21 +142,28 @@ class TrainingState:
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint; weights alone get new optimizers and EMA. `UserError` if it does not fit."""
-        self.step = saved.step
+        """Continue from a checkpoint, or start from its weights; `UserError` if it does not fit.
+
+        Weights alone get new optimizers and EMA.
+        """
+        self.step = 0 if saved.is_initial else saved.step
         parts = saved.state or {"G": saved.G, "D": saved.D, "ema": saved.G}
+        is_resumed = saved.state is not None and not saved.is_initial
         with checkpoint.reraise_load_errors(saved.step):
-            for name in ("G", "D", "ema", "g_optimizer", "d_optimizer") if saved.state else parts:
+            for name in ("G", "D", "ema", *(("g_optimizer", "d_optimizer") if is_resumed else ())):
                 getattr(self, name).load_state_dict(parts[name])
-            if saved.state:
+            if is_resumed:
                 self.fixed_z = saved.state["fixed_z"].to(self.fixed_z.device)
                 self.schedule = self.schedule.resumed(Schedule(**saved.state["schedule"]), saved.step)
 
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
-    """Print what a run resumes from, and which options and images differ; `data` is the run's `Loader.fingerprint`."""
+    """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
     if saved.step:  # weights of step 0 are initial ones
         warn_of_trained_holdout(saved.state and saved.state["data"], data)
+    if saved.is_initial:
+        print(f"starting from the weights of {config.init_from} (step {saved.step})")
+        return
     if saved.state is None:
         if saved.step:
             warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")

@@ -63,7 +63,7 @@ def test_the_step_after_waiting_for_other_contenders_is_not_counted():
 def test_step_measures_contenders(output_of, tmp_path):
     """Each in a process of its own; what cannot be measured is refused before anything is."""
     with pytest.raises(SystemExit):
-        output_of(step, "--device cpu --model sagan,paper --imsize 32")
+        output_of(step, "--device cpu --model sagan,paper --imsize 256")
     words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
     lines = output_of(step, f"{words} {tmp_path / 'results.json'}")
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines

@@ -35,7 +35,7 @@ def test_drawings_show_the_networks(name):
 
 
 @NAMES
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [32, 64, 128])
 def test_parameter_counts_of_the_table(name, size):
     with torch.device("meta"):
         G, D = MODELS[name].Generator(size), MODELS[name].Discriminator(size)
@@ -59,7 +59,7 @@ def test_attention_layers_of_the_table(name):
 
 
 def test_sizes_of_the_table():
-    for name, sizes in (("sagan", sagan_models.IMAGE_SIZES), ("paper", paper_models.WIDTHS)):
+    for name, sizes in (("sagan", sagan_models.IMAGE_SIZES), ("paper", paper_models.LAYOUTS)):
         assert cell(name, "sizes") == ", ".join(map(str, sizes))
 
 

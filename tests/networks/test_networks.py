@@ -21,7 +21,6 @@ from training.models import MODELS
 from training.previews import gammas_and_sigmas
 
 CLASSES = 5
-SMALLEST = {"sagan": 32, "paper": 64}
 # A bias of a channel that the next BatchNorm subtracts again has no effect, nor has a bias of the keys.
 WITHOUT_GRADIENT = {
     "sagan": r"G_grad\w+/l\d\.0\.module\.bias|\w_grad\w+/attn\d\.key_conv\.bias",
@@ -32,6 +31,8 @@ SHAPES = {  # channels x side of what each layer of small networks returns
                     "l1 8x16, l2 16x8, attn1 16x8, l3 32x4, attn2 32x4, last 1x1"),
     ("sagan", 256): ("l1 256x4, l2 128x8, l3 64x16, attn1 64x16, l4 32x32, attn2 32x32, l5 16x64, l6 8x128, last 3x256",
                      "l1 8x128, l2 16x64, l3 32x32, l4 64x16, l5 128x8, attn1 128x8, l6 256x4, attn2 256x4, last 1x1"),
+    ("paper", 32): ("block1 32x8, block2 32x16, attn1 32x16, block3 32x32, bn 32x32, last 3x32",
+                    "block1 16x16, attn1 16x16, block2 16x8, block3 16x8, block4 16x8"),
     ("paper", 128): ("block1 128x8, block2 64x16, block3 32x32, attn1 32x32, block4 16x64, block5 8x128, bn 8x128, "
                      "last 3x128",
                      "block1 8x64, block2 16x32, attn1 16x32, block3 32x16, block4 64x8, block5 128x4, block6 128x4"),
@@ -39,10 +40,9 @@ SHAPES = {  # channels x side of what each layer of small networks returns
 EACH = pytest.mark.parametrize("model, num_classes", [("sagan", 0), ("paper", 0), ("paper", CLASSES)])
 
 
-def make(model, num_classes=0, size=None, gamma=0.5):
+def make(model, num_classes=0, size=32, gamma=0.5):
     """Small networks, whose attention layers take part."""
     torch.manual_seed(0)
-    size = size or SMALLEST[model]
     G = MODELS[model].Generator(size, 16, 8, num_classes=num_classes)
     D = MODELS[model].Discriminator(size, 8, num_classes=num_classes)
     for layer in (*G.modules(), *D.modules()):
@@ -54,7 +54,7 @@ def make(model, num_classes=0, size=None, gamma=0.5):
 def inputs(model, num_classes, count=2):
     """z, images and labels."""
     labels = torch.arange(1, count + 1) % num_classes if num_classes else None
-    return torch.randn(count, 16), torch.randn(count, 3, SMALLEST[model], SMALLEST[model]), labels
+    return torch.randn(count, 16), torch.randn(count, 3, 32, 32), labels
 
 
 def make_settled(model, num_classes=0):
@@ -143,7 +143,8 @@ def test_shapes(model, size):
 @pytest.mark.parametrize("has_attention", [True, False])
 @pytest.mark.parametrize("conv_dim", [8, 24])
 @pytest.mark.parametrize(
-    "model, size, num_classes", [("sagan", 32, 0), ("sagan", 256, 0), ("paper", 64, 0), ("paper", 128, CLASSES)]
+    "model, size, num_classes",
+    [("sagan", 32, 0), ("sagan", 256, 0), ("paper", 32, CLASSES), ("paper", 64, 0), ("paper", 128, CLASSES)],
 )
 def test_state_dicts_tell_the_sizes(model, size, num_classes, conv_dim, has_attention):
     module, (other,) = MODELS[model], MODELS.keys() - {model}
@@ -173,10 +174,13 @@ def test_arguments_that_no_network_has_are_rejected(model, arguments):
 # Layers
 
 
-def test_the_last_block_at_128_adds_its_input_itself():
-    _, D = make("paper", size=128)
-    assert not any(key.startswith("block6.shortcut") for key in D.state_dict())
-    block, x = D.block6.eval(), torch.randn(2, 128, 4, 4)
+@pytest.mark.parametrize("size, names", [(32, ["block3", "block4"]), (128, ["block6"])])
+def test_blocks_of_d_that_keep_size_and_width_add_their_input_itself(size, names):
+    _, D = make("paper", size=size)
+    blocks = {name: block for name, block in D.named_children() if name.startswith("block")}
+    assert [name for name, block in blocks.items() if not [*block.shortcut.parameters()]] == names
+    block = blocks[names[-1]].eval()
+    x = torch.randn(2, block.conv1.module.in_channels, 4, 4)
     torch.testing.assert_close(block(x), x + block.conv2(F.relu(block.conv1(F.relu(x)))))
 
 
@@ -287,8 +291,7 @@ def test_the_path_without_maps_equals_the_other_in_values_and_gradients(model, n
 def test_networks_without_attention_are_the_others_without_these_layers(model, num_classes):
     *xs, labels = inputs(model, num_classes)
     options = dict(num_classes=num_classes, has_attention=False)
-    others = (MODELS[model].Generator(SMALLEST[model], 16, 8, **options),
-              MODELS[model].Discriminator(SMALLEST[model], 8, **options))  # fmt: skip
+    others = (MODELS[model].Generator(32, 16, 8, **options), MODELS[model].Discriminator(32, 8, **options))
     for network, other, x in zip(make(model, num_classes, gamma=0), others, xs, strict=True):
         rest = {key: value for key, value in network.state_dict().items() if not key.startswith("attn")}
         other.load_state_dict(rest)  # no other keys
@@ -335,7 +338,7 @@ def test_feature_maps_stay_in_bf16(model, num_classes):
             layer.register_forward_hook(lambda _, __, out: types.append(first(out).dtype))
     with torch.autocast("cpu", torch.bfloat16):
         D(G(z, labels), labels)
-    assert types == [torch.bfloat16] * ({"sagan": 4, "paper": 2}[model] + (8 if num_classes else 0))
+    assert types == [torch.bfloat16] * ({"sagan": 4, "paper": 2}[model] + (6 if num_classes else 0))
 
 
 @EACH
@@ -403,7 +406,7 @@ def test_every_embedding_of_g_learns_of_each_image_s_class_alone():
     G, _ = make_settled("paper", CLASSES)
     G(torch.randn(2, 16), torch.tensor([3, 1]))[0].sum().backward()
     tables = [layer.weight for layer in G.modules() if isinstance(layer, nn.Embedding)]
-    assert len(tables) == 2 * 2 * 4  # gain and shift, two in each block
+    assert len(tables) == 2 * 2 * 3  # gain and shift, two in each block
     for table in tables:
         assert table.grad.abs().sum(1).nonzero().flatten().tolist() == [3]
 
@@ -412,7 +415,7 @@ def test_the_projection_is_the_inner_product_of_features_and_the_class_s_embeddi
     (_, D), features = make_settled("paper", CLASSES), []
     D.linear.register_forward_hook(lambda _, inputs, out: features.extend((inputs[0], out[:, 0])))
     labels = torch.tensor([4, 0, 4])
-    logits = D(torch.randn(3, 3, 64, 64), labels)
+    logits = D(torch.randn(3, 3, 32, 32), labels)
     h, unconditional = features
     embedding = D.embedding.module.weight_bar / D.embedding.sigma()
     torch.testing.assert_close(logits, unconditional + (embedding[labels] * h).sum(1))

@@ -11,7 +11,7 @@ def build(name, imsize, **options):
 
 @pytest.mark.parametrize("has_attention", [True, False])
 @pytest.mark.parametrize("name, imsize, num_classes", [
-    ("sagan", 64, 0), ("sagan", 128, 0), ("paper", 64, 0), ("paper", 128, 3),
+    ("sagan", 64, 0), ("sagan", 128, 0), ("paper", 32, 3), ("paper", 64, 0), ("paper", 128, 3),
 ])  # fmt: skip
 def test_weights_tell_the_network_that_they_load_into(name, imsize, num_classes, has_attention):
     options = {"num_classes": num_classes, "has_attention": has_attention}

@@ -14,6 +14,7 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
+from metrics.nearest import image_spread
 from metrics.scores import compute_metrics
 from training import checkpoint
 from training.guards import NonFiniteError
@@ -37,7 +38,7 @@ RESUMED = {
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, options):
     """Bit for bit: weights, EMA, fixed z, optimizers, samples and the log."""
-    options = dict(total_step=4, log_step=1, sample_step=4) | options
+    options = dict(total_step=4, log_step=1, sample_step=2) | options
     whole = make_trainer(version="whole", **options)
     whole.train()
     first = options | ({} if "lr_schedule" in options else {"total_step": 2})  # its rates depend on total_step
@@ -106,7 +107,7 @@ def test_d_is_compared_on_held_out_and_training_images(make_trainer, capsys, opt
     assert means["d_train"].item() != means["d_holdout"].item()
     trainer.D.train()
     trainer.train()
-    (entry,) = metrics_of(trainer)
+    entry, _ = metrics_of(trainer)
     assert {"d_train", "d_holdout"} <= entry.keys()
     assert "at first" not in capsys.readouterr().err
     make_trainer(holdout=0.4, total_step=2, batch_size=4, pretrained_model="1", **options).train()
@@ -120,7 +121,7 @@ def test_r_is_watched_where_logits_have_a_zero(make_trainer, monkeypatch, loss, 
     monkeypatch.setattr("training.recorder.OverfittingCheck", watch)
     trainer = make_trainer(adv_loss=loss, total_step=5, log_step=2, n_critic=2, augment="cutout")  # 5 batches an epoch
     trainer.train()
-    logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
+    logged = {entry["step"]: entry["d_sign"] for entry in log(trainer.config.log_folder, "d_sign")}
     assert seen == [((2, False, True), step, pytest.approx(logged[step])) for step in checked]
 
 
@@ -145,11 +146,17 @@ def test_a_run_writes_all_its_files(make_trainer):
     saved = {f"{step}_{part}.pth" for step in (2, 4, 5) for part in ("G", "D", "state")}
     assert {path.name for path in config.model_folder.glob("*.pth")} == saved
 
-    lines = metrics_of(trainer)
+    lines = log(config.log_folder, "d_loss")
     assert [line["step"] for line in lines] == [2, 4, 5]
+    spreads, real = log(config.log_folder, "spread"), trainer.loader.batch(0)[0]
+    assert [(line["step"], set(line)) for line in spreads] == [
+        (step, {"step", "spread", "spread_real"}) for step in (2, 4, 5)
+    ]
+    assert spreads[-1]["spread"] == pytest.approx(image_spread(trainer.previews.samples()["ema"]))
+    assert spreads[-1]["spread_real"] == pytest.approx(image_spread(real))
     sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
     gammas = {f"gamma/{network}_attn{layer}" for network in "GD" for layer in (1, 2)}
-    assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d"}
+    assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d", "images_per_s", "memory_mib"}
     (events,) = config.log_folder.glob("events.out.tfevents.*")
     for tag in ("d_loss", "gamma/G_attn1", "sigma/D_l1", "samples/ema", "attention/D_attn2", "memory_mib"):
         assert tag.encode() in events.read_bytes()
@@ -183,7 +190,7 @@ def test_the_learning_rate_does_not_jump_when_the_data_or_the_batch_changes(make
         resumed = make_trainer(**options, **changed, total_step=total_step, pretrained_model=pretrained_model)
         resumed.train()
         assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
-    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
+    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder, "lr/g")]
     assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
 
 
@@ -413,7 +420,7 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(make_trainer):
     branch = make_trainer(version="branch", pretrained_model=str(state), **options)
     branch.train()
     assert_same_weights(whole, branch)
-    assert [entry["step"] for entry in log(branch.config.log_folder)] == [4, 5, 6]
+    assert [entry["step"] for entry in log(branch.config.log_folder, "d_loss")] == [4, 5, 6]
     assert checkpoint.list_steps(branch.config.model_folder)[-1] == 3  # it can go on before the first one of its own
     assert (branch.config.sample_folder / "3_ema.png").exists()
     assert checkpoint.list_steps(whole.config.model_folder)[0] == 6

@@ -94,6 +94,7 @@ class CollapseCheck:
             self._warned = True
             warn(
                 f"since step {self._since}, samples differ from each other less than half as much as real images do "
-                f"(spread {spread:.2f}, real {spread_real:.2f}): mode collapse, which seldom ends by itself. Start anew, or "
-                f"from a checkpoint before that step (--pretrained_model), with lower --g_lr and --d_lr{self._augment}"
+                f"(spread {spread:.2f}, real {spread_real:.2f}): mode collapse, which seldom ends by itself. Restart, "
+                "or resume from a checkpoint of before (--pretrained_model), with lower --g_lr and --d_lr"
+                f"{self._augment}"
             )

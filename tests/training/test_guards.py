@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.guards import NonFiniteError, NonFiniteGuard, OverfittingCheck
+from training.guards import CollapseCheck, NonFiniteError, NonFiniteGuard, OverfittingCheck
 
 ONE = torch.tensor(1.0)
 
@@ -67,3 +67,18 @@ def test_an_epoch_above_the_limit_is_one_warning(capsys, has_holdout, has_augmen
 def test_it_warns_after_an_epoch_500_steps_and_20_values_without_a_break(capsys, epoch, values, since):
     lines = warnings_of(values, epoch, capsys)
     assert [f"since step {since}," in line for line in lines] == ([True] if since else [])
+
+
+@pytest.mark.parametrize("values, since", [
+    ({100: 0.4, 500: 0.1, 900: 0.2, 1900: 0.3, 2000: 0.3}, None),  # alike at the start only
+    ({100: 0.4, 500: 0.1, 2000: 0.25, 2100: 0.28}, None),  # half is enough
+    ({100: 0.1, 500: 0.3, 1000: 0.2, 1500: 0.1}, None),  # may still be the start
+    ({100: 0.1, 500: 0.3, 1000: 0.2, 2000: 0.1, 2100: 0.05}, 1000),
+    ({2000: 0.4, 2100: 0.3, 2200: 0.24, 2300: 0.2, 2400: 0.4, 2500: 0.1}, 2200),
+])  # fmt: skip
+def test_samples_that_become_alike_are_one_warning(capsys, values, since):
+    check = CollapseCheck(has_augment=False)
+    for step, spread in values.items():
+        check.add(step, spread, 0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["mode collapse" in line and f"since step {since}," in line for line in lines] == ([True] if since else [])

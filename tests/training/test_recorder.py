@@ -55,7 +55,7 @@ def test_results_that_cannot_be_written_cost_a_warning_each_and_no_checkpoint(st
             folder.touch()  # a file
         (config.log_folder / "report.html").mkdir()
         for step in (1, 2):
-            recorder.samples(step, {"fake": images})
+            recorder.samples(step, {"ema": images})
             recorder.attention(step, [sample])
             recorder.explorer(step, [sample])
             recorder.checkpoint(step, STATE | {"step": step})

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, log
 from page_tools import BrowserPage, Keys
 from PIL import Image
 
@@ -108,7 +108,7 @@ def test_results_of_later_steps_are_ignored(toy_run):
     page = page_of(toy_run, 4)
     assert [frame["step"] for frame in data_of(page)["frames"]] == [2, 4]
     assert figures_of(page)[0] == "3_G_attn1" and "6_G_attn1" not in page
-    row = json.loads((toy_run.log_folder / "metrics.jsonl").read_text().splitlines()[3])
+    row = log(toy_run.log_folder, "d_loss")[3]
     assert f"d_loss  {row['d_loss']:.4g}".replace("-", "\N{MINUS SIGN}") in page
     assert "(66.6%)" in page
 

@@ -89,8 +89,8 @@ def test_a_finished_run(toy_run):
     assert [frame["step"] for frame in data["frames"]] == [2, 4, 6]
     assert all(frame["fake"].startswith("data:image/jpeg") and frame["ema"] for frame in data["frames"])
     assert data["real"]
-    first = ["Losses", "Logits of D", "Sign of D on training images", "Gamma of the attention layers",
-             "Spectral norms of G", "Spectral norms of D"]  # fmt: skip
+    first = ["Losses", "Logits of D", "Sign of D on training images", "Spread of the samples",
+             "Gamma of the attention layers", "Spectral norms of G", "Spectral norms of D"]  # fmt: skip
     assert titles_of(page) == [*first, "Speed", "Memory", "Learning rates"]
     assert figures_of(page) == ["6_G_attn1", "6_G_attn2", "6_D_attn1", "6_D_attn2"]
     assert html.escape("python main.py --version 'a b'") in page

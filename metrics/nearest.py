@@ -1,4 +1,4 @@
-"""Distances in pixel space: training images nearest to generated ones, for memorization; the spread, for collapse."""
+"""Training images nearest to generated ones in pixel space: a check for memorization."""
 
 from typing import NamedTuple
 
@@ -39,11 +39,3 @@ def nearest_images(queries: Tensor, images: Tensor, count: int) -> Nearest:
         order = distances.argsort(dim=1, stable=True)[:, :count]
         best = Nearest(indices.gather(1, order), distances.gather(1, order))
     return best
-
-
-@torch.no_grad()
-def image_spread(images: Tensor) -> float:
-    """Return the mean distance, as in `Nearest`, over all pairs of images (B, 3, S, S) in [-1, 1]; NaN for one."""
-    pixels = images.flatten(1).float()
-    distances = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist")  # 0 on the diagonal
-    return (distances.sum() / (len(pixels) * (len(pixels) - 1)) / pixels.shape[1] ** 0.5).item()

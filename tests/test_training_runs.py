@@ -14,10 +14,9 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
-from metrics.nearest import image_spread
 from metrics.scores import compute_metrics
 from training import checkpoint
-from training.guards import NonFiniteError
+from training.guards import NonFiniteError, image_spread
 from training.resuming import load_test_checkpoint
 from utils import files_by_step
 

@@ -75,6 +75,17 @@ class OverfittingCheck:
             )
 
 
+@torch.no_grad()
+def image_spread(images: Tensor) -> float:
+    """Return the mean, over all pairs of images (B, 3, S, S) in [-1, 1], of the root-mean-square error between the two.
+
+    It is comparable with the distances of `nearest_images`. NaN for one image.
+    """
+    pixels = images.flatten(1).float()
+    distances = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist")  # 0 on the diagonal
+    return (distances.sum() / (len(pixels) * (len(pixels) - 1)) / pixels.shape[1] ** 0.5).item()
+
+
 class CollapseCheck:
     """Warn once, after `COLLAPSE_STEPS`, when samples differ less than half as much as real images: mode collapse.
 

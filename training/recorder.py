@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from data_loader import Loader
 from errors import Tolerate
-from metrics.nearest import image_spread
 from networks.losses import LOSSES
 from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
-from training.guards import CollapseCheck, OverfittingCheck
+from training.guards import CollapseCheck, OverfittingCheck, image_spread
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib, write_atomically

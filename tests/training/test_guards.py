@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from training.guards import CollapseCheck, NonFiniteError, NonFiniteGuard, OverfittingCheck
+from training.guards import CollapseCheck, NonFiniteError, NonFiniteGuard, OverfittingCheck, image_spread
 
 ONE = torch.tensor(1.0)
 
@@ -82,3 +83,13 @@ def test_samples_that_become_alike_are_one_warning(capsys, values, since):
         check.add(step, spread, 0.5)
     lines = capsys.readouterr().err.splitlines()
     assert ["mode collapse" in line and f"since step {since}," in line for line in lines] == ([True] if since else [])
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_spread_is_the_mean_distance_of_all_pairs(memory_format):
+    random = np.random.default_rng(0)
+    images = random.uniform(-1, 1, (30, 3, 8, 8)) * random.uniform(0, 1, (30, 1, 1, 1))
+    pairs = [(images[i] - images[j]) ** 2 for i in range(30) for j in range(i)]
+    spread = image_spread(torch.tensor(images, dtype=torch.float32).contiguous(memory_format=memory_format))
+    assert spread == pytest.approx(np.mean([np.sqrt(pair.mean()) for pair in pairs]), rel=1e-5)
+    assert image_spread(torch.ones(3, 3, 8, 8)) == 0

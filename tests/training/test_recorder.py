@@ -66,6 +66,15 @@ def test_results_that_cannot_be_written_cost_a_warning_each_and_no_checkpoint(st
     assert len(warnings) == 4
 
 
+@pytest.mark.parametrize("augment", ["none", "cutout"])
+def test_samples_that_are_alike_are_one_warning(start, capsys, augment):
+    with start(augment=augment) as recorder:
+        for step in (1900, 2000, 2100):
+            recorder.samples(step, {"ema": torch.zeros(2, 3, 32, 32)})
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mode collapse" in line]
+    assert "since step 1900," in line and ("--augment" in line) == (augment == "none")
+
+
 def test_after_an_error_the_checkpoints_and_the_report_are_still_written(start):
     with pytest.raises(ZeroDivisionError), start() as recorder:
         recorder.checkpoint(1, STATE | {"step": 1})

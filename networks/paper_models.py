@@ -274,9 +274,7 @@ def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
 def _common_sizes(
     weights: Mapping[str, Tensor], classes: str, layouts: Mapping[int, tuple[int, int]], width: int
 ) -> dict[str, int | bool]:
-    """`classes` is the key of a row for each class; `layouts` has the image size by the number of blocks, and what
-    `width` is in units of conv_dim.
-    """
+    """`classes` is the key of a row per class; `layouts` has, by number of blocks, the size and width / conv_dim."""
     blocks = sum(re.fullmatch(r"block\d+\.conv1\.module\.weight_bar", key) is not None for key in weights)
     image_size, factor = layouts[blocks]
     return {

@@ -74,7 +74,7 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path, run):
     assert code == 0, err
     assert "decoding" not in err  # the cache was opened
     lines = (tmp_path / "logs/sagan_celeb/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2, 3, 3]  # those of samples too
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3]  # of losses and of samples
 
     code, out, err = run("--train", "false", "--device", "cpu")
     assert code == 0, err

@@ -106,6 +106,5 @@ class CollapseCheck:
             warn(
                 f"since step {self._since}, samples differ from each other less than half as much as real images do "
                 f"(spread {spread:.2f}, real {spread_real:.2f}): mode collapse, which seldom ends by itself. Restart, "
-                "or resume from a checkpoint of before (--pretrained_model), with lower --g_lr and --d_lr"
-                f"{self._augment}"
+                f"or resume an earlier checkpoint (--pretrained_model), with lower --g_lr and --d_lr{self._augment}"
             )

@@ -58,8 +58,8 @@ def generator(checkpoint=None, network="sagan", image_size=64, z_dim=128, conv_d
             arguments below are ignored. None: random weights. A file on the web is downloaded once, into torch.hub's
             folder.
         network: "sagan" (the networks of heykeetae/Self-Attention-GAN) or "paper" (the ResNets of the paper).
-        image_size: 32, 64, 128 or 256; of "paper" 64 or 128.
-        conv_dim: width of the last block, a multiple of 8.
+        image_size: 32, 64, 128 or 256; of "paper" up to 128.
+        conv_dim: width of the last block, of "paper" at size 32 a quarter of it; a multiple of 8.
         num_classes: of "paper"; 0 for an unconditional generator.
         pretrained: in place of `checkpoint`, the name of a folder of weights in the repository's pretrained/.
 
@@ -77,7 +77,7 @@ def discriminator(checkpoint=None, network="sagan", image_size=64, conv_dim=64, 
     """Return a discriminator on the CPU in evaluation mode: D(images) -> logits (B,), of (B, 3, S, S) in [-1, 1].
 
     Labels, attention maps, arguments and errors are those of `generator`, except that checkpoint is {step}_state.pth,
-    {step}_D.pth or D.safetensors, and conv_dim is the width of the first block.
+    {step}_D.pth or D.safetensors, and conv_dim is the width of the first block (of "paper" at size 32, half of it).
     """
     if pretrained is not None:
         checkpoint = _loading.pretrained_file(pretrained, "D")

@@ -225,8 +225,8 @@ class Config:
                 raise UserError(f"--{field.name} must be a finite number, not {value}")
             if value is not None and not constraint.check(value):
                 raise UserError(f"--{field.name} must be {constraint.description}, not {value}")
-        if self.model == "paper" and self.imsize not in (64, 128):
-            raise UserError(f"--model paper has networks for --imsize 64 and 128, not {self.imsize}")
+        if self.model == "paper" and self.imsize not in (32, 64, 128):
+            raise UserError(f"--model paper has networks for --imsize 32, 64 and 128, not {self.imsize}")
         if self.model != "paper" and self.conditional:
             raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):

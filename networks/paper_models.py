@@ -1,4 +1,4 @@
-"""The two networks of the SAGAN paper (arXiv 1805.08318), at 64x64 and 128x128: ResNets with one attention layer each.
+"""The two networks of the SAGAN paper (arXiv 1805.08318), at 32x32 to 128x128: ResNets with one attention layer each.
 
     images = Generator()(torch.randn(16, 128))              # (16, 3, 64, 64) in [-1, 1]
     logits = Discriminator()(images)                        # (16,)
@@ -12,6 +12,7 @@ first. With classes, G has class-conditional BatchNorm, and D is a projection di
 import re
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,21 @@ from networks.attention import self_attention
 from networks.latents import check_labels
 from spectral import SpectralNorm
 
-# Widths of G's feature maps from z to the images, in units of conv_dim, by image size; D has them in reverse.
-WIDTHS = {64: (16, 8, 4, 2, 1), 128: (16, 16, 8, 4, 2, 1)}
-ATTENTION_SIZE = 32  # attention is where the feature map is 32x32
+
+class Layout(NamedTuple):
+    """What differs between image sizes. Widths are in units of conv_dim."""
+
+    g_widths: tuple[int, ...]  # of G's linear layer and each of its blocks
+    d_widths: tuple[int, ...]  # of each block of D
+    num_keeping: int  # last blocks of D, which keep height and width
+    attention_size: int  # height and width of the feature maps with attention
+
+
+LAYOUTS = {
+    32: Layout((4, 4, 4, 4), (2, 2, 2, 2), 2, 16),
+    64: Layout((16, 8, 4, 2, 1), (1, 2, 4, 8, 16), 1, 32),
+    128: Layout((16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 1, 32),
+}
 
 
 class PooledAttention(nn.Module):
@@ -120,31 +133,31 @@ class UpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual block of D: the first one has no ReLU before its first convolution, the last one keeps the size."""
+    """Residual block of D: the first one has no ReLU before its first convolution, the last ones keep the size."""
 
-    def __init__(self, inputs: int, outputs: int, *, is_first: bool, is_last: bool):
+    def __init__(self, inputs: int, outputs: int, *, is_first: bool, keeps_size: bool):
         super().__init__()
-        self.is_first, self.is_last = is_first, is_last
+        self.is_first, self.keeps_size = is_first, keeps_size
         self.conv1 = _conv(inputs, outputs, 3)
-        self.conv2 = _conv(outputs, outputs, 3, nn.Conv2d if is_last else PooledConv2d)
-        self.shortcut = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.conv2 = _conv(outputs, outputs, 3, nn.Conv2d if keeps_size else PooledConv2d)
+        self.shortcut = nn.Identity() if keeps_size and inputs == outputs else _conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, inputs, H, W) -> (B, outputs, H/2, W/2), or (B, outputs, H, W) by the last block."""
+        """x (B, inputs, H, W) -> (B, outputs, H/2, W/2), or (B, outputs, H, W) by a block that keeps the size."""
         out = self.conv2(F.relu(self.conv1(x if self.is_first else F.relu(x))))
-        if not self.is_last:
+        if not self.keeps_size:
             # Pooling before the 1x1 convolution has the result of pooling after it, for a quarter of the work.
             x = F.avg_pool2d(x, 2)
         return out + self.shortcut(x)
 
 
 class Generator(nn.Module):
-    """z to images: a linear layer to 4x4 and residual blocks, four at size 64 and five at 128; attention at 32x32.
+    """z to images: a linear layer to 4x4, residual blocks that double the size, attention at 32x32 (size 32: 16x16).
 
     Args:
-        image_size: 64 or 128.
+        image_size: 32, 64 or 128.
         z_dim: length of z.
-        conv_dim: width of the last block, a multiple of 8.
+        conv_dim: width of the last block, at size 32 a quarter of it; a multiple of 8.
         num_classes: 0 for an unconditional network.
         has_attention: False for a network without its attention layer.
 
@@ -162,21 +175,24 @@ class Generator(nn.Module):
         has_attention: bool = True,
     ):
         super().__init__()
-        widths = _widths(image_size, conv_dim)
+        layout = _check_sizes(image_size, conv_dim)
+        widths = [conv_dim * factor for factor in layout.g_widths]
         self.num_blocks, self.num_classes = len(widths) - 1, num_classes
-        self.attention_size = ATTENTION_SIZE if has_attention else None
+        self.attention_size = layout.attention_size if has_attention else None
         self.linear = _spectral_norm(nn.Linear(z_dim, widths[0] * 4 * 4))
         for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
             self.add_module(f"block{index}", UpBlock(inputs, outputs, num_classes))
             if 4 * 2**index == self.attention_size:
                 self.attn1 = PooledAttention(outputs)
-        self.bn = nn.BatchNorm2d(conv_dim)
-        self.last = _conv(conv_dim, 3, 3)
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.last = _conv(widths[-1], 3, 3)
 
     def forward(
         self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also the map (B, 1024, 256).
+        """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also the map (B, N, N/4).
+
+        N is 1024, at size 32 it is 256.
 
         Args:
             labels: (B,), integers below num_classes, or (B, num_classes), floats: weights by which the scales and
@@ -187,17 +203,17 @@ class Generator(nn.Module):
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"block{index}")(x, labels)  # at 64: (B, 512, 8, 8), ... (B, 64, 64, 64)
             if x.shape[2] == self.attention_size:
-                x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+                x, attention = self.attn1(x, return_attention)  # the same shape; (B, N, N/4)
                 maps.append(attention)
         images = torch.tanh(self.last(F.relu(self.bn(x))))
         return (images, *maps) if return_attention else images
 
 
 class Discriminator(nn.Module):
-    """Images to logits: residual blocks, five at size 64 and six at 128, with attention at 32x32.
+    """Images to logits: residual blocks, of which the last ones keep the size, and attention as in `Generator`.
 
     Args:
-        conv_dim: width of the first block, a multiple of 8.
+        conv_dim: width of the first block, at size 32 half of it; a multiple of 8.
         image_size, num_classes, has_attention: as in `Generator`.
 
     Raises:
@@ -206,12 +222,13 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size: int = 64, conv_dim: int = 64, *, num_classes: int = 0, has_attention: bool = True):
         super().__init__()
-        widths = (3, *reversed(_widths(image_size, conv_dim)))
+        layout = _check_sizes(image_size, conv_dim)
+        widths = [3, *(conv_dim * factor for factor in layout.d_widths)]
         self.num_blocks, self.num_classes = len(widths) - 1, num_classes
-        self.attention_size = ATTENTION_SIZE if has_attention else None
+        self.attention_size = layout.attention_size if has_attention else None
         for index, (inputs, outputs) in enumerate(pairwise(widths), 1):
-            block = DownBlock(inputs, outputs, is_first=index == 1, is_last=index == self.num_blocks)
-            self.add_module(f"block{index}", block)
+            keeps_size = index > self.num_blocks - layout.num_keeping
+            self.add_module(f"block{index}", DownBlock(inputs, outputs, is_first=index == 1, keeps_size=keeps_size))
             if image_size // 2**index == self.attention_size:
                 self.attn1 = PooledAttention(outputs)
         self.linear = _spectral_norm(nn.Linear(widths[-1], 1))
@@ -221,7 +238,7 @@ class Discriminator(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, 3, S, S) -> logits (B,); with return_attention also the map (B, 1024, 256).
+        """x (B, 3, S, S) -> logits (B,); with return_attention also the map (B, N, N/4) of `Generator`'s shape.
 
         Args:
             labels: (B,), integers below num_classes; None in an unconditional network.
@@ -231,9 +248,9 @@ class Discriminator(nn.Module):
         for index in range(1, self.num_blocks + 1):
             x = getattr(self, f"block{index}")(x)  # at 64: (B, 64, 32, 32), ... (B, 512, 4, 4), (B, 1024, 4, 4)
             if x.shape[2] == self.attention_size:
-                x, attention = self.attn1(x, return_attention)  # the same shape; (B, 1024, 256)
+                x, attention = self.attn1(x, return_attention)  # the same shape; (B, N, N/4)
                 maps.append(attention)
-        features = F.relu(x).sum((2, 3))  # (B, 1024)
+        features = F.relu(x).sum((2, 3))  # at 64: (B, 1024)
         logits = self.linear(features).flatten()  # (B,)
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(1)
@@ -242,34 +259,38 @@ class Discriminator(nn.Module):
 
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
     """Return the arguments of the `Generator` with this state dict. Raises `KeyError` for other networks."""
-    sizes = {"z_dim": weights["linear.module.weight_bar"].shape[1]}
-    sizes["conv_dim"] = weights["last.module.weight_bar"].shape[1]
-    return sizes | _common_sizes(weights, "block1.bn1.gain.weight", extra_blocks=0)
+    z_dim, width = (weights[f"{name}.module.weight_bar"].shape[1] for name in ("linear", "last"))
+    layouts = {len(layout.g_widths) - 1: (size, layout.g_widths[-1]) for size, layout in LAYOUTS.items()}
+    return {"z_dim": z_dim, **_common_sizes(weights, "block1.bn1.gain.weight", layouts, width)}
 
 
 def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
     """Return the arguments of the `Discriminator` with this state dict. Raises `KeyError` for other networks."""
-    conv_dim = len(weights["block1.conv1.module.weight_bar"])
-    return {"conv_dim": conv_dim, **_common_sizes(weights, "embedding.module.weight_bar", extra_blocks=1)}
+    layouts = {len(layout.d_widths): (size, layout.d_widths[0]) for size, layout in LAYOUTS.items()}
+    width = len(weights["block1.conv1.module.weight_bar"])
+    return _common_sizes(weights, "embedding.module.weight_bar", layouts, width)
 
 
-def _common_sizes(weights: Mapping[str, Tensor], classes: str, extra_blocks: int) -> dict[str, int | bool]:
-    """`classes` is the key of a row for each class; `extra_blocks` is the number of blocks that keep the size."""
+def _common_sizes(
+    weights: Mapping[str, Tensor], classes: str, layouts: Mapping[int, tuple[int, int]], width: int
+) -> dict[str, int | bool]:
+    """`classes` is the key of a row per class; `layouts` has, by number of blocks, the size and width / conv_dim."""
     blocks = sum(re.fullmatch(r"block\d+\.conv1\.module\.weight_bar", key) is not None for key in weights)
+    image_size, factor = layouts[blocks]
     return {
-        "image_size": 4 * 2 ** (blocks - extra_blocks),
+        "conv_dim": width // factor,
+        "image_size": image_size,
         "num_classes": len(weights[classes]) if classes in weights else 0,
         "has_attention": any(key.startswith("attn") for key in weights),
     }
 
 
-def _widths(image_size: int, conv_dim: int) -> tuple[int, ...]:
-    """Return the channels of G's feature maps, from z to the images."""
-    if image_size not in WIDTHS:
-        raise ValueError(f"image_size must be one of {tuple(WIDTHS)}, got {image_size}")
+def _check_sizes(image_size: int, conv_dim: int) -> Layout:
+    if image_size not in LAYOUTS:
+        raise ValueError(f"image_size must be one of {tuple(LAYOUTS)}, got {image_size}")
     if conv_dim < 8 or conv_dim % 8:
         raise ValueError(f"conv_dim must be a positive multiple of 8, got {conv_dim}")
-    return tuple(conv_dim * factor for factor in WIDTHS[image_size])
+    return LAYOUTS[image_size]
 
 
 def _spectral_norm(layer: nn.Conv2d | nn.Linear | nn.Embedding) -> SpectralNorm:

@@ -57,7 +57,7 @@ def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counte
 @pytest.mark.slow
 def test_step_measures_contenders(output_of, tmp_path):
     with pytest.raises(SystemExit):
-        output_of(step, "--device cpu --model sagan,paper --imsize 32")
+        output_of(step, "--device cpu --model sagan,paper --imsize 256")
     words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
     lines = output_of(step, f"{words} {tmp_path}/a")
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines

@@ -31,9 +31,9 @@ def cell(name: str, row: str) -> str:
 def test_drawings_sizes_and_parameter_counts(name):
     drawing = (DOCS / f"model_{name}.svg").read_text(encoding="utf-8")
     assert drawing == draw(name), "run: python docs/draw_models.py"
-    sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.WIDTHS
+    sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.LAYOUTS
     assert cell(name, "sizes") == ", ".join(map(str, sizes))
-    for size in (64, 128):
+    for size in (32, 64, 128):
         with torch.device("meta"):
             G, D = MODELS[name].Generator(size), MODELS[name].Discriminator(size)
         assert cell(name, f"parameters, size {size}") == f"G {count_parameters(G):,}, D {count_parameters(D):,}"

@@ -56,7 +56,7 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
 
     resumed = run(*words, "--total_step", "3", "--pretrained_model", "auto")
     assert "decoding" not in resumed.stderr  # the cache was opened
-    assert [json.loads(line)["step"] for line in log_lines(tmp_path / LOGS)] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in log_lines(tmp_path / LOGS)] == [1, 1, 2, 2, 3, 3]  # and samples
     run("--train", "false")
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()
 

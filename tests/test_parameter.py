@@ -33,7 +33,7 @@ def test_boolean_words():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--model paper --imsize 32", "64 and 128"), ("--conditional true", "needs --model paper"),
+    ("--model paper --imsize 256", "32, 64 and 128"), ("--conditional true", "needs --model paper"),
     ("--attribute Smiling", "--conditional true"), ("--model paper --attribute ''", "a name"),
     ("--model paper --conditional true --dataset toy --attribute Smiling", "--dataset celeb"),
     ("--augment flip", "color, translation, cutout"), ("--augment none,color", "none, or"), ("--metrics fid,x", "kid"),

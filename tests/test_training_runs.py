@@ -17,7 +17,7 @@ import tester
 from errors import UserError
 from metrics.scores import compute_metrics
 from training import checkpoint
-from training.guards import NonFiniteError
+from training.guards import NonFiniteError, image_spread
 from training.resuming import load_test_checkpoint
 from utils import files_by_step
 
@@ -56,7 +56,7 @@ def metrics_of(trainer):
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, train, options):
     """Bit for bit: weights, EMA, fixed z, optimizers, samples and the log."""
-    options = dict(total_step=4, log_step=1, sample_step=4) | options
+    options = dict(total_step=4, log_step=1, sample_step=2) | options
     whole = train(version="whole", **options)
     first = options | ({} if "lr_schedule" in options else {"total_step": 2})  # its rates depend on total_step
     train(version="parts", model_save_step=0.2, keep_checkpoints=0, **first)
@@ -121,7 +121,7 @@ def test_r_is_watched_where_logits_have_a_zero(train, monkeypatch, loss, checked
     watch = lambda *options: SimpleNamespace(add=lambda step, r: seen.append((options, step, r)))  # noqa: E731
     monkeypatch.setattr("training.recorder.OverfittingCheck", watch)
     trainer = train(adv_loss=loss, total_step=5, log_step=2, n_critic=2, augment="cutout")  # 5 batches an epoch
-    logged = {entry["step"]: entry["d_sign"] for entry in metrics_of(trainer)}
+    logged = {entry["step"]: entry["d_sign"] for entry in log(trainer.config.log_folder, "d_sign")}
     assert seen == [((2, False, True), step, pytest.approx(logged[step])) for step in checked]
 
 
@@ -140,11 +140,17 @@ def test_a_run_writes_all_its_files(train, capsys):
     saved = {f"{step}_{part}.pth" for step in (2, 4, 5) for part in ("G", "D", "state")}
     assert {path.name for path in config.model_folder.glob("*.pth")} == saved
 
-    lines = metrics_of(trainer)
+    lines = log(config.log_folder, "d_loss")
     assert [line["step"] for line in lines] == [2, 4, 5]
+    spreads, real = log(config.log_folder, "spread"), trainer.loader.batch(0)[0]
+    assert [(line["step"], set(line)) for line in spreads] == [
+        (step, {"step", "spread", "spread_real"}) for step in (2, 4, 5)
+    ]
+    assert spreads[-1]["spread"] == pytest.approx(image_spread(trainer.previews.samples()["ema"]))
+    assert spreads[-1]["spread_real"] == pytest.approx(image_spread(real))
     sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
     gammas = {f"gamma/{network}_attn{layer}" for network in "GD" for layer in (1, 2)}
-    assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d"}
+    assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d", "images_per_s", "memory_mib"}
     main.print_outcome(config, 5, 0)
     paths = [Path(line.strip()) for line in capsys.readouterr().out.splitlines()[-3:]]
     explorer, grid = config.attn_folder / "5_explorer.html", config.sample_folder / "5_ema.png"
@@ -165,7 +171,7 @@ def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_chan
         resumed = train(**options, total_step=total_step)
         assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
     assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
-    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder)]
+    factors = [entry["lr/g"] / 1e-4 for entry in log(resumed.config.log_folder, "lr/g")]
     assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
 
 
@@ -315,6 +321,6 @@ def test_a_checkpoint_of_another_folder_is_resumed_exactly(train):
     state = whole.config.model_folder / "3_state.pth"
     branch = train(version="branch", pretrained_model=str(state), **options)
     assert_same_weights(whole, branch)
-    assert [entry["step"] for entry in log(branch.config.log_folder)] == [4, 5, 6]
+    assert [entry["step"] for entry in log(branch.config.log_folder, "d_loss")] == [4, 5, 6]
     assert checkpoint.list_steps(branch.config.model_folder)[-1] == 3  # it can go on before the first one of its own
     assert (branch.config.sample_folder / "3_ema.png").exists()

@@ -1,4 +1,4 @@
-"""Notice that a run goes wrong: non-finite losses and weights, a D that remembers the training images."""
+"""Notice that a run goes wrong: non-finite losses and weights, a D that remembers training images, mode collapse."""
 
 from typing import Any
 
@@ -11,6 +11,8 @@ from errors import warn
 LIMIT = 0.9  # Karras et al., arXiv 2006.06676, adapt the strength of their augmentation to keep r at 0.6
 MIN_STEPS = 500  # with few images, an epoch is so short that r is near 1 for that long by chance
 MIN_ENTRIES = 20  # a logged value is that of one batch, which may be near 1 by chance
+# At first samples are noise, then all the same blur: a run of toy faces passed half of the real spread at step 650.
+COLLAPSE_STEPS = 2000
 
 
 class NonFiniteError(Exception):
@@ -70,4 +72,39 @@ class OverfittingCheck:
             warn(
                 f"since step {self._since}, D's logits are positive on nearly all training images (mean sign {r:.2f}): "
                 f"it may remember them ({self._test}), and G may get worse. {self._remedy}"
+            )
+
+
+@torch.no_grad()
+def image_spread(images: Tensor) -> float:
+    """Return the mean, over all pairs of images (B, 3, S, S) in [-1, 1], of the root-mean-square error between the two.
+
+    It is comparable with the distances of `nearest_images`. NaN for one image.
+    """
+    pixels = images.flatten(1).float()
+    distances = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist")  # 0 on the diagonal
+    return (distances.sum() / (len(pixels) * (len(pixels) - 1)) / pixels.shape[1] ** 0.5).item()
+
+
+class CollapseCheck:
+    """Warn once, after `COLLAPSE_STEPS`, when samples differ less than half as much as real images: mode collapse.
+
+    Args:
+        has_augment: whether the run has this option, which is then not advised.
+    """
+
+    def __init__(self, has_augment: bool):
+        self._augment = "" if has_augment else ", or with few images --augment color,translation,cutout"
+        self._since = 0  # step of the first of the values below half without a break; 0 for none
+        self._warned = False
+
+    def add(self, step: int, spread: float, spread_real: float) -> None:
+        """Take the values of a step, see `image_spread`."""
+        self._since = (self._since or step) if spread < spread_real / 2 else 0
+        if self._since and step >= COLLAPSE_STEPS and not self._warned:
+            self._warned = True
+            warn(
+                f"since step {self._since}, samples differ from each other less than half as much as real images do "
+                f"(spread {spread:.2f}, real {spread_real:.2f}): mode collapse, which seldom ends by itself. Restart, "
+                f"or resume an earlier checkpoint (--pretrained_model), with lower --g_lr and --d_lr{self._augment}"
             )

@@ -26,7 +26,7 @@ from networks.losses import LOSSES
 from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
-from training.guards import OverfittingCheck
+from training.guards import CollapseCheck, OverfittingCheck, image_spread
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib, write_atomically
@@ -68,6 +68,7 @@ class Recorder:
         self._machine = machine
         epoch, has_augment = len(loader) // config.n_critic, config.augment != "none"
         self._overfitting = OverfittingCheck(epoch, config.holdout > 0, has_augment)
+        self._collapse = CollapseCheck(has_augment)
         self._written_step = 0  # of the newest checkpoint on the disk; 0 if this process has written none
         self._report_due = -math.inf
         self._saved_at = time.monotonic()
@@ -140,7 +141,9 @@ class Recorder:
 
     def has_scores(self, step: int) -> bool:
         """Return whether the log has metrics of a step."""
-        name = METRIC_RESULTS[self.config.metrics.split(",")[0]][0]
+        return self._has_logged(step, METRIC_RESULTS[self.config.metrics.split(",")[0]][0])
+
+    def _has_logged(self, step: int, name: str) -> bool:
         return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
 
     def real_images(self, name: str, images: Tensor) -> None:
@@ -149,8 +152,20 @@ class Recorder:
             sample_grid(images, row_names=self._row_names).save(self.config.sample_folder / f"{name}.png")
 
     def samples(self, step: int, images: Mapping[str, Tensor]) -> None:
-        """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row."""
+        """Write a grid of images (B, 3, S, S) for each name, `{step}_{name}.png`; with classes, row by row.
+
+        Logs the spread of those of "ema", beside that of real images.
+        """
         self._background.submit(self._tolerate("sample grids")(self._write_samples), step, images)
+        spreads = {"spread": image_spread(images["ema"]), "spread_real": self._spread_real}
+        if all(map(math.isfinite, spreads.values())):
+            self._collapse.add(step, **spreads)
+            if step > self._bar.initial or not self._has_logged(step, "spread"):  # as the end of the run before
+                self._log.scalars(step, spreads)
+
+    @functools.cached_property
+    def _spread_real(self) -> float:
+        return image_spread(self.loader.batch(0)[0])
 
     def attention(self, step: int, samples: Sequence[AttentionSample]) -> None:
         """Write a figure for each attention layer, `{step}_{layer}.png`."""

@@ -40,6 +40,10 @@ SIGN_NOTE = (
     "Mean sign of D(x) on the training images of a batch. Near 1 for long: D remembers them, see --augment "
     "(arXiv 2006.06676)."
 )
+SPREAD_NOTE = (
+    "Mean RMSE of pixels in [-1, 1] over all pairs of the EMA generator's samples, and of real images: once it falls "
+    "below half of these, the samples have become alike (mode collapse), as they also are in the first steps."
+)
 HOLDOUT_NOTE = (
     "Mean of D(x) on training images, of a batch that comes next, and on images that are held out (--holdout). The gap "
     "is overfitting of D."
@@ -55,6 +59,7 @@ CHARTS = (  # title, pattern of the names in the log, y label, note
     ("Logits of D", "d_real|d_fake", "mean", LOGIT_NOTE),
     ("Logits of D on training and held-out images", "d_train|d_holdout", "mean", HOLDOUT_NOTE),
     ("Sign of D on training images", "d_sign", "", SIGN_NOTE),
+    ("Spread of the samples", "spread|spread_real", "RMSE", SPREAD_NOTE),
     ("Gamma of the attention layers", "gamma/.*", "", GAMMA_NOTE),
     ("FID", "fid", "lower is better", ""),
     ("KID", "kid", "lower is better", ""),

@@ -14,7 +14,7 @@ from spectral import fold_spectral_norm
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("network", [("sagan", 32), ("sagan", 64, 0, "none"), ("paper", 64), ("paper", 64, 3)])
+@pytest.mark.parametrize("network", [("sagan", 32), ("sagan", 64, 0, "none"), ("paper", 32), ("paper", 64, 3)])
 def test_onnxruntime_equals_the_network_in_evaluation(network, capfd):
     """For any batch, with and without classes and attention; and nothing is printed."""
     G = random_generator(*network)

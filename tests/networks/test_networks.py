@@ -17,7 +17,6 @@ from training.models import MODELS
 from training.previews import gammas_and_sigmas
 
 CLASSES = 5
-SMALLEST = {"sagan": 32, "paper": 64}
 # A bias of a channel that the next BatchNorm subtracts again has no effect, nor has a bias of the keys.
 WITHOUT_GRADIENT = {
     "sagan": r"G_grad\w+/l\d\.0\.module\.bias|\w_grad\w+/attn\d\.key_conv\.bias",
@@ -26,10 +25,9 @@ WITHOUT_GRADIENT = {
 EACH = pytest.mark.parametrize("model, num_classes", [("sagan", 0), ("paper", 0), ("paper", CLASSES)])
 
 
-def make(model, num_classes=0, size=None, gamma=0.5):
+def make(model, num_classes=0, size=32, gamma=0.5):
     """Small networks, whose attention layers take part."""
     torch.manual_seed(0)
-    size = size or SMALLEST[model]
     G = MODELS[model].Generator(size, 16, 8, num_classes=num_classes)
     D = MODELS[model].Discriminator(size, 8, num_classes=num_classes)
     for layer in (*G.modules(), *D.modules()):
@@ -41,7 +39,7 @@ def make(model, num_classes=0, size=None, gamma=0.5):
 def inputs(model, num_classes, count=2):
     """z, images and labels."""
     labels = torch.arange(1, count + 1) % num_classes if num_classes else None
-    return torch.randn(count, 16), torch.randn(count, 3, SMALLEST[model], SMALLEST[model]), labels
+    return torch.randn(count, 16), torch.randn(count, 3, 32, 32), labels
 
 
 def make_settled(model, num_classes=0):
@@ -106,7 +104,7 @@ def test_weights_of_the_paper_s_networks_are_xavier_uniform_and_biases_0():
 
 @pytest.mark.parametrize("model, size, weights, sides", [  # weights of G and D, sides of the maps that attend
     ("sagan", 32, (19_419, 12_855), ((8, 16), (8, 4))), ("sagan", 256, (772_325, 806_235), ((16, 32), (8, 4))),
-    ("paper", 128, (507_364, 601_818), ((32,), (32,))),
+    ("paper", 32, (69_956, 17_362), ((16,), (16,))), ("paper", 128, (507_364, 601_818), ((32,), (32,))),
 ])  # fmt: skip
 def test_sizes(model, size, weights, sides):
     xs, shapes = (torch.randn(2, 16), torch.randn(2, 3, size, size)), ((3, size, size), ())
@@ -196,8 +194,7 @@ def test_the_gradient_penalty_reaches_every_weight_through_the_maps(model, num_c
 def test_networks_without_attention_are_the_others_without_these_layers(model, num_classes):
     *xs, labels = inputs(model, num_classes)
     options = dict(num_classes=num_classes, has_attention=False)
-    others = (MODELS[model].Generator(SMALLEST[model], 16, 8, **options),
-              MODELS[model].Discriminator(SMALLEST[model], 8, **options))  # fmt: skip
+    others = (MODELS[model].Generator(32, 16, 8, **options), MODELS[model].Discriminator(32, 8, **options))
     for network, other, x in zip(make(model, num_classes, gamma=0), others, xs, strict=True):
         rest = {key: value for key, value in network.state_dict().items() if not key.startswith("attn")}
         other.load_state_dict(rest)  # no other keys
@@ -239,7 +236,7 @@ def test_bf16_and_channels_last_stay_near_fp32(model, num_classes):
         again = G(z, labels).float()
         assert relative_error(again, images) < limit
         assert relative_error(D(images, labels).float(), logits) < limit
-    assert types == [torch.bfloat16] * ({"sagan": 4, "paper": 2}[model] + (8 if num_classes else 0))
+    assert types == [torch.bfloat16] * ({"sagan": 4, "paper": 2}[model] + (6 if num_classes else 0))
     scale = (again * images).sum() / images.square().sum()
     assert scale.item() == pytest.approx(1, abs=2**-7)  # roundings have no bias
 
@@ -273,7 +270,7 @@ def test_every_embedding_of_g_learns_of_each_image_s_class_alone():
     G, _ = make_settled("paper", CLASSES)
     G(torch.randn(2, 16), torch.tensor([3, 1]))[0].sum().backward()
     tables = [layer.weight for layer in G.modules() if isinstance(layer, nn.Embedding)]
-    assert len(tables) == 2 * 2 * 4  # gain and shift, two in each block
+    assert len(tables) == 2 * 2 * 3  # gain and shift, two in each block
     for table in tables:
         assert table.grad.abs().sum(1).nonzero().flatten().tolist() == [3]
 
@@ -282,7 +279,7 @@ def test_the_projection_is_the_inner_product_of_features_and_the_class_s_embeddi
     (_, D), features = make_settled("paper", CLASSES), []
     D.linear.register_forward_hook(lambda _, inputs, out: features.extend((inputs[0], out[:, 0])))
     labels = torch.tensor([4, 0, 4])
-    logits = D(torch.randn(3, 3, 64, 64), labels)
+    logits = D(torch.randn(3, 3, 32, 32), labels)
     h, unconditional = features
     embedding = D.embedding.module.weight_bar / D.embedding.sigma()
     torch.testing.assert_close(logits, unconditional + (embedding[labels] * h).sum(1))

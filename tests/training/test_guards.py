@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from training.guards import NonFiniteError, NonFiniteGuard, OverfittingCheck
+from training.guards import CollapseCheck, NonFiniteError, NonFiniteGuard, OverfittingCheck, image_spread
 
 
 @pytest.mark.parametrize("d_loss, g_loss", [("nan", "1"), ("2", "inf"), ("-inf", "nan")])
@@ -41,3 +42,28 @@ def test_one_warning_after_an_epoch_500_steps_and_20_values(capsys, epoch, value
     assert [(f"since step {since}," in line, "--holdout" in line, "--augment" in line) for line in lines] == (
         [(True, not has_holdout, not has_augment)] if since else []
     )
+
+
+@pytest.mark.parametrize("values, since", [
+    ({100: 0.4, 500: 0.1, 900: 0.2, 1900: 0.3, 2000: 0.3}, None),  # alike at the start only
+    ({100: 0.4, 500: 0.1, 2000: 0.25, 2100: 0.28}, None),  # half is enough
+    ({100: 0.1, 500: 0.3, 1000: 0.2, 1500: 0.1}, None),  # may still be the start
+    ({100: 0.1, 500: 0.3, 1000: 0.2, 2000: 0.1, 2100: 0.05}, 1000),
+    ({2000: 0.4, 2100: 0.3, 2200: 0.24, 2300: 0.2, 2400: 0.4, 2500: 0.1}, 2200),
+])  # fmt: skip
+def test_samples_that_become_alike_are_one_warning(capsys, values, since):
+    check = CollapseCheck(has_augment=False)
+    for step, spread in values.items():
+        check.add(step, spread, 0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["mode collapse" in line and f"since step {since}," in line for line in lines] == ([True] if since else [])
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_spread_is_the_mean_distance_of_all_pairs(memory_format):
+    random = np.random.default_rng(0)
+    images = random.uniform(-1, 1, (30, 3, 8, 8)) * random.uniform(0, 1, (30, 1, 1, 1))
+    pairs = [(images[i] - images[j]) ** 2 for i in range(30) for j in range(i)]
+    spread = image_spread(torch.tensor(images, dtype=torch.float32).contiguous(memory_format=memory_format))
+    assert spread == pytest.approx(np.mean([np.sqrt(pair.mean()) for pair in pairs]), rel=1e-5)
+    assert image_spread(torch.ones(3, 3, 8, 8)) == 0

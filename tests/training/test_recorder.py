@@ -48,13 +48,22 @@ def test_results_that_cannot_be_written_cost_a_warning_each_and_no_checkpoint(st
             folder.touch()  # a file
         (config.log_folder / "report.html").mkdir()
         for step in (1, 2):
-            recorder.samples(step, {"fake": images})
+            recorder.samples(step, {"ema": images})
             recorder.attention(step, [sample])
             recorder.explorer(step, [sample])
             recorder.checkpoint(step, STATE | {"step": step})
     assert (config.model_folder / "2_state.pth").exists()
     names = "sample grids|attention figures|the explorer|the report"
     assert len({*re.findall(names, err := capsys.readouterr().err)}) == err.count("warning: ") == 4
+
+
+@pytest.mark.parametrize("augment", ["none", "cutout"])
+def test_samples_that_are_alike_are_one_warning(start, capsys, augment):
+    with start(augment=augment) as recorder:
+        for step in (1900, 2000, 2100):
+            recorder.samples(step, {"ema": torch.zeros(2, 3, 32, 32)})
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mode collapse" in line]
+    assert "since step 1900," in line and ("--augment" in line) == (augment == "none")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

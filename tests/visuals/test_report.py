@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import SMALL, train_in
+from conftest import SMALL, log, train_in
 from page_tools import BrowserPage, Keys
 from PIL import Image
 
@@ -74,8 +74,9 @@ def test_a_finished_run(toy_run):
     data, titles, figures = parts_of(page)
     assert [frame["step"] for frame in data["frames"]] == [2, 4, 6] and data["real"]
     assert all(frame["fake"].startswith("data:image/jpeg") and frame["ema"] for frame in data["frames"])
-    assert titles == ["Losses", "Logits of D", "Sign of D on training images", "Gamma of the attention layers",
-                      "Spectral norms of G", "Spectral norms of D", "Speed", "Memory", "Learning rates"]  # fmt: skip
+    assert titles == ["Losses", "Logits of D", "Sign of D on training images", "Spread of the samples",
+                      "Gamma of the attention layers", "Spectral norms of G", "Spectral norms of D",
+                      "Speed", "Memory", "Learning rates"]  # fmt: skip
     assert figures == ["6_G_attn1", "6_G_attn2", "6_D_attn1", "6_D_attn2"]
     assert html.escape("--version 'a b'") in page and "<div><dt>beta2</dt><dd>0.9</dd>" in page
     assert "<div class=changed><dt>batch_size</dt><dd>4<small>default 64</small></dd>" in page
@@ -89,7 +90,7 @@ def test_a_finished_run(toy_run):
     data, _, figures = parts_of(page)
     assert [frame["step"] for frame in data["frames"]] == [2, 4]
     assert figures[0] == "3_G_attn1" and "6_G_attn1" not in page
-    row = json.loads((toy_run.log_folder / "metrics.jsonl").read_text().splitlines()[3])
+    row = log(toy_run.log_folder, "d_loss")[3]
     assert f"d_loss  {row['d_loss']:.4g}".replace("-", "\N{MINUS SIGN}") in page
     assert "(66.6%)" in page
 

@@ -61,8 +61,9 @@ def images_per_s(processes: int, batch_size: int, together: bool, steps: int, ot
 
 def logged_rate(folder: Path) -> float:
     """Return the median rate in the log of a finished run, without the first entry."""
-    lines = next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines()
-    return statistics.median(json.loads(line)["images_per_s"] for line in lines[1:])
+    entries = map(json.loads, next(folder.glob("logs/*/metrics.jsonl")).read_text().splitlines())
+    rates = [entry["images_per_s"] for entry in entries if "images_per_s" in entry]
+    return statistics.median(rates[1:])
 
 
 def main() -> None:

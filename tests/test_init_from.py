@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, assert_same, train_in, weights_of
+from conftest import SMALL, assert_same, run_main, train_in, weights_of
 
 import export
 import hubconf
@@ -67,12 +67,12 @@ def test_the_files_are_the_networks_to_within_a_rounding(runs):
 
 
 @pytest.mark.parametrize("name", ["cats", "alone"])
-def test_an_evaluation_without_images(runs, tmp_path, monkeypatch, capfd, name):
+def test_an_evaluation_without_images(runs, tmp_path, monkeypatch, name):
     """In the folder of results that is named after the weights; with D's maps if D is beside G."""
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
     words = shlex.split("--train false --device cpu --dataset folder --image_path none --batch_size 4")
-    train_in(tmp_path, *words, "--pretrained_model", str(runs / "pretrained" / name / "G.safetensors"))
-    assert capfd.readouterr().err.count("Without training images") == 1
+    code, _, err = run_main(tmp_path, *words, "--pretrained_model", str(runs / "pretrained" / name / "G.safetensors"))
+    assert code == 0 and err.count("Without training images") == 1
     folder = tmp_path / "samples" / name / f"test_{STEPS}"
     assert (folder / "playground.html").exists() and (folder / "G_attn1.png").exists()
     assert (folder / "D_attn1.png").exists() == (name == "cats")

@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
     shutil.copytree(folder / f"out/cats/{STEPS}", folder / "pretrained/cats")
     (folder / "pretrained/alone").mkdir()
     shutil.copy(folder / WEIGHTS, folder / "pretrained/alone")
+    (folder / "damaged.safetensors").write_bytes((folder / WEIGHTS).read_bytes()[:-10])
     return folder
 
 
@@ -103,6 +104,7 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
 @pytest.mark.parametrize("name, options, line", [
     (STATE, {"imsize": 64}, "needs --imsize 32 .not 64"), (WEIGHTS, {"z_dim": 8}, "needs --z_dim 16 .not 8"),
     (WEIGHTS, {"imsize": 64, "model": "paper", "conditional": True}, "--conditional false"),
+    ("damaged.safetensors", {}, "damaged or not an export"),
     ("none.pth", {}, "there is no checkpoint .*none"), ("models", {}, "there is no .*models.G.safetensors"),
     ("pretrained/cats/D.safetensors", {}, "not be D.safetensors"),
     ("pretrained/alone", {}, "D.safetensors is missing"), ("pretrained/cats/model_card.md", {}, "name must end in"),

@@ -11,6 +11,7 @@ import torch
 
 from errors import UserError, warn_once
 from training import checkpoint
+from utils import write_atomically
 
 
 def make_state(step, first=None):
@@ -219,6 +220,7 @@ def test_files_are_flushed_before_they_are_renamed_then_the_folder(tmp_path, mon
     warn_once.cache_clear()
     with contextlib.nullcontext() if is_refusal else pytest.raises(UserError):
         save(tmp_path, 1, 2)
+        write_atomically({tmp_path / "small": b"smaller than a buffer"})
     assert capsys.readouterr().err.count("warning") == is_refusal
     assert checkpoint.list_steps(tmp_path) == ([2, 1] if is_refusal else [1])
 

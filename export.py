@@ -1,4 +1,4 @@
-"""Export a trained generator: files that need neither this program nor a checkpoint.
+"""Export a trained generator: files that need neither this program nor a checkpoint, or weights to train from.
 
 python export.py --pretrained_model latest                         # of --version sagan_celeb, to ./exports
 python export.py --pretrained_model 20000 --version cats --format onnx --maps true
@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH
 from errors import UserError, exit_code, make_output_robust, one_line
 from parameter import EXPORT_PATH, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
-PACKAGES = {"safetensors": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "weights": ()}  # by format
-FORMATS = subset_of(*PACKAGES)
+FORMATS = subset_of("safetensors", "onnx", "weights")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def main() -> int:
@@ -67,12 +67,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if own.maps and "onnx" not in own.format:
         raise UserError("--maps true is for --format onnx")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would report to Microsoft
-    for package in (package for name in own.format for package in PACKAGES[name]):
+    for package in ONNX_PACKAGES if "onnx" in own.format else ():
         try:
             importlib.import_module(package)
         except Exception as error:  # such as protobuf's TypeError where its version does not fit
-            needs = f"--format {','.join(own.format)} needs {package}"
-            raise UserError(f"{needs}: pip install -r requirements-export.txt ({one_line(error)})") from error
+            how = f"pip install -r requirements-export.txt ({one_line(error)})"
+            raise UserError(f"--format onnx needs {package}: {how}") from error
     return own, [*arguments, "--train=false"]
 
 

@@ -101,8 +101,14 @@ class Config:
     )  # fmt: skip
     imsize: int = option(64, "height and width of the images in pixels", one_of(32, 64, 128, 256))
     z_dim: int = option(128, "length of the latent vector z", between(1, 8192))
-    g_conv_dim: int = option(64, "channels of the generator's last hidden layer; earlier layers have more", WIDTH)
-    d_conv_dim: int = option(64, "channels of the discriminator's first layer; later layers have more", WIDTH)
+    g_conv_dim: int = option(
+        64,
+        "channels of the generator's last hidden layer (a quarter of them in paper at 32); earlier layers have more",
+        WIDTH,
+    )
+    d_conv_dim: int = option(
+        64, "channels of the discriminator's first layer (half of them in paper at 32); later layers have more", WIDTH
+    )
 
     attention: str = option("full", "none: networks without their attention layers", one_of("full", "none"))
     conditional: bool = option(

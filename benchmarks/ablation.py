@@ -58,7 +58,7 @@ MAIN = Path(__file__).resolve().parents[1] / "main.py"
 DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "holdout": 0.05}
 EVALUATIONS = 10  # sample grids and evaluations of the metrics in a run, by default
 FOLDERS = {"sample_path": "samples", "attn_path": "attn", "model_save_path": "models", "log_path": "logs"}
-OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "overwrite", *FOLDERS}
+OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "init_from", "overwrite", *FOLDERS}
 # A run in --out may differ in these from what is asked for: where files are, how images get into the cache (not which).
 NOT_COMPARED = {*FOLDERS, "cache_path", "download", "num_workers"}
 LENGTH = {"total_step", "metric_step", "sample_step"}  # with a constant learning rate, these too
@@ -87,8 +87,9 @@ NOTE = """\
 Mean over the seeds and, in brackets, the lowest and the highest value, if they differ. Gap of D: its mean logit on
 training images minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the
 last tenth of the steps, ms per step is a median over all (runs are trained one after the other: compare it on an idle
-machine only), the metrics are of the last step. In the curves, lines are means over the seeds and bands reach from the
-lowest to the highest, at the steps that all seeds have.
+machine only), the metrics are of the last step. Images per CPU second: batch size times steps, n_critic not counted.
+In the curves, lines are means over the seeds and bands reach from the lowest to the highest, at the steps that all
+seeds have.
 
 Runs of the same seed have the same z and order of images, unless what varies decides these, and start from the same
 weights wherever these have the same name and shape."""
@@ -175,9 +176,9 @@ def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str
         raise UserError("--minutes is CPU time: it needs --device cpu, on Linux or macOS")
     limited = []
     for run in runs:
-        seconds = seconds_per_step(run, min(20, 6 * minutes), out)
-        every = max(1, round(60 * minutes / seconds / EVALUATIONS))
-        values = {"total_step": every * EVALUATIONS, "metric_step": every, "sample_step": every}
+        steps = max(1, round(60 * minutes / seconds_per_step(run, min(20, 6 * minutes), out)))
+        every = max(1, steps // EVALUATIONS)
+        values = {"total_step": steps, "metric_step": every, "sample_step": every}
         arguments = run.arguments + [f"--{name}={values[name]}" for name in LENGTH - given]
         limited.append(Run(run.variant, run.seed, arguments, get_parameters(arguments, PROGRAM), minutes))
     return limited
@@ -206,10 +207,10 @@ def seconds_per_step(run: Run, at_least: float, out: Path) -> float:
         while (spent := cpu_seconds(run, 5 + steps) - base) < at_least:
             steps = min(10 * steps, math.ceil(1.2 * steps * at_least / max(spent, 1e-9)))
         saved = {"seconds": spent / steps, "config": vars(run.config)}
-    own.parent.mkdir(parents=True, exist_ok=True)
-    if not own.exists():  # otherwise another ablation has measured meanwhile
+    if not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
         write_atomically({own: json.dumps(saved).encode()})
-    return json.loads(own.read_bytes())["seconds"]
+    return saved["seconds"]
 
 
 def cpu_seconds(run: Run, steps: int) -> float:
@@ -423,8 +424,9 @@ def main() -> int:
     own, arguments = parser.parse_known_args()
     if not own.out:
         raise UserError("--out must be a folder")
-    check_writable(Path(os.path.expanduser(own.out)))
-    runs, out = make_runs(own.vary, own.seeds, own.out, arguments), Path(os.path.expanduser(own.out))
+    out = Path(os.path.expanduser(own.out))
+    check_writable(out)
+    runs = make_runs(own.vary, own.seeds, own.out, arguments)
     names = [name for joined, *_ in own.vary for name in joined.split("+")]
     if own.minutes is not None:
         runs = limit_minutes(runs, own.minutes, out, given_options(arguments, PROGRAM) | {*names})

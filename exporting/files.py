@@ -99,10 +99,11 @@ def network_files(
     networks: TestNetworks, metadata: Mapping[str, str], formats: Collection[str], with_maps: bool
 ) -> dict[str, bytes]:
     """Return the contents of the networks' files by name."""
-    G, contents = fold_spectral_norm(copy.deepcopy(networks.G)), {}
+    contents = {}
     if "weights" in formats:
         for name, network in zip(FILES["weights"], (networks.G, networks.D), strict=True):
             contents[name] = safetensors_file.weights_bytes(network, metadata)
+    G = fold_spectral_norm(copy.deepcopy(networks.G))
     if "safetensors" in formats:
         contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
     if "onnx" in formats:

@@ -98,7 +98,8 @@ In a clone of the program:
     python main.py --train false --pretrained_model PATH/G.safetensors     # samples and attention maps
     python main.py --init_from PATH --version mine --dataset folder --image_path YOUR_IMAGES
 
-or `torch.hub.load("OWNER/REPOSITORY", "generator", checkpoint="PATH/G.safetensors")`, and `"discriminator"` of
+with --model, --imsize and other sizes as here if they are not the defaults (an error names them), or
+`torch.hub.load("OWNER/REPOSITORY", "generator", checkpoint="PATH/G.safetensors")`, and `"discriminator"` of
 PATH/D.safetensors. Their SHA-256:
 
 {digests}

@@ -34,7 +34,7 @@ def weights_bytes(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
     variances of BatchNorm may be too small for it.
     """
     weights = {key: value.half() if value.dim() > 1 else value for key, value in network.state_dict().items()}
-    return _save(weights, {**metadata, **UNFOLDED})
+    return _save(weights, {**metadata, "spectral_norm": UNFOLDED, "precision": "float16"})
 
 
 def _save(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -89,7 +89,7 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
     trainer = make_trainer(init_from=str(runs / name), holdout=0.2, pretrained_model="auto")
     out, err = capsys.readouterr()
     assert f"starting from the weights of {runs / name} (step {STEPS})\n" in out
-    assert "held out now" in err and err.count("\n") == 1
+    assert not err
     for ours, theirs in zip(weights_of(trainer), (G, D, ema), strict=True):
         assert_equal(ours, theirs)
     fresh = make_trainer()

@@ -29,7 +29,7 @@ from errors import UserError, one_line, warn
 from utils import files_by_step, write_atomically
 
 EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of safetensors files
-UNFOLDED = {"spectral_norm": "not folded", "precision": "float16"}  # and in that of weights to train from
+UNFOLDED = "not folded"  # "spectral_norm" in that of weights to train from
 Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
 
 
@@ -186,7 +186,7 @@ def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
 
 def is_folded(metadata: Mapping[str, str] | None) -> bool:
     """Return whether weights with this metadata have plain layers in place of spectral norm, so cannot be trained."""
-    return metadata is not None and not UNFOLDED.items() <= metadata.items()
+    return metadata is not None and metadata.get("spectral_norm") != UNFOLDED
 
 
 def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:

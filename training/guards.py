@@ -11,8 +11,8 @@ from errors import warn
 LIMIT = 0.9  # Karras et al., arXiv 2006.06676, adapt the strength of their augmentation to keep r at 0.6
 MIN_STEPS = 500  # with few images, an epoch is so short that r is near 1 for that long by chance
 MIN_ENTRIES = 20  # a logged value is that of one batch, which may be near 1 by chance
-# At first samples are noise, then all the same blur: a run of toy faces passed half of the real spread at step 650.
-COLLAPSE_STEPS = 2000
+COLLAPSE_STEPS = 2000  # at first samples are noise, then all the same blur: toy faces were below half up to step 650
+MIN_SAMPLES = 8  # the spread of fewer may be below half by chance
 
 
 class NonFiniteError(Exception):
@@ -87,7 +87,7 @@ def image_spread(images: Tensor) -> float:
 
 
 class CollapseCheck:
-    """Warn once, after `COLLAPSE_STEPS`, when samples differ less than half as much as real images: mode collapse.
+    """Warn once, from `COLLAPSE_STEPS` on, when samples differ less than half as much as real images: mode collapse.
 
     Args:
         has_augment: whether the run has this option, which is then not advised.
@@ -106,5 +106,5 @@ class CollapseCheck:
             warn(
                 f"since step {self._since}, samples differ from each other less than half as much as real images do "
                 f"(spread {spread:.2f}, real {spread_real:.2f}): mode collapse, which seldom ends by itself. Restart, "
-                f"or resume an earlier checkpoint (--pretrained_model), with lower --g_lr and --d_lr{self._augment}"
+                f"or resume an earlier checkpoint (--pretrained_model), with a lower --g_lr{self._augment}"
             )

@@ -26,7 +26,7 @@ from networks.losses import LOSSES
 from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
-from training.guards import CollapseCheck, OverfittingCheck, image_spread
+from training.guards import MIN_SAMPLES, CollapseCheck, OverfittingCheck, image_spread
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
 from utils import LINE_SECONDS, bar_options, memory_mib, write_atomically
@@ -63,7 +63,7 @@ class Recorder:
     """
 
     def __init__(self, config: Config, step: int, machine: str, loader: Loader):
-        self.config, self.loader, self.saved_step = config, loader, step
+        self.config, self.loader, self._start, self.saved_step = config, loader, step, step
         self._row_names = [shorten(name) for name in loader.classes[:CLASS_ROWS]]
         self._machine = machine
         epoch, has_augment = len(loader) // config.n_critic, config.augment != "none"
@@ -159,8 +159,9 @@ class Recorder:
         self._background.submit(self._tolerate("sample grids")(self._write_samples), step, images)
         spreads = {"spread": image_spread(images["ema"]), "spread_real": self._spread_real}
         if all(map(math.isfinite, spreads.values())):
-            self._collapse.add(step, **spreads)
-            if step > self._bar.initial or not self._has_logged(step, "spread"):  # as the end of the run before
+            if len(images["ema"]) >= MIN_SAMPLES:
+                self._collapse.add(step, **spreads)
+            if step > self._start or not self._has_logged(step, "spread"):  # the run before may have logged this step
                 self._log.scalars(step, spreads)
 
     @functools.cached_property

@@ -159,11 +159,11 @@ class TrainingState:
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
     """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
-    if saved.step:  # weights of step 0 are initial ones
-        warn_of_trained_holdout(saved.state and saved.state["data"], data)
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
         return
+    if saved.step:  # weights of step 0 are initial ones
+        warn_of_trained_holdout(saved.state and saved.state["data"], data)
     if saved.state is None:
         if saved.step:
             warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
@@ -254,7 +254,7 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
     changes = []
     for name, value in saved.items():
-        if name in ("pretrained_model", "overwrite", "version"):  # these are expected to differ
+        if name in ("pretrained_model", "init_from", "overwrite", "version"):  # these are expected to differ
             continue
         if not hasattr(config, name):
             changes.append(f"{name} {option_text(value)} (no longer an option)")

@@ -61,7 +61,7 @@ def test_results_that_cannot_be_written_cost_a_warning_each_and_no_checkpoint(st
 def test_samples_that_are_alike_are_one_warning(start, capsys, augment):
     with start(augment=augment) as recorder:
         for step in (1900, 2000, 2100):
-            recorder.samples(step, {"ema": torch.zeros(2, 3, 32, 32)})
+            recorder.samples(step, {"ema": torch.zeros(8, 3, 32, 32)})
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "mode collapse" in line]
     assert "since step 1900," in line and ("--augment" in line) == (augment == "none")
 

@@ -11,8 +11,8 @@ BIN := .venv/bin
 .PHONY: demo test lint bench bench-gpu clean
 
 demo: .venv/.installed
-	$(BIN)/python main.py --dataset toy --version demo --overwrite true --batch_size 16 --total_step 400 \
-		--sample_step 50 --attn_step 200 --use_tensorboard true
+	$(BIN)/python main.py --dataset toy --version demo --overwrite true --batch_size 16 --g_lr 4e-4 --d_lr 2e-4 \
+		--total_step 400 --sample_step 50 --attn_step 200 --use_tensorboard true
 
 test: .venv/.installed-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -153,7 +153,7 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
     except UserError as error:
         if config.metrics:
             raise
-        warn(f"{error}. Without training images, nearest.png and D's maps of real images are skipped")
+        warn(f"nearest.png and D's maps of real images are skipped, without training images: {error}")
         return None
 
 

@@ -13,8 +13,9 @@ from conftest import SMALL, assert_same, run_main, train_in, weights_of
 import export
 import hubconf
 from errors import UserError
-from exporting.loading import load_discriminator, load_generator
+from exporting.loading import PRETRAINED, load_discriminator, load_generator
 from training.checkpoint import load, read_export
+from training.guards import image_spread
 from training.resuming import load_resume_checkpoint
 from visuals.figures import to_uint8
 
@@ -73,7 +74,7 @@ def test_an_evaluation_without_images(runs, tmp_path, monkeypatch, name):
     monkeypatch.setattr("tester.SUMMARY_IMAGES", 4)
     words = shlex.split("--train false --device cpu --dataset folder --image_path none --batch_size 4")
     code, _, err = run_main(tmp_path, *words, "--pretrained_model", str(runs / "pretrained" / name / "G.safetensors"))
-    assert code == 0 and err.count("Without training images") == 1
+    assert code == 0 and err.count("without training images") == 1
     folder = tmp_path / "samples" / name / f"test_{STEPS}"
     assert (folder / "playground.html").exists() and (folder / "G_attn1.png").exists()
     assert (folder / "D_attn1.png").exists() == (name == "cats")
@@ -122,6 +123,21 @@ def test_a_discriminator_of_another_checkpoint_is_refused(runs, tmp_path):
     assert path.read_bytes() != content
     with pytest.raises(UserError, match="not of the checkpoint"):
         load(tmp_path, tmp_path / "mixed/G.safetensors", needs_D=False)
+
+
+@pytest.mark.parametrize(
+    "folder", [path.parent for path in PRETRAINED.glob("*/model_card.md")], ids=lambda path: path.name
+)
+def test_weights_of_the_repository(folder):
+    """They are small, as their card says, and draw different images that D does not know at once."""
+    files = [folder / f"{name}.safetensors" for name in "GD"]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    card = (folder / "model_card.md").read_text("utf-8")
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() in card for path in files)
+    with torch.no_grad():
+        images = load_generator(files[0])(torch.randn(16, 128, generator=torch.Generator().manual_seed(0)))
+        logits = load_discriminator(files[1])(images)
+    assert image_spread(images) > 0.5 and logits.abs().mean() < 5
 
 
 def test_weights_of_the_repository_by_name(runs, monkeypatch):

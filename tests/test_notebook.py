@@ -25,7 +25,7 @@ def test_it_is_saved_without_outputs(notebook):
 def test_every_cell_runs_in_a_clone(tmp_path, notebook):
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(*RESULTS))
     (options,) = (cell for cell in notebook.cells if "STEPS = 400" in cell.source)
-    for old, new in (("STEPS = 400", "STEPS = 2"), ('"--dataset toy"', '"--dataset toy --toy_num 40 --num_samples 4"')):
+    for old, new in (("STEPS = 400", "STEPS = 2"), ("--dataset toy ", "--dataset toy --toy_num 40 --num_samples 4 ")):
         options.source = options.source.replace(old, new)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": tmp_path / "clone/docs"}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]

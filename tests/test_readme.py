@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import export
+from exporting.loading import load_generator
 from parameter import Config, get_parameters
-from sagan_models import Generator
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,18 +86,13 @@ def test_the_commands_of_the_ablation_parse(tmp_path, monkeypatch):
         assert ablation.main() == 7, words
 
 
-def test_the_lines_of_python_of_the_readme(tmp_path, monkeypatch):
-    block = re.search(r"in Python:\n\n((?:    .*\n)+)", README)[1]
-    path = tmp_path / re.search(r'load\("(.*?)"', block)[1]
-    path.parent.mkdir(parents=True)
-    G = Generator().eval()
-    torch.save({"ema": G.state_dict()}, path)
-    monkeypatch.chdir(tmp_path)
+def test_the_lines_of_python_of_the_readme(monkeypatch):
+    block = re.search(r"((?:    .*\n)*    G = torch.hub.load.*\n(?:    .*\n)+)", README)[1]
+    monkeypatch.chdir(ROOT)
     torch.manual_seed(1)
-    exec(textwrap.dedent(block), results := {})
+    exec(textwrap.dedent(block), results := {"torch": torch})
     torch.manual_seed(1)
-    Generator()  # as in the block, whose z comes after
-    assert torch.equal(results["images"], G(torch.randn(16, 128)))
+    assert torch.equal(results["images"], load_generator("pretrained/faces64/G.safetensors")(torch.randn(16, 128)))
 
 
 @pytest.mark.slow

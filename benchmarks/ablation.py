@@ -218,8 +218,7 @@ def cpu_seconds(run: Run, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         changes = {"total_step": steps, "metrics": None, "save_minutes": 0.0, **dict.fromkeys(FOLDERS, folder)}
         changes |= dict.fromkeys(("sample_step", "attn_step", "min_save_step"), 10**9)
-        options = (vars(run.config) | changes).items()
-        words = [f"--{name}={option_text(value)}" for name, value in options if value != getattr(Config, name)]
+        _, _, *words = shlex.split(run.config.command_line(**changes))  # after "python main.py"
         before = os.times()
         code = train(run._replace(arguments=words))
         after = os.times()

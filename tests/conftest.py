@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -322,9 +321,3 @@ def page_data(path):
 def page_pixels(text: str, size: int) -> np.ndarray:
     """The images of a class in the data of a playground, (T, S, S, 3)."""
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(-1, size, size, 3).astype(int)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

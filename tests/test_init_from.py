@@ -46,16 +46,10 @@ def rounded(weights):
     return {key: value.half().float() if value.dim() > 1 else value for key, value in weights.items()}
 
 
-def assert_equal(weights, expected):
-    assert weights.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(weights[key], value, rtol=0, atol=0, msg=key)  # and of the same type
-
-
 def test_the_files_are_the_networks_to_within_a_rounding(runs):
     state, loaded = torch.load(runs / STATE), load(runs, runs / WEIGHTS)
-    assert_equal(loaded.G, rounded(state["ema"]))
-    assert_equal(loaded.D, rounded(state["D"]))
+    assert_same(loaded.G, rounded(state["ema"]))
+    assert_same(loaded.D, rounded(state["D"]))
     card = (runs / "pretrained/cats/model_card.md").read_text("utf-8")
     for path in (runs / "pretrained/cats").glob("?.safetensors"):
         assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in card
@@ -92,7 +86,7 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
     assert f"starting from the weights of {runs / name} (step {STEPS})\n" in out
     assert not err
     for ours, theirs in zip(weights_of(trainer), (G, D, ema), strict=True):
-        assert_equal(ours, theirs)
+        assert_same(ours, theirs)
     fresh = make_trainer()
     assert trainer.step == 0 and not trainer.g_optimizer.state and not trainer.d_optimizer.state
     assert trainer.state.schedule.start_step == 0 and torch.equal(trainer.state.fixed_z, fresh.state.fixed_z)
@@ -142,8 +136,8 @@ def test_weights_of_the_repository(folder):
 
 def test_weights_of_the_repository_by_name(runs, monkeypatch):
     monkeypatch.setattr(hubconf._loading, "PRETRAINED", runs / "pretrained")
-    assert_equal(hubconf.generator(pretrained="cats").state_dict(), load(runs, runs / WEIGHTS).G)
-    assert_equal(hubconf.discriminator(pretrained="cats").state_dict(), load(runs, runs / WEIGHTS).D)
+    assert_same(hubconf.generator(pretrained="cats").state_dict(), load(runs, runs / WEIGHTS).G)
+    assert_same(hubconf.discriminator(pretrained="cats").state_dict(), load(runs, runs / WEIGHTS).D)
     for name in ("dogs", "../cats"):
         with pytest.raises(ValueError, match=f"pretrained must be one of alone, cats, got {name}"):
             hubconf.generator(pretrained=name)
@@ -161,6 +155,6 @@ def test_an_export_of_the_weights(runs, tmp_path, monkeypatch, capsys, name, lin
     folder = tmp_path / Path(name).parent / str(STEPS)
     for file in folder.glob("?.safetensors"):
         ours, (theirs, metadata) = read_export(file), read_export(runs / "pretrained/cats" / file.name)
-        assert_equal(ours[0], theirs)
+        assert_same(ours[0], theirs)
         assert ours[1] == metadata
     assert len([*folder.glob("*.safetensors")]) == (1 if line else 3)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -19,7 +20,6 @@ from conftest import (
     SMALL,
     assert_same,
     build_trainer,
-    free_port,
     log,
     log_lines,
     use_small_extractor,
@@ -54,6 +54,12 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
 ]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def make(folder, name, ranks=Ranks(), **changes):  # noqa: B008

@@ -190,6 +190,10 @@ class Config:
     truncation: float | None = option(
         None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
     )
+    project: str | None = option(
+        None, "with --train false, an image: find the nearest z, for projection.png and a corner of the playground",
+        PATH,
+    )  # fmt: skip
     metrics: str | None = option(
         None,
         "FID, KID, Inception score, precision and recall, face rate, distance of HOG features; also during training, "
@@ -235,6 +239,8 @@ class Config:
             raise UserError(f"--model paper has networks for --imsize 32, 64 and 128, not {self.imsize}")
         if self.model != "paper" and self.conditional:
             raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
+        if self.project and self.train:
+            raise UserError("--project is for --train false: it searches the z of an image in a trained generator")
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
             raise UserError("--attribute is for --conditional true with --dataset celeb")
 

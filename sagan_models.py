@@ -92,6 +92,11 @@ class Generator(nn.Module):
             width //= 2
         self.last = nn.Sequential(nn.ConvTranspose2d(conv_dim, 3, 4, 2, 1), nn.Tanh())
 
+    @property
+    def first_layer(self) -> nn.Module:
+        """The layer that reads z."""
+        return self.l1[0]
+
     def forward(self, z: Tensor, labels: None = None, return_attention: bool = False) -> Tensor | tuple[Tensor, ...]:
         """z (B, z_dim) -> images (B, 3, S, S) in [-1, 1]; with return_attention also all maps, (B, N, N)."""
         check_labels(labels, 0)

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data_loader import Loader
+from data_loader import Loader, to_model_range
+from datasets.sources import decode_photo
 from metrics.nearest import nearest_images
+from metrics.projection import SHOWN_STEPS, project
 from metrics.scores import check_metrics, compute_metrics
-from networks.latents import classes_in_turn, slerp
+from networks.latents import classes_in_turn, latent_directions, latent_lines, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint
 from training.models import checksum
@@ -38,17 +40,19 @@ from visuals.explorer import write_explorer
 from visuals.figures import (
     CLASS_ROWS,
     attention_figures,
-    nearest_figure,
+    comparison_figure,
     progress_frames,
+    projection_figure,
     sample_grid,
     save_animation,
     shorten,
     to_pixels,
 )
-from visuals.playground import generate_grids, playground_page
+from visuals.playground import DIRECTIONS, REACH, generate_grids, playground_page
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
+PROJECTION_DRAWS, PROJECTED_HELD_OUT = 256, 7  # z to start from; held-out images beside the photo
 SUMMARY_IMAGES = 256  # generated images over which attention statistics are averaged
 PROGRESS_FRAMES = 40  # at most, of progress.gif
 
@@ -79,6 +83,11 @@ class Tester:
         self.selected_classes = select_classes(config.class_name, self.classes)
         for network in filter(None, (self.G, self.D)):
             network.to(device, memory_format=conv_memory_format(device, "fp32"))
+        self.photo = None
+        if config.project:
+            photo = decode_photo(config.project, config.dataset, config.crop_size, config.imsize)
+            self.photo = to_model_range(torch.from_numpy(np.array(photo))[None]).to(device)
+        self.directions = latent_directions(self.G.first_layer, DIRECTIONS)
         self.folder = config.test_folder(self.step)
 
     @torch.no_grad()
@@ -90,11 +99,16 @@ class Tester:
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         print(f"{'EMA ' * self.is_ema}generator, step {self.step}, on {self.device}")
         self._write_samples()
+        z, labels = self._inputs(max(self.config.num_samples, 4))  # those of the samples
+        z, label = z[:4], None if labels is None else labels[:1]
+        if self.photo is not None:
+            z[:1], label = self._write_projection(self.photo)
+        self._write_directions(z[0], label)
         self._write_interpolations()
         if len(self.selected_classes) > 1:
             self._write_class_interpolations()
         self._write_progress()
-        pages = [self._write_playground(), self.folder / "grid.png"]
+        pages = [self._write_playground(z, label), self.folder / "grid.png"]
         if self.config.has_attention:
             pages.insert(0, self._write_attention())
             self._write_attention_stats()
@@ -144,6 +158,38 @@ class Tester:
         row_names = [f"{one} - {other}" for one, other in pairwise(self._names(labels))]
         self._write_columns("class_interpolation", columns, row_names)
 
+    def _write_projection(self, photo: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Write the z nearest to a photo (1, 3, S, S) and a figure, print how near it is. Returns it and its label.
+
+        Held-out images beside it show how near G comes to real images that it was not trained on.
+        """
+        has_held_out = self.loader is not None and self.loader.holdout > 0
+        real = self.loader.held_out(0, PROJECTED_HELD_OUT)[0] if has_held_out else photo[:0]
+        images = torch.cat([photo, real])
+        found = project(self.G, self.D, images, *self._inputs(PROJECTION_DRAWS))
+        label = None if found.labels is None else found.labels[:1]
+        rmse, others = found.rmse[:, -1].split([1, len(real)])
+        distance = f"RMSE {rmse.item():.3f} of pixels in [-1, 1], " + (
+            f"held-out images: {others.mean():.3f} ({others.min():.3f} to {others.max():.3f})"
+            if len(real) else "no held-out images to compare with"
+        )  # fmt: skip
+        name = Path(self.config.project).name
+        print(f"projection of {name}{'' if label is None else f' as {self._names(label)[0]}'}: {distance}")
+        np.save(self.folder / "projection.npy", found.z[0].cpu().numpy())
+        names = [shorten(name), *["held-out"] * len(real)]
+        steps = [f"nearest of {PROJECTION_DRAWS}", *(f"step {step}" for step in SHOWN_STEPS[1:])]
+        projection_figure(images, found.images, found.rmse, names, steps, distance).save(self.folder / "projection.png")
+        return found.z[:1], label
+
+    def _write_directions(self, z: Tensor, label: Tensor | None) -> None:
+        """Write the image of z (z_dim,), of a class (1,), moved along each direction, a row each."""
+        amounts = range(-int(REACH), int(REACH) + 1)
+        rows = latent_lines(z, self.directions, amounts)  # (K, A, z_dim)
+        images = self.G(rows.flatten(0, 1), None if label is None else label.expand(rows.shape[:2].numel()))
+        names = [f"direction {number}" for number in range(1, len(rows) + 1)]
+        titles = [f"{amount:+}" if amount else "0" for amount in amounts]
+        sample_grid(images, row_names=names, column_names=titles).save(self.folder / "directions.png")
+
     def _write_columns(self, name: str, columns: list[Tensor], row_names: list[str]) -> None:
         """Write interpolations as rows of an image, and as an animation back and forth.
 
@@ -162,12 +208,14 @@ class Tester:
         if frames := progress_frames({step: grids[step] for step in steps}):
             save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
-    def _write_playground(self) -> Path:
-        """Write the grid between four samples, with a switch between the classes. Returns its path."""
-        z = self.sample_z(max(self.config.num_samples, 4))[:4]  # those of the first samples
-        classes = [(self.classes[number], number) for number in self.selected_classes[:CLASS_ROWS]] or [("", None)]
-        page = playground_page(generate_grids(self.G, z, classes), f"{self.config.version}, step {self.step}")
+    def _write_playground(self, z: Tensor, label: Tensor | None) -> Path:
+        """Write the grid between four z (4, z_dim) for each class, first for that of `label` (1,). Returns its path."""
+        numbers = [] if label is None else [*dict.fromkeys([label.item(), *self.selected_classes])][:CLASS_ROWS]
+        classes = [(self.classes[number], number) for number in numbers] or [("", None)]
+        corner = f"the z nearest to {Path(self.config.project).name}" if self.config.project else ""
+        grids = generate_grids(self.G, z, self.directions, classes)
         path = self.folder / "playground.html"
+        page = playground_page(grids, f"{self.config.version}, step {self.step}", corner)
         path.write_text(page, encoding="utf-8")
         return path
 
@@ -209,7 +257,9 @@ class Tester:
             "Numbers: RMSE of pixels in [-1, 1]. Mean RMSE to the nearest training image:\n"
             f"{found.distances[:, 0].mean():.3f} from these samples, {baseline.mean():.3f} from other training images."
         )
-        nearest_figure(samples, neighbors, found.distances, footer).save(self.folder / "nearest.png")
+        captions = [["", *(f"{rmse:.3f}" for rmse in row)] for row in found.distances.tolist()]
+        rows, titles = torch.cat([samples[:, None], neighbors], 1), ("sample", "nearest training images (RMSE)")
+        comparison_figure(rows, titles, captions, footer).save(self.folder / "nearest.png")
 
     def _write_metrics(self) -> None:
         """Write and print the metrics that `--metrics` lists."""

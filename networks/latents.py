@@ -1,9 +1,12 @@
-"""Inputs of generators: latent vectors z, drawn from a seed and interpolated, and class labels beside them."""
+"""Inputs of generators: latent vectors z, drawn, interpolated and moved along directions, and class labels."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from spectral import fold_spectral_norm
 
 
 def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str, truncation: float | None = None) -> Tensor:
@@ -65,3 +68,26 @@ def slerp(start: Tensor, end: Tensor, count: int) -> Tensor:
     direction = torch.sin((1 - t) * angle) * start[:, None] + torch.sin(t * angle) * end[:, None]
     direction = torch.where(angle < 1e-4, start[:, None], direction / torch.sin(angle))  # 0 / 0 where both are equal
     return direction * torch.lerp(start_length[:, None], end_length[:, None], t)
+
+
+def latent_directions(first_layer: nn.Module, count: int) -> Tensor:
+    """Return the directions in z that change the output of G's first layer most, (count, z_dim), the strongest first.
+
+    SeFa (Shen & Zhou, arXiv 2007.06600): with the layer as x = A z + b, the eigenvectors of A^T A that have the largest
+    eigenvalues; no training. Of the two signs, that with a positive largest component.
+
+    Args:
+        first_layer: `nn.Linear` or `nn.ConvTranspose2d` of a 1x1 input, with or without spectral norm.
+        count: at most z_dim.
+    """
+    (layer,) = fold_spectral_norm(nn.Sequential(copy.deepcopy(first_layer)))
+    rows = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight.flatten(1)  # A^T (z_dim, outputs)
+    rows = rows.detach().double().cpu()
+    vectors = torch.linalg.eigh(rows @ rows.t()).eigenvectors.flip(1)[:, :count].t()  # eigenvalues are in rising order
+    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    return (signs * vectors).float().to(layer.weight.device)
+
+
+def latent_lines(z: Tensor, directions: Tensor, amounts: Sequence[float]) -> Tensor:
+    """Return z (z_dim,) plus each of A amounts of each of K directions (K, z_dim): (K, A, z_dim)."""
+    return z + torch.tensor(amounts, device=z.device)[:, None] * directions[:, None]

@@ -187,6 +187,11 @@ class Generator(nn.Module):
         self.bn = nn.BatchNorm2d(widths[-1])
         self.last = _conv(widths[-1], 3, 3)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        """The layer that reads z."""
+        return self.linear
+
     def forward(
         self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:

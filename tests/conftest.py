@@ -142,6 +142,7 @@ def fewer_images(monkeypatch):
     """An evaluation of few images."""
     monkeypatch.setattr(tester, "SUMMARY_IMAGES", 16)
     monkeypatch.setattr(playground, "MAX_SIDE", 4)
+    monkeypatch.setattr(playground, "MAX_STEPS", 1)
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ from PIL import Image
 import main
 import tester
 from errors import UserError
-from metrics import scores
+from metrics import projection, scores
 from training import checkpoint
 from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
 from training.run_folders import remove_test_results
+from visuals.figures import to_pixels
 
 pytestmark = pytest.mark.usefixtures("fewer_images")
 OPTIONS = dict(model="paper", conditional=True, imsize=64, g_num=4)
@@ -194,6 +195,24 @@ def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
     data = page_data(tested.folder / "playground.html")
     assert [shown["name"] for shown in data["classes"]] == names[:8]
     assert sorted(path.parent.name for path in tested.folder.glob("samples/*/00000.png")) == names
+
+
+def test_projection_finds_a_class_which_the_playground_shows_first(trained, monkeypatch, tmp_path, capsys):
+    for module in (projection, tester):
+        monkeypatch.setattr(module, "SHOWN_STEPS", (0, 2))
+    monkeypatch.setattr(projection, "STEPS", 2)
+    tested = make_tester(trained, loader=False, num_samples=4)
+    z, _ = tested._inputs(6)
+    with torch.no_grad():
+        image = tested.G(z[5:], torch.tensor([2]))  # the sixth of three classes in turn
+    Image.fromarray(to_pixels(image)[0]).save(tmp_path / "a.png")
+    tested = make_tester(trained, loader=False, num_samples=4, train=False, project=str(tmp_path / "a.png"))
+    assert tested.test() == 0
+    name = CLASSES[2]
+    assert f"projection of a.png as {name}: " in capsys.readouterr().out
+    shown = page_data(tested.folder / "playground.html")["classes"]
+    assert [entry["name"] for entry in shown] == [name, *CLASSES[:2]]
+    assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(image)[0]).mean() < 5
 
 
 def test_class_name_chooses_the_classes(trained):

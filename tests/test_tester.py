@@ -11,13 +11,18 @@ from PIL import Image
 
 import tester
 from data_loader import to_model_range
+from errors import UserError
+from metrics import projection
+from networks.latents import latent_directions
 from training import recorder
 from training.resuming import load_test_checkpoint
 from visuals.attention_stats import attention_stats
+from visuals.figures import to_pixels
 
 pytestmark = pytest.mark.usefixtures("fewer_images")
 FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progress.gif", "attention.json",
-         "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png", "playground.html"}  # fmt: skip
+         "G_attn1.png", "G_attn2.png", "D_attn1.png", "D_attn2.png", "nearest.png", "directions.png",
+         "playground.html"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_contents_of_the_files(trained, make_config):
     tiles = page_pixels(shown["pixels"], 32)
     corners = dict(enumerate((0, side - 1, side**2 - side, side**2 - 1)))  # the first samples
     z = tested.sample_z(5)
-    assert len(tiles) == side**2 and z.abs().max() <= 0.7
+    assert z.abs().max() <= 0.7
     with torch.no_grad():
         expected = tested.G(z)
     for index, image in enumerate(expected):
@@ -93,6 +98,53 @@ def test_contents_of_the_files(trained, make_config):
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
+
+
+def test_directions_of_the_first_sample(trained, make_config):
+    tested = make_tester(make_config(), None)
+    tested.test()
+    data, z = page_data(tested.folder / "playground.html"), tested.sample_z(1)
+    assert (data["directions"], data["steps"], data["corner"]) == (8, 1, "")
+    frames = page_pixels(data["classes"][0]["pixels"], 32)[data["side"] ** 2 :].reshape(8, 2, 32, 32, 3)  # -3, 3
+    figure = np.asarray(Image.open(tested.folder / "directions.png")).astype(int)
+    figure = figure[-(2 + 8 * 34) :, -(2 + 7 * 34) :]
+    for row, direction in enumerate(latent_directions(tested.G.first_layer, 8)):
+        with torch.no_grad():
+            images = to_pixels(tested.G(z + torch.tensor([[-3], [0], [3]]) * direction))
+        for column, image in zip((0, 3, 6), images, strict=True):
+            tile = figure[2 + 34 * row : 34 * (row + 1), 2 + 34 * column : 34 * (column + 1)]
+            assert np.abs(tile - image).max() <= 1  # rounding of other batches
+        assert np.abs(frames[row] - images[::2]).max() <= 1
+
+
+def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, tmp_path, capsys):
+    """Beside held-out images, if there are any; the playground and the directions begin at its z."""
+    for module in (projection, tester):
+        monkeypatch.setattr(module, "SHOWN_STEPS", (0, 10))
+    monkeypatch.setattr(projection, "STEPS", 10)
+    Image.new("RGB", (90, 50), (200, 30, 30)).save(tmp_path / "my photo.png")
+    loaders = (None, trained.loader, make_trainer(version="other", holdout=0.3).loader)
+    for loader in loaders:
+        tested = make_tester(make_config(train=False, project=str(tmp_path / "my photo.png")), loader)
+        tested.test()
+        z = torch.from_numpy(np.load(tested.folder / "projection.npy"))
+        with torch.no_grad():
+            (found,) = to_pixels(tested.G(z[None])).astype(int)
+        data = page_data(tested.folder / "playground.html")
+        assert np.abs(page_pixels(data["classes"][0]["pixels"], 32)[0] - found).max() <= 1
+        assert data["corner"] == "the z nearest to my photo.png"
+        middle = np.asarray(Image.open(tested.folder / "directions.png"))[-(2 + 8 * 34) :, -(2 + 4 * 34) :][2:34, 2:34]
+        assert np.abs(middle - found).max() <= 1
+        held_out = len(loader._held_out) if loader else 0
+        assert Image.open(tested.folder / "projection.png").height == 34 + (1 + min(held_out, 7)) * 120 + 44
+        rmse = np.sqrt((((found - (200, 30, 30)) / 127.5) ** 2).mean())
+        out = capsys.readouterr().out
+        assert f"projection of my photo.png: RMSE {rmse:.3f} of pixels in [-1, 1], " in out
+        assert ("no held-out images" in out) == (held_out == 0)
+    assert held_out > 0
+    for path, problem in (("missing.png", "there is no image file"), ("3_G.pth", "cannot be read")):
+        with pytest.raises(UserError, match=problem):
+            make_tester(make_config(train=False, project=str(trained.config.model_folder / path)), None)
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

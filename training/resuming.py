@@ -210,7 +210,7 @@ def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[s
     trained = saved.state["config"] if saved.state else {}
     if saved.metadata and saved.metadata["dataset"]:
         trained = {"dataset": saved.metadata["dataset"]}
-    names = (*config.architecture, "seed", "batch_size", *DATA_OPTIONS)
+    names = (*config.architecture, "seed", "batch_size", "holdout", *DATA_OPTIONS)
     options = {name: trained[name] for name in names if name in trained} | saved_architecture(saved)
     if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
         options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}

@@ -21,7 +21,7 @@ from utils import check_writable, files_by_step
 KINDS = ("checkpoints", "tests", "pictures")  # of results with a step in their name
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png"
-    r"|(attention|metrics)\.json|nearest\.png|playground\.html"
+    r"|(attention|metrics)\.json|(nearest|directions)\.png|projection\.(png|npy)|playground\.html"
 )
 
 

@@ -21,7 +21,7 @@ HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 2
 TILE, GAP, CAPTION = 144, 8, 16  # pixels
 CLASS_ROWS = 8  # rows at most of a grid with a row for each class
 NAME_LENGTH = 20  # characters of a class's name in a figure
-TEXT, MUTED, BACKGROUND = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+TEXT, MUTED, LIGHT, BACKGROUND = (30, 30, 30), (110, 110, 110), (230, 230, 230), (255, 255, 255)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -29,7 +29,9 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[str] = ()) -> Image.Image:
+def sample_grid(
+    images: Tensor, columns: int | None = None, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
+) -> Image.Image:
     """Place images (B, 3, S, S) side by side with 2 black pixels around each.
 
     Like torchvision's `make_grid`, which draws no border around a single image.
@@ -37,6 +39,7 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
     Args:
         columns: images per row; by default B / R for R named rows, otherwise as near to a square as B allows.
         row_names: written at the left of the rows; see `shorten`.
+        column_names: written above the columns.
     """
     pixels, gap = to_pixels(images), 2
     count, size = pixels.shape[:2]
@@ -44,13 +47,16 @@ def sample_grid(images: Tensor, columns: int | None = None, row_names: Sequence[
     rows = math.ceil(count / columns)
     font = _font(13)
     margin = max([0, *(GAP + math.ceil(font.getlength(name)) for name in row_names)])
-    grid = Image.new("RGB", (margin + columns * (size + gap) + gap, rows * (size + gap) + gap))
+    header = CAPTION + GAP if column_names else 0
+    grid = Image.new("RGB", (margin + columns * (size + gap) + gap, header + rows * (size + gap) + gap))
     for index, tile in enumerate(pixels):
         row, column = divmod(index, columns)
-        grid.paste(Image.fromarray(tile), (margin + gap + column * (size + gap), gap + row * (size + gap)))
+        grid.paste(Image.fromarray(tile), (margin + gap + column * (size + gap), header + gap + row * (size + gap)))
     draw = ImageDraw.Draw(grid)
     for row, name in enumerate(row_names):
-        draw.text((GAP // 2, gap + row * (size + gap) + size // 2), name, (230, 230, 230), font, anchor="lm")
+        draw.text((GAP // 2, header + gap + row * (size + gap) + size // 2), name, LIGHT, font, anchor="lm")
+    for column, name in enumerate(column_names):
+        draw.text((margin + gap + column * (size + gap) + size // 2, header // 2), name, LIGHT, font, anchor="mm")
     return grid
 
 
@@ -82,31 +88,48 @@ def progress_frames(grids: Mapping[int, Path], width: int = 400) -> list[Image.I
     return [frame for frame in frames if frame.size == frames[-1].size]  # --batch_size may have changed
 
 
-def nearest_figure(samples: Tensor, neighbors: Tensor, distances: Tensor, footer: str) -> Image.Image:
-    """Draw a row per sample: the sample, then its nearest training images with their distances.
+def comparison_figure(
+    images: Tensor, titles: Sequence[str], captions: Sequence[Sequence[str]], footer: str
+) -> Image.Image:
+    """Draw rows of images, the first of each apart from those it is compared with.
 
     Args:
-        samples: (K, 3, S, S).
-        neighbors: (K, M, 3, S, S), nearest first, on the device of the samples.
-        distances: (K, M), which `footer` explains in one or more lines.
+        images: (K, M, 3, S, S).
+        titles: of the columns, from the first on.
+        captions: M for each row, below its images.
+        footer: one or more lines.
     """
     side, header = 96, 34
     height, lines = side + CAPTION + GAP, footer.count("\n") + 1
-    width = (side + GAP) * (1 + neighbors.shape[1]) + 2 * GAP
-    figure = Image.new("RGB", (width, header + len(samples) * height + 18 * lines + GAP), BACKGROUND)
+    lefts = [GAP + column * (side + GAP) + GAP * (column > 0) for column in range(images.shape[1])]
+    figure = Image.new("RGB", (lefts[-1] + side + GAP, header + len(images) * height + 18 * lines + GAP), BACKGROUND)
     draw = ImageDraw.Draw(figure)
-    draw.text((GAP, 8), "sample", TEXT, _font(14))
-    draw.text((side + 3 * GAP, 8), "nearest training images (RMSE)", TEXT, _font(14))
-    for row, (sample, near, rmse) in enumerate(zip(samples, neighbors, distances.tolist(), strict=True)):
+    for left, title in zip(lefts, titles, strict=False):
+        draw.text((left, 8), title, TEXT, _font(14))
+    for row, names in enumerate(captions):
         top = header + row * height
-        for column, pixels in enumerate(to_pixels(torch.cat([sample[None], near]))):
-            left = GAP + column * (side + GAP) + GAP * (column > 0)
-            tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
-            figure.paste(tile, (left, top))
-            if column:
-                draw.text((left, top + side + 1), f"{rmse[column - 1]:.3f}", MUTED, _font(12))
+        for left, pixels, name in zip(lefts, to_pixels(images[row]), names, strict=True):
+            figure.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            draw.text((left, top + side + 1), name, MUTED, _font(12))
     draw.text((GAP, figure.height - 18 * lines - 4), footer, MUTED, _font(13), spacing=4)
     return figure
+
+
+def projection_figure(
+    images: Tensor, course: Tensor, rmse: Tensor, names: Sequence[str], steps: Sequence[str], footer: str
+) -> Image.Image:
+    """Draw a row per image: the image, what G made of its z after some steps, and how they differ at last.
+
+    Args:
+        images: (B, 3, S, S), with `names` below.
+        course: (B, K, 3, S, S), with `steps` above and rmse (B, K) below.
+        footer: one line.
+    """
+    difference = (course[:, -1] - images) / 2
+    rows = torch.cat([images[:, None], course, difference[:, None]], 1)
+    captions = [[name, *(f"{value:.3f}" for value in row), ""] for name, row in zip(names, rmse.tolist(), strict=True)]
+    note = "Difference: half of the last image minus the first; gray is none."
+    return comparison_figure(rows, ["image", *steps, "difference"], captions, f"{footer}\n{note}")
 
 
 def attention_figures(samples: Sequence[AttentionSample], step: int) -> dict[str, Image.Image]:

@@ -1,10 +1,10 @@
-"""The playground: an HTML page to walk through a grid of latent interpolations.
+"""The playground: an HTML page to walk through a grid of latent interpolations, and along directions from a corner.
 
-    grids = generate_grids(G, z, [("", None)])  # z (4, z_dim)
+    grids = generate_grids(G, z, directions, [("", None)])  # z (4, z_dim), directions (8, z_dim)
     Path("playground.html").write_text(playground_page(grids, "step 1000"), encoding="utf-8")
 
-The four corners of the grid are given, everything between them is slerp. The page is a single file and works offline.
-Its template is `playground.html` in this folder.
+The four corners of the grid are given, everything between them is slerp. Sliders move the top left one along each
+direction. The page is a single file and works offline. Its template is `playground.html` in this folder.
 """
 
 import math
@@ -15,46 +15,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from networks.latents import slerp
+from networks.latents import latent_lines, slerp
 from utils import progress
 from visuals.figures import layer_name, to_pixels
 from visuals.pages import compress, compress_maps, fill_template
 
 MAX_SIDE = 16  # tiles in a row of the grid
-PAGE_BYTES = 5_700_000  # for the tiles of all classes; what else is in a page takes less than 100 kB
+DIRECTIONS = 8  # sliders, at most
+REACH = 3.0  # z moves from -REACH to REACH along a direction
+MAX_STEPS = 6  # from 0 to REACH
+PAGE_BYTES = 7_700_000  # for the tiles of all classes; what else is in a page takes less than 100 kB
 BATCH = 32  # images at once; an attention map of 1024 x 1024 takes 4 MiB for each
 
 
 class Grid(NamedTuple):
-    """The grid of one class: T = side * side tiles, row by row."""
+    """The grid of one class: T = side * side tiles, row by row, then F of the top left one moved along directions."""
 
     class_name: str  # "" without classes
-    pixels: np.ndarray  # (T, S, S, 3) uint8
-    attention: dict[str, np.ndarray]  # "G attn1": (T, M) float32, the mean over all queries; by layer
+    side: int
+    steps: int  # from 0 to either end of a direction
+    pixels: np.ndarray  # (T + F, S, S, 3) uint8
+    attention: dict[str, np.ndarray]  # "G attn1": (T + F, M) float32, the mean over all queries; by layer
 
 
-def generate_grids(G: nn.Module, corners: Tensor, classes: Sequence[tuple[str, int | None]]) -> list[Grid]:
+def generate_grids(
+    G: nn.Module, corners: Tensor, directions: Tensor, classes: Sequence[tuple[str, int | None]]
+) -> list[Grid]:
     """Return the grid of each class, of the same z in each.
 
     Args:
         G: in evaluation mode.
         corners: see `latent_grid`.
+        directions: at most `DIRECTIONS`, (K, z_dim), of length 1.
         classes: name and number of each class; [("", None)] for a network without classes.
     """
     image, *maps = G(corners[:1], _labels(classes[0][1], corners[:1]), return_attention=True)
-    tile_bytes = image.numel() + sum(attention.shape[2] for attention in maps)
-    z = latent_grid(corners, grid_side(tile_bytes, len(classes)))
-    return [_generate(G, z, name, number) for name, number in classes]
+    side, steps = grid_size(image.numel() + sum(attention.shape[2] for attention in maps), len(classes))
+    amounts = [REACH * step / steps for step in range(-steps, steps + 1) if step]  # at 0 it is the corner's tile
+    z = torch.cat([latent_grid(corners, side), latent_lines(corners[0], directions, amounts).flatten(0, 1)])
+    return [_generate(G, z, (side, steps), name, number) for name, number in classes]
 
 
-def grid_side(tile_bytes: int, classes: int) -> int:
-    """Return the tiles in a row of the grid, at most 16: as many as keep the page below 6 MB.
+def grid_size(tile_bytes: int, classes: int) -> tuple[int, int]:
+    """Return the tiles in a row of the grid and the steps from 0 to either end of a slider: a page below 8 MB.
+
+    Sliders have at most a third of the tiles, and where that is not enough for a step, as at size 256, there are none.
 
     Args:
         tile_bytes: a tile's pixels and attention maps, before base64, which makes 4/3 of them.
         classes: how many grids the page has.
     """
-    return min(MAX_SIDE, math.isqrt(PAGE_BYTES * 3 // (4 * tile_bytes * classes)))
+    tiles = PAGE_BYTES * 3 // (4 * tile_bytes * classes)
+    steps = min(MAX_STEPS, tiles // (3 * 2 * DIRECTIONS))
+    return min(MAX_SIDE, math.isqrt(tiles - 2 * DIRECTIONS * steps)), steps
 
 
 def latent_grid(corners: Tensor, side: int) -> Tensor:
@@ -67,9 +80,14 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(grids: Sequence[Grid], title: str) -> str:
-    """Return the page as HTML; `title` is plain text."""
-    count, size = grids[0].pixels.shape[:2]
+def playground_page(grids: Sequence[Grid], title: str, corner: str = "") -> str:
+    """Return the page as HTML.
+
+    Args:
+        title: plain text.
+        corner: what the top left corner is, plain text; "" for a sample.
+    """
+    _, side, steps, pixels, _ = grids[0]
     entries = [
         {
             "name": grid.class_name,
@@ -81,19 +99,21 @@ def playground_page(grids: Sequence[Grid], title: str) -> str:
         }
         for grid in grids
     ]
-    data = {"side": math.isqrt(count), "size": size, "classes": entries}
+    directions = (len(pixels) - side**2) // (2 * steps) if steps else 0
+    data = {"side": side, "size": pixels.shape[1], "directions": directions, "steps": steps, "reach": REACH,
+            "corner": corner, "classes": entries}  # fmt: skip
     return fill_template("playground", title, data)
 
 
-def _generate(G: nn.Module, z: Tensor, class_name: str, number: int | None) -> Grid:
-    """Return the grid of a class, of z (T, z_dim)."""
+def _generate(G: nn.Module, z: Tensor, size: tuple[int, int], class_name: str, number: int | None) -> Grid:
+    """Return the grid of a class, of z (T + F, z_dim) and its side and steps."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):
         images, *maps = G(batch, _labels(number, batch), return_attention=True)
         pixels.append(to_pixels(images))
         means.append([attention.mean(1).cpu().numpy() for attention in maps])  # (B, M)
     layers = {f"G attn{index}": np.concatenate(parts) for index, parts in enumerate(zip(*means, strict=True), start=1)}
-    return Grid(class_name, np.concatenate(pixels), layers)
+    return Grid(class_name, *size, np.concatenate(pixels), layers)
 
 
 def _labels(number: int | None, z: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ import pytest
 import torchvision.transforms as T
 from PIL import Image
 
-from datasets.sources import find_source
+from datasets.sources import decode_photo, find_source
 from errors import UserError
 
 
@@ -36,6 +36,16 @@ def test_pixels_equal_those_of_the_reference_s_transforms(tmp_path, dataset, cro
     save(picture(*shape), tmp_path / "CelebA" / "1.png")
     source = find_source(dataset, str(tmp_path), crop_size)
     assert np.array_equal(source.decode(source.items[0], size), reference_pixels(picture(*shape), side, size))
+
+
+@pytest.mark.parametrize("dataset, crop_size, shape, side", [
+    ("celeb", None, (178, 218), 160), ("celeb", None, (356, 500), 320), ("celeb", 80, (356, 500), 80),
+    ("folder", None, (300, 101), 101), ("toy", None, (40, 50), 40),
+])  # fmt: skip
+def test_a_photo_from_anywhere_is_cropped_as_the_images_of_the_dataset(tmp_path, dataset, crop_size, shape, side):
+    save(picture(*shape), tmp_path / "me.png")
+    photo = decode_photo(str(tmp_path / "me.png"), dataset, crop_size, 64)
+    assert np.array_equal(photo, reference_pixels(picture(*shape), side, 64))
 
 
 @pytest.mark.parametrize("image_path, folder, other", [

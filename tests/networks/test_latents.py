@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from conftest import random_generator
 
-from networks.latents import sample_z, slerp
+from networks.latents import latent_directions, latent_lines, sample_z, slerp
+from spectral import fold_spectral_norm
 
 
 @pytest.mark.parametrize("truncation", [None, 0.5])
@@ -32,3 +35,27 @@ def test_slerp_between_equal_directions_is_finite(factor):
     z = sample_z(0, 1, 8, "cpu")
     path = slerp(z, factor * z, 3)
     assert torch.allclose(path[0, 1], (1 + factor) / 2 * z[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["sagan", "paper"])
+@torch.no_grad()
+def test_directions_are_the_right_singular_vectors_of_the_first_layer(model):
+    """By numpy, from what the layer computes, with spectral norm folded in or not."""
+    G = random_generator(model, 32)
+    shape = (-1, 16, 1, 1) if model == "sagan" else (-1, 16)
+    points = torch.cat([torch.eye(16), torch.zeros(1, 16)])
+    outputs = G.first_layer(points.view(shape)).flatten(1).double()
+    _, values, vectors = np.linalg.svd((outputs[:-1] - outputs[-1]).T.numpy())
+    directions = latent_directions(G.first_layer, 8)
+    assert torch.allclose(directions @ directions.T, torch.eye(8), atol=1e-6)
+    assert (np.diff(values) < 0).all()  # otherwise the vectors are not unique
+    assert np.abs((directions.numpy() * vectors[:8]).sum(1)) == pytest.approx(1, abs=1e-5)
+    assert (directions.gather(1, directions.abs().argmax(1, keepdim=True)) > 0).all()
+    assert torch.equal(latent_directions(G.first_layer, 8), directions)  # it was not changed
+    assert torch.allclose(latent_directions(fold_spectral_norm(G).first_layer, 99)[:8], directions, atol=1e-5)
+
+
+def test_lines_have_a_row_per_direction():
+    z, directions = torch.randn(16), torch.randn(3, 16)
+    lines = latent_lines(z, directions, [-1, 0, 2])
+    assert torch.equal(lines[:, 1], z.expand(3, 16)) and torch.allclose(lines[1, 2], z + 2 * directions[1])

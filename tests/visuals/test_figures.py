@@ -92,10 +92,28 @@ def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
             assert gif.info["duration"] == (1500 if index == 2 else 200)
 
 
-def test_nearest_figure_has_a_row_per_sample():
-    samples, near = torch.full((2, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
-    figure = np.asarray(figures.nearest_figure(samples, near, torch.rand(2, 4), "a line\nand another"))
+def test_comparison_figure_has_the_images_in_rows():
+    samples, near = torch.full((2, 1, 3, 16, 16), -1.0), torch.ones(2, 4, 3, 16, 16)
+    captions = [["", *"abcd"], [""] * 5]
+    figure = figures.comparison_figure(torch.cat([samples, near], 1), ["a", "b"], captions, "a line\nand another")
+    figure = np.asarray(figure)
     for row in range(2):
         middle = 34 + row * (96 + CAPTION + GAP) + 48
         assert (figure[middle, GAP + 48] == 0).all()
         assert (figure[middle, GAP + (96 + GAP) * 4 + GAP + 48] == 255).all()
+
+
+def test_projection_figure_ends_with_the_halved_difference():
+    images, course = torch.full((1, 3, 8, 8), -0.5), torch.tensor([0.0, 0.5]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 8, 8)
+    figure = figures.projection_figure(images, course, torch.rand(1, 2), ["a.jpg"], ["start", "end"], "near")
+    figure = np.asarray(figure)
+    colors = [figure[34 + 48, GAP + 48 + (96 + GAP) * column + GAP * (column > 0)] for column in range(4)]
+    assert [color.tolist() for color in colors] == [[64] * 3, [128] * 3, [191] * 3, [191] * 3]
+
+
+def test_names_are_beside_and_above_the_images_of_a_grid():
+    images = torch.ones(6, 3, 16, 16)
+    plain, named = (np.asarray(figures.sample_grid(images, 3, [], names)) for names in ((), ("-1", "0", "+1")))
+    header = named.shape[0] - plain.shape[0]
+    assert header > 12 and (named[header:] == plain).all()
+    assert [named[:header, 2 + 18 * column : 18 * (column + 1)].max() > 0 for column in range(3)] == [True] * 3

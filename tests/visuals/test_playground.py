@@ -11,23 +11,23 @@ from PIL import Image
 
 from networks.latents import slerp
 from visuals.figures import overlay, to_pixels
-from visuals.playground import Grid, generate_grids, grid_side, playground_page
+from visuals.playground import Grid, generate_grids, grid_size, playground_page
 
 NAMES = ["cat", "bird", "a very long name of a class, which does not fit on a phone", "horse", "automobile"]
 
 
-def noise_grid(name: str, side: int, size: int, keys: tuple[int, ...]) -> Grid:
+def noise_grid(name: str, side: int, size: int, keys: tuple[int, ...], steps: int = 0) -> Grid:
     """Tiles of noise, and maps in which all levels are equally frequent."""
-    random = np.random.default_rng(len(name))
-    pixels = random.integers(0, 256, (side**2, size, size, 3), np.uint8)
-    maps = {f"G attn{index}": random.random((side**2, count), np.float32) ** 2 for index, count in enumerate(keys, 1)}
-    return Grid(name, pixels, maps)
+    random, count = np.random.default_rng(len(name)), side**2 + 16 * steps
+    pixels = random.integers(0, 256, (count, size, size, 3), np.uint8)
+    maps = {f"G attn{index}": random.random((count, number), np.float32) ** 2 for index, number in enumerate(keys, 1)}
+    return Grid(name, side, steps, pixels, maps)
 
 
 SIDE = 16  # tiles in a row of the page without classes
-GRID = noise_grid("", SIDE, 32, (64, 256))
-TILES = GRID.pixels.reshape(SIDE, SIDE, 32, 32, 3).astype(int)
-CLASS_GRIDS = [noise_grid(name, 4, 64, (64,)) for name in NAMES]
+GRID = noise_grid("", SIDE, 32, (64, 256), 3)
+TILES = GRID.pixels[: SIDE**2].reshape(SIDE, SIDE, 32, 32, 3).astype(int)
+CLASS_GRIDS = [noise_grid(name, 4, 64, (64,), 1) for name in NAMES]
 
 
 class Page(BrowserPage):
@@ -69,7 +69,7 @@ def show(quiet_browser, tmp_path):
 @torch.no_grad()
 def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its_maps():
     G, corners = random_generator("sagan", 32), torch.randn(4, 16)
-    (grid,) = generate_grids(G, corners, [("", None)])
+    (grid,) = generate_grids(G, corners, torch.eye(16)[:3], [("", None)])
     assert [*grid.attention] == ["G attn1", "G attn2"]
     for column, row in ((0, 0), (SIDE - 1, 0), (0, SIDE - 1), (SIDE - 1, SIDE - 1), (5, 11), (11, 5)):
         top, bottom = (slerp(corners[[i]], corners[[i + 1]], SIDE)[:, column] for i in (0, 2))
@@ -78,16 +78,51 @@ def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its
         assert np.abs(pixels - to_pixels(image)[0]).max() <= 1  # rounding of other batches
         for values, attention in zip(grid.attention.values(), maps, strict=True):
             assert np.allclose(values[SIDE * row + column], attention[0].mean(0), atol=1e-6)
+    assert len(grid.pixels) == SIDE**2 + 3 * 2 * grid.steps and grid.steps == 6
+    moved = corners[0].repeat(12, 1)  # along the second direction
+    moved[:, 1] += torch.tensor([number / 2 for number in range(-6, 7) if number])
+    assert np.abs(grid.pixels[SIDE**2 + 12 : SIDE**2 + 24].astype(int) - to_pixels(G(moved))).max() <= 1
 
 
-@pytest.mark.parametrize("size, keys, classes, side", [
-    (32, (64, 256), 1, 16), (64, (256, 1024), 1, 16), (64, (256,), 8, 6), (128, (256, 1024), 1, 9),
-    (256, (256, 1024), 1, 4),
+@pytest.mark.parametrize("size, keys, classes, expected", [
+    (32, (64, 256), 1, (16, 6)), (64, (256, 1024), 1, (16, 6)), (64, (256,), 8, (6, 1)), (128, (256, 1024), 1, (9, 2)),
+    (256, (256, 1024), 1, (5, 0)),
 ])  # fmt: skip
-def test_a_page_of_noise_stays_below_6_mb(size, keys, classes, side):
-    assert grid_side(3 * size**2 + sum(keys), classes) == side
-    grids = [noise_grid((100 - index) * "é", side, size, keys) for index in range(classes)]
-    assert len(playground_page(grids, "title").encode()) < 6_000_000
+def test_a_page_of_noise_stays_below_8_mb(size, keys, classes, expected):
+    side, steps = grid_size(3 * size**2 + sum(keys), classes)
+    assert (side, steps) == expected
+    grids = [noise_grid((100 - index) * "é", side, size, keys, steps) for index in range(classes)]
+    assert len(playground_page(grids, "title").encode()) < 8_000_000
+
+
+@pytest.mark.browser
+def test_sliders_move_the_top_left_tile_along_a_direction(show):
+    page = show([GRID])
+    page.click_tile(5, 5)
+    inputs, outputs = page.find_all("#sliders input"), page.find_all("#sliders output")
+    assert [len(inputs), len(outputs)] == [8, 8] and [output.text for output in outputs] == ["0"] * 8
+    for direction, keys, amount in ((2, [Keys.ARROW_RIGHT], 1), (2, [Keys.END], 3), (7, [Keys.HOME], -3)):
+        inputs[direction].send_keys(*keys)
+        cell = SIDE**2 + 6 * direction + (amount + 3 if amount < 0 else amount + 2)
+        assert page.state()["cell"] == cell and page.place() == (0, 0) and page.state()["pinned"]
+        page.check_tile(GRID, cell)
+        text = f"{'+' if amount > 0 else '−'}{abs(amount)}"
+        assert [output.text for output in outputs] == [text if index == direction else "0" for index in range(8)]
+        assert page.find("#position").text.startswith(f"top left tile, direction {direction + 1} at {text}\n")
+        assert inputs[direction].accessible_name == f"direction {direction + 1}"
+    inputs[7].send_keys(*[Keys.ARROW_RIGHT] * 3)  # at 0 it is the tile itself
+    page.check_tile(GRID, 0)
+    inputs[0].send_keys(Keys.END)
+    page.click()  # it is pinned
+    page.click_tile(3, 3)
+    page.check_tile(GRID, SIDE * 3 + 3)
+    assert [output.text for output in outputs] == ["0"] * 8
+
+    page = show(CLASS_GRIDS)  # of the other class after a switch
+    page.find_all("#sliders input")[1].send_keys(Keys.END)
+    page.find_all("#classes label")[2].click()
+    page.wait_for(lambda: page.state()["class"] == NAMES[2])
+    page.check_tile(CLASS_GRIDS[2], 16 + 3)
 
 
 @pytest.mark.browser
@@ -175,7 +210,8 @@ def test_keyboard_mouse_and_touch(show):
 
 @pytest.mark.browser
 def test_layout_and_names_with_markup(show):
-    for grids, classes, layers in (([GRID._replace(attention={})], 0, 0), ([GRID], 0, 2), (CLASS_GRIDS, 5, 1)):
+    plain = [noise_grid("", 4, 64, ())]
+    for grids, classes, layers in ((plain, 0, 0), ([GRID], 0, 2), (CLASS_GRIDS, 5, 1)):
         page = show(grids)
         page.assert_fits(1280, 700)
         page.assert_fits(320, 700)
@@ -186,6 +222,10 @@ def test_layout_and_names_with_markup(show):
         assert chart["width"] > 0.8 * 320 and image["width"] > 0.6 * 320
         assert image["y"] + image["height"] <= chart["y"] <= 700 - chart["height"]  # no finger covers the image
         assert all(panel.rect["y"] > chart["y"] + chart["height"] for panel in panels)
+        assert page.find("#directions").is_displayed() == (grids is not plain)
+        assert all(slider.rect["height"] >= 44 for slider in page.find_all("#sliders input"))
+        page.script("document.querySelector('#directions').scrollIntoView()")
+        assert page.script("return document.querySelector('#image').getBoundingClientRect().top >= 0")
         assert all(label.size["height"] >= 44 for label in labels)
     page = show([CLASS_GRIDS[0]._replace(class_name=MARKUP), *CLASS_GRIDS[1:]], MARKUP)
     assert page.browser.title == page.find("h1").text == MARKUP

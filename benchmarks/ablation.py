@@ -17,7 +17,7 @@ learning rates, have the same number of steps.
 
 Writes to --out (./ablation): the results of each run in the usual folders and, after each run that is finished,
 `ablation_<names of what varies>.md`, a table of means and ranges over the seeds, and `.png`, samples of the same z side
-by side, and curves. The default metrics need OpenCV only; with torch-fidelity, use --metrics kid,faces,hog.
+by side, and curves. The default metric, hog, needs OpenCV only; with torch-fidelity, add kid, and for faces, faces.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
 PROGRAM = "benchmarks/ablation.py"
 CPU, LIBC = torch.device("cpu"), ctypes.CDLL(None) if sys.platform == "linux" else None
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-DEFAULTS = {"total_step": 2000, "metrics": "faces,hog", "metric_num": 2000, "holdout": 0.05}
+DEFAULTS = {"total_step": 2000, "metrics": "hog", "metric_num": 2000, "holdout": 0.05}
 EVALUATIONS = 10  # sample grids and evaluations of the metrics in a run, by default
 FOLDERS = {"sample_path": "samples", "attn_path": "attn", "model_save_path": "models", "log_path": "logs"}
 OWN_OPTIONS = {"train", "seed", "version", "pretrained_model", "init_from", "overwrite", *FOLDERS}

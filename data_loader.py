@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from datasets.cache import open_cache
+from datasets.image_files import decode_file, image_size
 from datasets.labels import Labels, join_names
-from datasets.sources import Source
-from errors import UserError
+from datasets.sources import CELEB_CROP, CELEB_SIZE, Source
+from errors import UserError, one_line
 
 MAX_GPU_MEMORY_FRACTION = 0.5  # of the free GPU memory, for the images
 
@@ -227,6 +228,26 @@ def _find_labels(source: Source) -> Labels:
 def _name(item: str | int | bytes) -> bytes:
     """Return an item of a source as bytes, the same on any system and for any locale."""
     return item if isinstance(item, bytes) else os.fsencode(str(item).replace(os.sep, "/"))
+
+
+def load_photo(path: str, dataset: str, crop_size: int | None, size: int) -> Tensor:
+    """Return an image file from anywhere, cropped like the images of a dataset: (1, 3, size, size) in [-1, 1].
+
+    In place of celeb's crop, whose images have a width of 178 pixels, the same share of the shorter side.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read as an image.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise UserError(f"there is no image file {path}")
+    if dataset == "celeb":
+        crop_size = round(min(image_size(path) or CELEB_SIZE) * (crop_size or CELEB_CROP) / CELEB_SIZE[0])
+    try:
+        photo = decode_file("", crop_size, path, size)
+    except Exception as error:  # Pillow's readers raise nearly any type
+        raise UserError(f"the image {path} cannot be read: {one_line(error)}") from error
+    return to_model_range(torch.from_numpy(np.array(photo))[None])
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

@@ -119,11 +119,13 @@ def print_outcome(config: Config, step: int, signal_number: int) -> None:
 
 def test(config: Config, device: "torch.device") -> int:
     """Evaluate a checkpoint. Returns the exit code."""
+    from data_loader import load_photo
     from tester import Tester
     from training.resuming import load_test_checkpoint
 
     saved, config = load_test_checkpoint(config, given_options())
-    return Tester(config, open_loader_if_any(config, device, saved), saved, device).test()
+    photo = load_photo(config.project, config.dataset, config.crop_size, config.imsize) if config.project else None
+    return Tester(config, open_loader_if_any(config, device, saved), saved, device, photo).test()
 
 
 def make_loader(config: Config, device: "torch.device", precision: str = "fp32") -> "Loader":

@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,17 +23,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data_loader import Loader, to_model_range
-from datasets.sources import decode_photo
+from data_loader import Loader
+from metrics import projection
 from metrics.nearest import nearest_images
-from metrics.projection import SHOWN_STEPS, project
 from metrics.scores import check_metrics, compute_metrics
 from networks.latents import classes_in_turn, latent_directions, latent_lines, slerp
 from parameter import Config
 from training.checkpoint import Checkpoint
 from training.models import checksum
 from training.previews import collect_attention, draw_z, samples_grid, select_classes
-from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images
+from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images, warn_of_trained_holdout
 from training.run_folders import remove_test_results
 from utils import SEED_INTERPOLATION, SEED_SAMPLES, conv_memory_format, evenly_spaced, files_by_step, progress
 from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
@@ -67,12 +67,20 @@ class Tester:
         loader: the opened training images, which `--metrics` needs; without them, nearest.png and the maps of D on
             real images are skipped.
         saved: the checkpoint; without D, D's maps are skipped.
+        photo: that of `--project`, (1, 3, S, S) in [-1, 1].
 
     Raises:
         UserError: a library of `--metrics` is missing, the checkpoint is incomplete, or has no classes of that name.
     """
 
-    def __init__(self, config: Config, loader: Loader | None, saved: Checkpoint, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        loader: Loader | None,
+        saved: Checkpoint,
+        device: torch.device,
+        photo: Tensor | None = None,
+    ):
         self.config, self.loader, self.device, self.step = config, loader, device, saved.step
         check_metrics(config, device)
         self.G, self.D, self.classes, self.is_ema = load_test_networks(saved, config)
@@ -80,13 +88,12 @@ class Tester:
             self.classes = loader.classes
         if loader is not None and saved.state is not None:
             warn_of_other_images(saved.state["data"], loader.fingerprint)
+        if loader is not None and photo is not None:
+            warn_of_trained_holdout(saved.state and saved.state["data"], loader.fingerprint)
         self.selected_classes = select_classes(config.class_name, self.classes)
         for network in filter(None, (self.G, self.D)):
             network.to(device, memory_format=conv_memory_format(device, "fp32"))
-        self.photo = None
-        if config.project:
-            photo = decode_photo(config.project, config.dataset, config.crop_size, config.imsize)
-            self.photo = to_model_range(torch.from_numpy(np.array(photo))[None]).to(device)
+        self.photo = None if photo is None else photo.to(device)
         self.directions = latent_directions(self.G.first_layer, DIRECTIONS)
         self.folder = config.test_folder(self.step)
 
@@ -99,10 +106,7 @@ class Tester:
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         print(f"{'EMA ' * self.is_ema}generator, step {self.step}, on {self.device}")
         self._write_samples()
-        z, labels = self._inputs(max(self.config.num_samples, 4))  # those of the samples
-        z, label = z[:4], None if labels is None else labels[:1]
-        if self.photo is not None:
-            z[:1], label = self._write_projection(self.photo)
+        z, label = self._corners()
         self._write_directions(z[0], label)
         self._write_interpolations()
         if len(self.selected_classes) > 1:
@@ -158,26 +162,40 @@ class Tester:
         row_names = [f"{one} - {other}" for one, other in pairwise(self._names(labels))]
         self._write_columns("class_interpolation", columns, row_names)
 
+    def _corners(self) -> tuple[Tensor, Tensor | None]:
+        """Return the first four z (4, z_dim), with `--project` the first one the photo's, and its label (1,)."""
+        z, labels = self._inputs(max(self.config.num_samples, 4))  # those of the samples
+        if self.photo is None:
+            return z[:4], None if labels is None else labels[:1]
+        first, label = self._write_projection(self.photo)
+        return torch.cat([first, z[1:4]]), label
+
     def _write_projection(self, photo: Tensor) -> tuple[Tensor, Tensor | None]:
         """Write the z nearest to a photo (1, 3, S, S) and a figure, print how near it is. Returns it and its label.
 
-        Held-out images beside it show how near G comes to real images that it was not trained on.
+        Held-out images of the same classes beside it show how near G comes to images that it was not trained on.
         """
-        has_held_out = self.loader is not None and self.loader.holdout > 0
-        real = self.loader.held_out(0, PROJECTED_HELD_OUT)[0] if has_held_out else photo[:0]
-        images = torch.cat([photo, real])
-        found = project(self.G, self.D, images, *self._inputs(PROJECTION_DRAWS))
+        real = photo[:0]
+        if self.loader is not None and self.loader.holdout:
+            real, labels = self.loader.held_out(0, PROJECTED_HELD_OUT)
+            if labels is not None:
+                real = real[torch.isin(labels, torch.tensor(self.selected_classes, device=self.device))]
+        images, draws = torch.cat([photo, real]), max(PROJECTION_DRAWS, len(self.selected_classes))
+        config = replace(self.config, truncation=None)  # as G was trained
+        labels = classes_in_turn(self.selected_classes, draws).to(self.device) if self.classes else None
+        found = projection.project(self.G, self.D, images, draw_z(config, draws, self.device), labels)
         label = None if found.labels is None else found.labels[:1]
         rmse, others = found.rmse[:, -1].split([1, len(real)])
-        distance = f"RMSE {rmse.item():.3f} of pixels in [-1, 1], " + (
-            f"held-out images: {others.mean():.3f} ({others.min():.3f} to {others.max():.3f})"
-            if len(real) else "no held-out images to compare with"
+        distance = f"RMSE {rmse.item():.3f} of pixels in [-1, 1]; " + (
+            f"of held-out images {others.mean():.3f} ({others.min():.3f} to {others.max():.3f})"
+            if len(real) else "no held-out images to compare with, see --holdout"
         )  # fmt: skip
-        name = Path(self.config.project).name
-        print(f"projection of {name}{'' if label is None else f' as {self._names(label)[0]}'}: {distance}")
+        distance += "" if self.D else "; without D, by pixels alone"
+        kind = "" if label is None else f" as {self._names(label)[0]}"
+        print(f"projection of {self.config.project}{kind}: {distance}")
         np.save(self.folder / "projection.npy", found.z[0].cpu().numpy())
-        names = [shorten(name), *["held-out"] * len(real)]
-        steps = [f"nearest of {PROJECTION_DRAWS}", *(f"step {step}" for step in SHOWN_STEPS[1:])]
+        names = [f"photo{kind}", *["held-out"] * len(real)]
+        steps = [f"nearest of {draws}", *(f"step {step}" for step in projection.SHOWN_STEPS[1:])]
         projection_figure(images, found.images, found.rmse, names, steps, distance).save(self.folder / "projection.png")
         return found.z[:1], label
 

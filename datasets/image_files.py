@@ -131,6 +131,7 @@ def register_heif() -> None:
 
 def image_size(path: str) -> tuple[int, int] | None:
     """Return width and height as the header of an image file says, or None if it cannot be read."""
+    register_heif()
     with suppress(Exception), Image.open(path) as image:  # Pillow's readers raise nearly any type
         return image.size
     return None

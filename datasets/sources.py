@@ -95,25 +95,6 @@ def find_source(
     raise ValueError(f"unknown dataset {dataset!r}")
 
 
-def decode_photo(path: str, dataset: str, crop_size: int | None, size: int) -> Image.Image:
-    """Decode an image file from anywhere as the images of a dataset are: (size, size) pixels in RGB.
-
-    Of celeb's default crop, 160 of the 178 pixels of a width, it is the same share of the shorter side.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read as an image.
-    """
-    path = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isfile(path):
-        raise UserError(f"there is no image file {path}")
-    if dataset == "celeb" and crop_size is None:
-        crop_size = round(min(image_size(path) or CELEB_SIZE) * CELEB_CROP / CELEB_SIZE[0])
-    try:
-        return decode_file("", crop_size, path, size)
-    except Exception as error:  # Pillow's readers raise nearly any type
-        raise UserError(f"the image {path} cannot be read: {one_line(error)}") from error
-
-
 def _celeb(root: Path, crop_size: int | None, download: bool, attribute: str | None, find: Callable) -> Source:
     by_hand = (
         f"Download img_align_celeba.zip by hand (CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "

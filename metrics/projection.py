@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from utils import progress
 
-STEPS = 500
+SHOWN_STEPS = (0, 25, 100, 500)  # whose images are returned; the last is the number of steps
 LEARNING_RATE = 0.05  # of Adam; falls linearly to 0 over the second half of the steps
-SHOWN_STEPS = (0, 25, 100, STEPS)
 CHUNK = 32  # images at once of those to start from
 
 
@@ -28,31 +27,33 @@ class Projection(NamedTuple):
 
 
 def project(G: nn.Module, D: nn.Module | None, targets: Tensor, z: Tensor, labels: Tensor | None = None) -> Projection:
-    """Find the z nearest to each image: Adam on z, from the nearest of those given on.
+    """Find the z nearest to each image: Adam on z, from the nearest of those given on; no random numbers.
 
     The distance is that of pixels and of features of D (see `_distances`); pixels alone make the images blurred. A
     penalty keeps the length of z near the square root of z_dim, which that of nearly all z in training was.
 
     Args:
-        G, D: in evaluation mode; D may be missing.
+        G, D: in evaluation mode; without D, the distance is that of pixels.
         targets: (B, 3, S, S) in [-1, 1].
-        z, labels: what to start from, (N, z_dim) and (N,). An image's class is that of the z it starts from.
+        z, labels: what to start from, (N, z_dim), and (N,) for conditional networks. An image's class is that of the z
+            from which it starts.
     """
-    wanted = _layers(D, targets)
+    steps = SHOWN_STEPS[-1]
     with torch.no_grad():
+        wanted = _layers(D, targets)
         nearest = _nearest(G, D, wanted, z, labels)
     z, labels = z[nearest].clone().requires_grad_(), None if labels is None else labels[nearest]
     optimizer = torch.optim.Adam([z], LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / steps))
     shown = []
-    for step in progress(range(STEPS + 1), "projection", "step"):
+    for step in progress(range(steps + 1), "projection", "step"):
         with torch.enable_grad():
             images = G(z, labels)
             penalty = (z.norm(dim=1) / z.shape[1] ** 0.5 - 1) ** 2
             loss = (_distances(_layers(D, images), wanted) + penalty).sum()
         if step in SHOWN_STEPS:
             shown.append(images.detach())
-        if step < STEPS:
+        if step < steps:
             (z.grad,) = torch.autograd.grad(loss, z)
             optimizer.step()
             schedule.step()

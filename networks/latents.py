@@ -82,7 +82,7 @@ def latent_directions(first_layer: nn.Module, count: int) -> Tensor:
     """
     (layer,) = fold_spectral_norm(nn.Sequential(copy.deepcopy(first_layer)))
     rows = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight.flatten(1)  # A^T (z_dim, outputs)
-    rows = rows.detach().double().cpu()
+    rows = rows.detach().cpu().double()
     vectors = torch.linalg.eigh(rows @ rows.t()).eigenvectors.flip(1)[:, :count].t()  # eigenvalues are in rising order
     signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
     return (signs * vectors).float().to(layer.weight.device)

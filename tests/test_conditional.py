@@ -197,22 +197,17 @@ def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
     assert sorted(path.parent.name for path in tested.folder.glob("samples/*/00000.png")) == names
 
 
-def test_projection_finds_a_class_which_the_playground_shows_first(trained, monkeypatch, tmp_path, capsys):
-    for module in (projection, tester):
-        monkeypatch.setattr(module, "SHOWN_STEPS", (0, 2))
-    monkeypatch.setattr(projection, "STEPS", 2)
-    tested = make_tester(trained, loader=False, num_samples=4)
+def test_projection_finds_a_class_which_the_playground_shows_first(trained, monkeypatch, capsys):
+    monkeypatch.setattr(projection, "SHOWN_STEPS", (0, 2))
+    tested = make_tester(trained, loader=False, num_samples=4, train=False, project="a.png")
     z, _ = tested._inputs(6)
     with torch.no_grad():
-        image = tested.G(z[5:], torch.tensor([2]))  # the sixth of three classes in turn
-    Image.fromarray(to_pixels(image)[0]).save(tmp_path / "a.png")
-    tested = make_tester(trained, loader=False, num_samples=4, train=False, project=str(tmp_path / "a.png"))
+        tested.photo = tested.G(z[5:], torch.tensor([2]))  # the sixth of three classes in turn
     assert tested.test() == 0
-    name = CLASSES[2]
-    assert f"projection of a.png as {name}: " in capsys.readouterr().out
+    assert f"projection of a.png as {CLASSES[2]}: " in capsys.readouterr().out
     shown = page_data(tested.folder / "playground.html")["classes"]
-    assert [entry["name"] for entry in shown] == [name, *CLASSES[:2]]
-    assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(image)[0]).mean() < 5
+    assert [entry["name"] for entry in shown] == [CLASSES[2], *CLASSES[:2]]
+    assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(tested.photo)[0]).mean() < 5
 
 
 def test_class_name_chooses_the_classes(trained):

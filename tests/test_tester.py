@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,10 +43,10 @@ def trained(finished, tmp_path, make_config):
     return SimpleNamespace(config=make_config(), loader=finished.loader, G=finished.G, ema=finished.ema)
 
 
-def make_tester(config, loader):
+def make_tester(config, loader, photo=None):
     """A tester of the checkpoint that the options name, all of them as if they were on the command line."""
     saved, config = load_test_checkpoint(config, set(vars(config)))
-    return tester.Tester(config, loader, saved, torch.device("cpu"))
+    return tester.Tester(config, loader, saved, torch.device("cpu"), photo)
 
 
 def test_samples_are_a_function_of_the_seed(trained, make_config):
@@ -117,34 +118,45 @@ def test_directions_of_the_first_sample(trained, make_config):
         assert np.abs(frames[row] - images[::2]).max() <= 1
 
 
-def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, tmp_path, capsys):
+def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, capsys):
     """Beside held-out images, if there are any; the playground and the directions begin at its z."""
-    for module in (projection, tester):
-        monkeypatch.setattr(module, "SHOWN_STEPS", (0, 10))
-    monkeypatch.setattr(projection, "STEPS", 10)
-    Image.new("RGB", (90, 50), (200, 30, 30)).save(tmp_path / "my photo.png")
-    loaders = (None, trained.loader, make_trainer(version="other", holdout=0.3).loader)
-    for loader in loaders:
-        tested = make_tester(make_config(train=False, project=str(tmp_path / "my photo.png")), loader)
+    monkeypatch.setattr(projection, "SHOWN_STEPS", (0, 10))
+    color, options = (200, 30, 30), make_config(train=False, project="my photo.png", truncation=0.1)
+    photo = to_model_range(torch.tensor(color, dtype=torch.uint8).expand(1, 32, 32, 3))
+    for loader in (None, trained.loader, make_trainer(version="other", holdout=0.3).loader):
+        tested = make_tester(options, loader, photo)
         tested.test()
         z = torch.from_numpy(np.load(tested.folder / "projection.npy"))
         with torch.no_grad():
             (found,) = to_pixels(tested.G(z[None])).astype(int)
         data = page_data(tested.folder / "playground.html")
         assert np.abs(page_pixels(data["classes"][0]["pixels"], 32)[0] - found).max() <= 1
-        assert data["corner"] == "the z nearest to my photo.png"
+        assert data["corner"] == "the z nearest to my photo.png" and z.norm() > 2  # not one of truncated draws
         middle = np.asarray(Image.open(tested.folder / "directions.png"))[-(2 + 8 * 34) :, -(2 + 4 * 34) :][2:34, 2:34]
         assert np.abs(middle - found).max() <= 1
         held_out = len(loader._held_out) if loader else 0
         assert Image.open(tested.folder / "projection.png").height == 34 + (1 + min(held_out, 7)) * 120 + 44
-        rmse = np.sqrt((((found - (200, 30, 30)) / 127.5) ** 2).mean())
-        out = capsys.readouterr().out
-        assert f"projection of my photo.png: RMSE {rmse:.3f} of pixels in [-1, 1], " in out
-        assert ("no held-out images" in out) == (held_out == 0)
+        out, err = capsys.readouterr()
+        rmse = float(re.search(r"projection of my photo.png: RMSE ([\d.]+) of pixels in \[-1, 1\]; ", out)[1])
+        assert rmse == pytest.approx(np.sqrt((((found - color) / 127.5) ** 2).mean()), abs=0.01)
+        assert ("no held-out images" in out) == ("held out now" not in err) == (held_out == 0)  # the run had none
     assert held_out > 0
-    for path, problem in (("missing.png", "there is no image file"), ("3_G.pth", "cannot be read")):
-        with pytest.raises(UserError, match=problem):
-            make_tester(make_config(train=False, project=str(trained.config.model_folder / path)), None)
+    for name in ("3_D.pth", "3_state.pth"):
+        (trained.config.model_folder / name).unlink()
+    make_tester(options, None, photo).test()
+    assert "without D, by pixels alone" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--project is for --train false"):
+        make_config(project="my photo.png")
+
+
+def test_a_projection_is_compared_with_what_the_checkpoint_s_run_held_out(trained, make_config):
+    path = trained.config.model_folder / "3_state.pth"
+    state = torch.load(path)
+    state["config"]["holdout"] = 0.25
+    torch.save(state, path)
+    for project, given, expected in (("a.png", set(), 0.25), (None, set(), 0), ("a.png", {"dataset"}, 0)):
+        config = make_config(train=False, project=project, dataset="folder" if given else "toy")
+        assert load_test_checkpoint(config, given)[1].holdout == expected
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

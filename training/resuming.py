@@ -210,10 +210,12 @@ def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[s
     trained = saved.state["config"] if saved.state else {}
     if saved.metadata and saved.metadata["dataset"]:
         trained = {"dataset": saved.metadata["dataset"]}
-    names = (*config.architecture, "seed", "batch_size", "holdout", *DATA_OPTIONS)
+    # Held-out images are compared with a projection only; the other results are of all images.
+    data = (*DATA_OPTIONS, "holdout") if config.project else DATA_OPTIONS
+    names = (*config.architecture, "seed", "batch_size", *data)
     options = {name: trained[name] for name in names if name in trained} | saved_architecture(saved)
     if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
-        options = {name: value for name, value in options.items() if name not in DATA_OPTIONS[1:]}
+        options = {name: value for name, value in options.items() if name not in data[1:]}
     if config.pretrained_file:
         folders = (folder.name for folder in config.pretrained_file.absolute().parents)
         options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
@@ -243,8 +245,9 @@ def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[
     renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
     if current["holdout"] and (not same["seed"] or current["holdout"] > saved["holdout"] or renamed):
         warn(
-            "D may have been trained on images that are held out now (--holdout, --seed or file names are not those of "
-            "the checkpoint, or it is of an older version): the gap of d_train and d_holdout means nothing at first"
+            "the checkpoint may have been trained on images that are held out now (--holdout, --seed or file names are "
+            "not those of the checkpoint, or it is of an older version): what is said of held-out images means nothing "
+            "at first"
         )
 
 

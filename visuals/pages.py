@@ -16,7 +16,7 @@ import numpy as np
 
 from visuals.figures import HEAT
 
-LEVELS = 63  # highest level of a quantized map: at six bits a value, even maps of noise keep a page below 6 MB
+LEVELS = 63  # highest level of a quantized map: at six bits a value, even of maps of noise a page stays small
 
 
 def fill_template(name: str, title: str, data: Mapping[str, Any]) -> str:

@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from datasets.sources import decode_photo, find_source
+from data_loader import load_photo, to_model_range
+from datasets.sources import find_source
 from errors import UserError
 
 
@@ -39,13 +41,16 @@ def test_pixels_equal_those_of_the_reference_s_transforms(tmp_path, dataset, cro
 
 
 @pytest.mark.parametrize("dataset, crop_size, shape, side", [
-    ("celeb", None, (178, 218), 160), ("celeb", None, (356, 500), 320), ("celeb", 80, (356, 500), 80),
-    ("folder", None, (300, 101), 101), ("toy", None, (40, 50), 40),
+    ("celeb", None, (178, 218), 160), ("celeb", None, (356, 500), 320), ("celeb", 89, (356, 500), 178),
+    ("folder", None, (300, 101), 101), ("folder", 80, (300, 101), 80), ("toy", None, (40, 50), 40),
 ])  # fmt: skip
 def test_a_photo_from_anywhere_is_cropped_as_the_images_of_the_dataset(tmp_path, dataset, crop_size, shape, side):
     save(picture(*shape), tmp_path / "me.png")
-    photo = decode_photo(str(tmp_path / "me.png"), dataset, crop_size, 64)
-    assert np.array_equal(photo, reference_pixels(picture(*shape), side, 64))
+    photo = load_photo(str(tmp_path / "me.png"), dataset, crop_size, 64)
+    assert torch.equal(photo, to_model_range(torch.tensor(reference_pixels(picture(*shape), side, 64)[None])))
+    for path, problem in (("missing.png", "there is no image file"), (__file__, "cannot be read")):
+        with pytest.raises(UserError, match=problem):
+            load_photo(str(path), dataset, crop_size, 64)
 
 
 @pytest.mark.parametrize("image_path, folder, other", [

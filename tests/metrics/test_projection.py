@@ -23,7 +23,6 @@ def test_an_image_that_g_made_gives_its_own_z_back():
 
 @pytest.mark.parametrize("model, num_classes, has_D", [("sagan", 0, True), ("sagan", 0, False), ("paper", 3, True)])
 def test_it_starts_from_the_nearest_z_and_keeps_its_class_and_length(monkeypatch, model, num_classes, has_D):
-    monkeypatch.setattr(projection, "STEPS", 30)
     monkeypatch.setattr(projection, "SHOWN_STEPS", (0, 30))
     monkeypatch.setattr(projection, "CHUNK", 4)
     G = random_generator(model, 32, num_classes)
@@ -41,3 +40,13 @@ def test_it_starts_from_the_nearest_z_and_keeps_its_class_and_length(monkeypatch
     assert (found.rmse[:, 0] < 0.02).all() and found.rmse.shape == (2, 2)
     start, end = ((run.norm(dim=1) / 4 - 1).abs() for run in (z[chosen], found.z))
     assert (end < start).all()  # what is left to gain is the penalty
+
+
+@pytest.mark.parametrize("model", ["sagan", "paper"])
+@torch.no_grad()
+def test_the_last_features_are_those_that_d_s_last_layer_reads(model):
+    D, images = MODELS[model].Discriminator(32, 8).eval(), torch.rand(2, 3, 32, 32)
+    pixels, *features = projection._layers(D, images)
+    assert torch.equal(pixels, images) and len(features) == sum(name[-1].isdigit() for name, _ in D.named_children())
+    logits = D.last(features[-1]) if model == "sagan" else D.linear(features[-1].relu().sum((2, 3)))
+    assert torch.allclose(logits.flatten(), D(images), atol=1e-5)

@@ -99,7 +99,7 @@ def test_a_page_of_noise_stays_below_8_mb(size, keys, classes, expected):
 def test_sliders_move_the_top_left_tile_along_a_direction(show):
     page = show([GRID])
     page.click_tile(5, 5)
-    inputs, outputs = page.find_all("#sliders input"), page.find_all("#sliders output")
+    inputs, outputs = page.find_all("#sliders input"), page.find_all("#sliders b")
     assert [len(inputs), len(outputs)] == [8, 8] and [output.text for output in outputs] == ["0"] * 8
     for direction, keys, amount in ((2, [Keys.ARROW_RIGHT], 1), (2, [Keys.END], 3), (7, [Keys.HOME], -3)):
         inputs[direction].send_keys(*keys)

@@ -208,6 +208,13 @@ def test_projection_finds_a_class_which_the_playground_shows_first(trained, monk
     shown = page_data(tested.folder / "playground.html")["classes"]
     assert [entry["name"] for entry in shown] == [CLASSES[2], *CLASSES[:2]]
     assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(tested.photo)[0]).mean() < 5
+    monkeypatch.setattr(trained.loader, "holdout", 0.3)
+    monkeypatch.setattr(trained.loader, "_held_out", np.arange(7))
+    tested = make_tester(trained, num_samples=4, train=False, project="a.png", class_name="long")
+    with torch.no_grad():
+        tested._write_projection(trained.loader.batch(0)[0][:1])
+    rows = 1 + (trained.loader.labels[:7] == 2).sum().item()  # held-out images of that class only
+    assert 1 < rows < 8 and Image.open(tested.folder / "projection.png").height == 34 + rows * 120 + 44
 
 
 def test_class_name_chooses_the_classes(trained):

@@ -50,3 +50,10 @@ def test_the_last_features_are_those_that_d_s_last_layer_reads(model):
     assert torch.equal(pixels, images) and len(features) == sum(name[-1].isdigit() for name, _ in D.named_children())
     logits = D.last(features[-1]) if model == "sagan" else D.linear(features[-1].relu().sum((2, 3)))
     assert torch.allclose(logits.flatten(), D(images), atol=1e-5)
+
+
+def test_distance_is_that_of_pixels_plus_the_mean_of_those_of_features_relative_to_the_wanted_ones():
+    layers = [torch.tensor([0.5, 1.0]).view(2, 1, 1, 1), torch.zeros(2, 3, 2, 2), torch.full((2, 4, 1, 1), 12.0)]
+    wanted = [torch.zeros(1, 1, 1, 1), torch.ones(1, 3, 2, 2), torch.full((1, 4, 1, 1), 10.0)]
+    assert projection._distances(layers, wanted).tolist() == pytest.approx([0.25 + 0.52, 1 + 0.52])
+    assert projection._distances(layers[:1], wanted[:1]).tolist() == [0.25, 1]

@@ -8,11 +8,8 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 """
 
 import json
-import os
-import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +30,7 @@ from training.checkpoint import Checkpoint
 from training.models import checksum
 from training.previews import collect_attention, draw_z, samples_grid, select_classes
 from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images, warn_of_trained_holdout
-from training.run_folders import remove_test_results
+from training.run_folders import folder_names, remove_test_results
 from utils import SEED_INTERPOLATION, SEED_SAMPLES, conv_memory_format, evenly_spaced, files_by_step, progress
 from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
 from visuals.explorer import write_explorer
@@ -185,18 +182,14 @@ class Tester:
         labels = classes_in_turn(self.selected_classes, draws).to(self.device) if self.classes else None
         found = projection.project(self.G, self.D, images, draw_z(config, draws, self.device), labels)
         label = None if found.labels is None else found.labels[:1]
-        rmse, others = found.rmse[:, -1].split([1, len(real)])
-        distance = f"RMSE {rmse.item():.3f} of pixels in [-1, 1]; " + (
-            f"of held-out images {others.mean():.3f} ({others.min():.3f} to {others.max():.3f})"
-            if len(real) else "no held-out images to compare with, see --holdout"
-        )  # fmt: skip
-        distance += "" if self.D else "; without D, by pixels alone"
+        distance = projection.describe(found.rmse[:, -1]) + ("" if self.D else "; without D, by pixels alone")
         kind = "" if label is None else f" as {self._names(label)[0]}"
         print(f"projection of {self.config.project}{kind}: {distance}")
         np.save(self.folder / "projection.npy", found.z[0].cpu().numpy())
-        names = [f"photo{kind}", *["held-out"] * len(real)]
+        names = ["photo", *["held-out"] * len(real)]
         steps = [f"nearest of {draws}", *(f"step {step}" for step in projection.SHOWN_STEPS[1:])]
-        projection_figure(images, found.images, found.rmse, names, steps, distance).save(self.folder / "projection.png")
+        figure = projection_figure(images, found.images, found.rmse, names, steps, f"Photo{kind}: {distance}.")
+        figure.save(self.folder / "projection.png")
         return found.z[:1], label
 
     def _write_directions(self, z: Tensor, label: Tensor | None) -> None:
@@ -303,15 +296,3 @@ class Tester:
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def folder_names(classes: Sequence[str]) -> list[str]:
-    """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
-
-    Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
-    """
-    texts = [name.encode("utf-8", "replace").decode() for name in classes]
-    names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
-    names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
-    counts = Counter(name.lower() for name in names)
-    return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]

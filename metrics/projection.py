@@ -61,6 +61,15 @@ def project(G: nn.Module, D: nn.Module | None, targets: Tensor, z: Tensor, label
     return Projection(z.detach(), labels, course, (course - targets[:, None]).square().flatten(2).mean(2).sqrt())
 
 
+def describe(rmse: Tensor) -> str:
+    """Return in words how near a photo's projection came to it, and those of held-out images: their RMSE, (B,)."""
+    first, others = rmse.split([1, len(rmse) - 1])
+    compared = "no held-out images to compare with, see --holdout"
+    if len(others):
+        compared = f"of held-out images {others.mean():.3f} ({others.min():.3f} to {others.max():.3f})"
+    return f"RMSE {first.item():.3f} of pixels in [-1, 1]; {compared}"
+
+
 def _nearest(G: nn.Module, D: nn.Module | None, wanted: Sequence[Tensor], z: Tensor, labels: Tensor | None) -> Tensor:
     """Return the index of the z whose image is nearest to each of the wanted ones, (B,)."""
     distances = []  # (B, CHUNK)

@@ -16,7 +16,7 @@ from metrics import projection, scores
 from training import checkpoint
 from training.previews import select_classes
 from training.resuming import check_classes, load_resume_checkpoint, load_test_checkpoint, saved_classes
-from training.run_folders import remove_test_results
+from training.run_folders import folder_names, remove_test_results
 from visuals.figures import to_pixels
 
 pytestmark = pytest.mark.usefixtures("fewer_images")
@@ -252,7 +252,7 @@ def test_interpolations_between_classes_begin_and_end_at_the_classes(trained):
     (["a:b", "dog", "a?b", "Dog", "a"], ["a_b_0", "dog_1", "a_b_2", "Dog_3", "a"]),
 ])  # fmt: skip
 def test_classes_of_any_name_have_folders_of_their_own_inside(names, folders):
-    assert tester.folder_names(names) == folders
+    assert folder_names(names) == folders
 
 
 def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -137,6 +138,18 @@ def remove_test_results(folder: Path, keep: Sequence[str] = ()) -> None:
     for path in dict.fromkeys([*(path.parent for path in results), folder / "samples", folder]):
         with suppress(OSError):  # it is missing, or has other files
             path.rmdir()
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
+
+    Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
+    """
+    texts = [name.encode("utf-8", "replace").decode() for name in classes]
+    names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
+    names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
+    counts = Counter(name.lower() for name in names)
+    return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]
 
 
 def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:

@@ -50,7 +50,7 @@ from training.models import build_networks
 from training.resuming import changed_options
 from training.run_folders import lock_folders
 from utils import check_writable, setup_device, write_atomically
-from visuals.curves import COLORS, import_matplotlib, read_curves, running_mean
+from visuals.curves import import_matplotlib, read_curves, running_mean, series_style
 
 PROGRAM = "benchmarks/ablation.py"
 CPU, LIBC = torch.device("cpu"), ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -363,22 +363,24 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
             if (variant, seed) in grids and grids[variant, seed].exists():
                 axes.set_title(f"{variant}, seed {seed}".replace(",", "\n"), fontsize="small")
                 axes.imshow(Image.open(grids[variant, seed]))
+    lines = {}  # by variant, for the legend
     for axes, name in itertools.zip_longest(bottom.subplots(rows, 2, squeeze=False).flat, shown):
         if name is None:  # an odd number of curves
             axes.axis("off")
             continue
         axes.set(title=NAMES[name], xlabel=unit)
-        for (variant, by_seed), color in zip(results.items(), itertools.cycle(COLORS)):
+        for index, (variant, by_seed) in enumerate(results.items()):
             found = [curves[name] for curves in by_seed.values() if name in curves]
             shared = set.intersection(*({*points[:, 0]} for points in found)) if found else ()
             if not shared:
                 continue
             curves = [running_mean(points[np.isin(points[:, 0], [*shared])]) for points in found]
-            steps, values = curves[0][:, 0], [points[:, 1] for points in curves]
-            axes.plot(steps, np.mean(values, 0), color=color, label=variant, marker="o" if len(steps) < 20 else None)
-            axes.fill_between(steps, np.min(values, 0), np.max(values, 0), color=color, alpha=0.2, linewidth=0)
-        axes.legend(frameon=False)
+            steps, values, style = curves[0][:, 0], [points[:, 1] for points in curves], series_style(index)
+            lines[variant] = axes.plot(steps, np.mean(values, 0), marker="o" if len(steps) < 20 else None, **style)[0]
+            low, high = np.min(values, 0), np.max(values, 0)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         axes.spines[["top", "right"]].set_visible(False)
+    bottom.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 

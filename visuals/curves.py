@@ -125,10 +125,14 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
     return _embeddable(svg.getvalue())
 
 
+def series_style(index: int) -> dict[str, str]:
+    """Return Matplotlib's color and line style of a series by its number: dashed when all colors are used."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+
+
 def _plot(axes, points: np.ndarray, index: int):
     """Plot a series. Returns the line that the legend shows."""
-    style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
-    shown = _downsample(points)
+    style, shown = series_style(index), _downsample(points)
     if len(points) <= DOTS_UP_TO:
         return axes.plot(*shown.T, marker="o", markersize=3.5, **style)[0]
     if np.abs(np.diff(shown[:, 1])).sum() <= NOISY * np.ptp(shown[:, 1]):

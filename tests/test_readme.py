@@ -81,6 +81,7 @@ def test_the_commands_of_the_ablation_parse(tmp_path, monkeypatch):
     """To the first run, before which those of all others are parsed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "train", lambda run: 7)
+    monkeypatch.setattr(ablation, "seconds_per_step", lambda *_: 0.5)
     for words in commands("benchmarks/ablation.py"):
         monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
         assert ablation.main() == 7, words

@@ -118,6 +118,10 @@ def test_sliders_move_the_top_left_tile_along_a_direction(show):
     page.check_tile(GRID, SIDE * 3 + 3)
     assert [output.text for output in outputs] == ["0"] * 8
 
+    page.pointable = "#sliders label:nth-child(4) input"
+    page.touch((0.5, 0.5), (0.7, 0.5), (0.99, 0.5))
+    page.check_tile(GRID, SIDE**2 + 6 * 3 + 5)
+
     page = show(CLASS_GRIDS)  # of the other class after a switch
     page.find_all("#sliders input")[1].send_keys(Keys.END)
     page.find_all("#classes label")[2].click()

@@ -179,8 +179,8 @@ class Tester:
                 real = real[torch.isin(labels, torch.tensor(self.selected_classes, device=self.device))]
         images, draws = torch.cat([photo, real]), max(PROJECTION_DRAWS, len(self.selected_classes))
         config = replace(self.config, truncation=None)  # as G was trained
-        labels = classes_in_turn(self.selected_classes, draws).to(self.device) if self.classes else None
-        found = projection.project(self.G, self.D, images, draw_z(config, draws, self.device), labels)
+        z = draw_z(config, draws, self.device)
+        found = projection.project(self.G, self.D, images, z, self._labels_in_turn(draws))
         label = None if found.labels is None else found.labels[:1]
         distance = projection.describe(found.rmse[:, -1]) + ("" if self.D else "; without D, by pixels alone")
         kind = "" if label is None else f" as {self._names(label)[0]}"
@@ -288,8 +288,10 @@ class Tester:
 
     def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
         """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
-        labels = classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
-        return self.sample_z(count, stream), labels
+        return self.sample_z(count, stream), self._labels_in_turn(count)
+
+    def _labels_in_turn(self, count: int) -> Tensor | None:
+        return classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]

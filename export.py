@@ -11,7 +11,7 @@ Writes <export_path>/<version>/<step>/:
   samples.png             the grid of --train false
 
 All options of main.py may be given too (python main.py --help) and mean what they mean with --train false, such as
---version, --model_save_path, --use_ema, --num_samples, --truncation, --class_name and --seed. A format that is missing
+--version, --model_save_path, --use_ema, --num_samples, --class_name and --seed. A format that is missing
 in an earlier export of the same generator is added to it; --overwrite true replaces an earlier export.
 """
 

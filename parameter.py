@@ -187,9 +187,6 @@ class Config:
         between(1, 1_000_000),
     )
     class_name: str | None = option(None, "with --train false, the classes to generate; None: all", LIST)
-    truncation: float | None = option(
-        None, "truncation trick of --train false: redraw components of z beyond this; less variety", POSITIVE
-    )
     project: str | None = option(
         None, "with --train false, an image: find the nearest z, for projection.png and a corner of the playground",
         PATH,

@@ -10,7 +10,6 @@ generate samples of each class, or of those of `--class_name`; results with fewe
 import json
 import textwrap
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -178,9 +177,7 @@ class Tester:
             if labels is not None:
                 real = real[torch.isin(labels, torch.tensor(self.selected_classes, device=self.device))]
         images, draws = torch.cat([photo, real]), max(PROJECTION_DRAWS, len(self.selected_classes))
-        config = replace(self.config, truncation=None)  # as G was trained
-        z = draw_z(config, draws, self.device)
-        found = projection.project(self.G, self.D, images, z, self._labels_in_turn(draws))
+        found = projection.project(self.G, self.D, images, *self._inputs(draws))
         label = None if found.labels is None else found.labels[:1]
         distance = projection.describe(found.rmse[:, -1]) + ("" if self.D else "; without D, by pixels alone")
         kind = "" if label is None else f" as {self._names(label)[0]}"
@@ -277,7 +274,7 @@ class Tester:
         scores, count = compute_metrics(self.config, self.G, self.loader), self.config.metric_num
         how = ", classes as frequent as in the training images" if self.classes else ""
         print(f"metrics of {count} images{how}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        protocol = {name: getattr(self.config, name) for name in (*DATA_OPTIONS, "truncation")}
+        protocol = {name: getattr(self.config, name) for name in DATA_OPTIONS}
         protocol |= {"step": self.step, "images": count, "ema": self.is_ema}
         protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.fingerprint}
         self._write_json("metrics.json", protocol | scores)

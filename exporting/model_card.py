@@ -196,6 +196,5 @@ def _escape(text: str) -> str:
 
 def _metrics_table(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {metrics[name]:.4g} |" for name in chain(*METRIC_RESULTS.values()) if name in metrics]
-    truncated = f", z truncated at {metrics['truncation']}" if metrics.get("truncation") else ""
-    how = f"Of {metrics['images']:,} images{truncated}; docs/metrics.md of the program's repository says how."
+    how = f"Of {metrics['images']:,} images; docs/metrics.md of the program's repository says how."
     return "\n".join(["| metric | value |", "|---|---|", *rows, "", how])

@@ -64,8 +64,7 @@ def compute_metrics(
         UserError: see `compute_scores`.
     """
     count, device, labels = config.metric_num, loader.device, None
-    truncation = None if config.train else config.truncation
-    z = sample_z(derive_seed(config.seed, SEED_METRICS), count, config.z_dim, device, truncation)
+    z = sample_z(derive_seed(config.seed, SEED_METRICS), count, config.z_dim, device)
     if config.conditional:
         rng = torch.Generator().manual_seed(derive_seed(config.seed, SEED_METRICS_LABELS))
         labels = loader.labels[torch.randint(len(loader.labels), (count,), generator=rng).to(device)]

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 from spectral import fold_spectral_norm
 
 
-def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str, truncation: float | None = None) -> Tensor:
-    """Draw z from N(0, I), (count, z_dim). Drawn on the CPU, so that every device gets the same numbers.
-
-    Args:
-        truncation: redraw every component outside [-truncation, truncation] (the truncation trick; Brock et al., arXiv
-            1809.11096, section 3.1): images closer to the mean image, with less variety. None does not truncate.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    if truncation is None:
-        return torch.randn(count, z_dim, generator=rng).to(device)
-    z = torch.empty(count, z_dim)
-    return torch.nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=rng).to(device)
+def sample_z(seed: int, count: int, z_dim: int, device: torch.device | str) -> Tensor:
+    """Draw z from N(0, I), (count, z_dim). Drawn on the CPU, so that every device gets the same numbers."""
+    return torch.randn(count, z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def check_labels(labels: Tensor | None, num_classes: int) -> None:

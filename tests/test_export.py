@@ -89,7 +89,7 @@ def test_the_files_and_the_code_of_the_card(run, tmp_path, monkeypatch, version,
 
 
 @pytest.mark.parametrize("version, options", [
-    ("plain", ["--seed", "3"]), ("plain", ["--use_ema", "false", "--truncation", "0.5"]), ("classes", []),
+    ("plain", ["--seed", "3"]), ("plain", ["--use_ema", "false"]), ("classes", []),
 ])  # fmt: skip
 def test_metadata_weights_and_grid_are_those_of_train_false(run, tmp_path, trained, version, options):
     """Also of the export of an export, and of its test."""

@@ -7,15 +7,10 @@ from networks.latents import latent_directions, latent_lines, sample_z, slerp
 from spectral import fold_spectral_norm
 
 
-@pytest.mark.parametrize("truncation", [None, 0.5])
-def test_z_is_a_function_of_the_seed_and_truncated_z_fills_the_interval(truncation):
-    z, again, other = (sample_z(seed, 2000, 16, "cpu", truncation) for seed in (3, 3, 4))
+def test_z_is_a_function_of_the_seed():
+    z, again, other = (sample_z(seed, 2000, 16, "cpu") for seed in (3, 3, 4))
     assert torch.equal(z, again) and not torch.equal(z, other)
-    if truncation:
-        assert z.abs().max() <= 0.5 and z.max() > 0.49 and z.min() < -0.49
-        assert (z.abs() == z.abs().max()).sum() < 10  # redrawn, not clamped
-    else:
-        assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
 
 
 def test_slerp_moves_on_an_arc_at_constant_speed():

@@ -136,7 +136,7 @@ class Config:
     augment: str = option(
         "none", "DiffAugment, for few images: random changes of every image that D sees", AUGMENTATIONS
     )
-    ema_decay: float = option(0.999, "decay of the EMA generator, ramped up over the first steps", FRACTION)
+    ema_decay: float = option(0.999, "decay of the EMA generator; at most (1 + step) / (10 + step)", FRACTION)
     seed: int = option(0, "seed of weights, z, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(
         None,

@@ -136,7 +136,9 @@ class Config:
     augment: str = option(
         "none", "DiffAugment, for few images: random changes of every image that D sees", AUGMENTATIONS
     )
-    ema_decay: float = option(0.999, "decay of the EMA generator; at most (1 + step) / (10 + step)", FRACTION)
+    ema_decay: float = option(
+        0.999, "decay of the EMA generator; (1 + step) / (10 + step) while that is smaller", FRACTION
+    )
     seed: int = option(0, "seed of weights, z, shuffling and toy faces", SEED)
     pretrained_model: str | None = option(
         None,

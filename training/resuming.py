@@ -260,7 +260,8 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
         if name in ("pretrained_model", "init_from", "overwrite", "version"):  # these are expected to differ
             continue
         if not hasattr(config, name):
-            changes.append(f"{name} {option_text(value)} (no longer an option)")
+            if value is not None:
+                changes.append(f"{name} {option_text(value)} (no longer an option)")
         elif (current := getattr(config, name)) != value:
             changes.append(f"--{name} {option_text(current)} (was {option_text(value)})")
     return changes

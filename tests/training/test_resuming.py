@@ -62,7 +62,7 @@ def test_the_first_state_files_resume(make_trainer, capsys):
     state = torch.load(path, weights_only=True)
     state["data"] = {"images": state["data"]["images"], "checksum": 7}
     del state["config"]["holdout"], state["config"]["augment"]
-    state["config"]["color"] = "blue"
+    state["config"] |= {"color": "blue", "truncation": None}  # None: the option was not used
     torch.save(state, path)
     capsys.readouterr()
     make_trainer(holdout=0.2, pretrained_model="latest", total_step=4).train()

@@ -285,10 +285,8 @@ class Tester:
 
     def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
         """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
-        return self.sample_z(count, stream), self._labels_in_turn(count)
-
-    def _labels_in_turn(self, count: int) -> Tensor | None:
-        return classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
+        labels = classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
+        return self.sample_z(count, stream), labels
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]

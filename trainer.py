@@ -16,7 +16,6 @@ from errors import StopRequest, UserError, stop_on_signals, warn
 from metrics.scores import compute_metrics
 from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.ema import EMA
-from networks.latents import sample_z
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
 from training.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ from training.distributed import Ranks
 from training.guards import NonFiniteGuard
 from training.models import build_networks
 from training.optimizers import Adam, Schedule
-from training.previews import Previews
+from training.previews import Previews, draw_z
 from training.recorder import Recorder
 from training.resuming import TrainingState
 from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
@@ -78,7 +77,7 @@ class Trainer:
         self.g_optimizer = Adam(self.G.parameters(), config.g_lr, betas, capturable=use_graph)
         self.d_optimizer = Adam(self.D.parameters(), config.d_lr, betas, capturable=use_graph)
         self.rng = torch.Generator(device)
-        fixed_z = sample_z(derive_seed(config.seed, SEED_FIXED_Z), config.batch_size, config.z_dim, device)
+        fixed_z = draw_z(config, config.batch_size, device, SEED_FIXED_Z)
         self.guard = NonFiniteGuard(device)
 
         # The state of the run; a checkpoint must be loaded before the capture of a graph.

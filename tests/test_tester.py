@@ -130,7 +130,7 @@ def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, 
             (found,) = to_pixels(tested.G(z[None])).astype(int)
         data = page_data(tested.folder / "playground.html")
         assert np.abs(page_pixels(data["classes"][0]["pixels"], 32)[0] - found).max() <= 1
-        assert data["corner"] == "the z nearest to my photo.png"
+        assert data["corner"] == "the z nearest to my photo.png" and z.norm() > 2  # as long as what G was trained on
         middle = np.asarray(Image.open(tested.folder / "directions.png"))[-(2 + 8 * 34) :, -(2 + 4 * 34) :][2:34, 2:34]
         assert np.abs(middle - found).max() <= 1
         held_out = len(loader._held_out) if loader else 0

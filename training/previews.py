@@ -110,7 +110,7 @@ def collect_attention(
 
 
 def draw_z(config: Config, count: int, device: torch.device, stream: int = SEED_SAMPLES) -> Tensor:
-    """Return z (count, z_dim) for `--train false`, a function of the seed and the stream."""
+    """Return z (count, z_dim), a function of `--seed` and the stream."""
     return sample_z(derive_seed(config.seed, stream), count, config.z_dim, device)
 
 

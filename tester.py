@@ -44,7 +44,7 @@ from visuals.figures import (
     shorten,
     to_pixels,
 )
-from visuals.playground import DIRECTIONS, REACH, generate_grids, playground_page
+from visuals.playground import DIRECTIONS, REACH, generate_playground, playground_page
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
 NEAREST_SAMPLES, NEAREST_NEIGHBORS = 8, 5  # rows and training images per row of nearest.png
@@ -221,9 +221,9 @@ class Tester:
         numbers = [] if label is None else [*dict.fromkeys([label.item(), *self.selected_classes])][:CLASS_ROWS]
         classes = [(self.classes[number], number) for number in numbers] or [("", None)]
         corner = f"the z nearest to {Path(self.config.project).name}" if self.config.project else ""
-        grids = generate_grids(self.G, z, self.directions, classes)
+        playground = generate_playground(self.G, z, self.directions, classes)
         path = self.folder / "playground.html"
-        page = playground_page(grids, f"{self.config.version}, step {self.step}", corner)
+        page = playground_page(playground, f"{self.config.version}, step {self.step}", corner)
         path.write_text(page, encoding="utf-8")
         return path
 

@@ -1,7 +1,7 @@
 """The playground: an HTML page to walk through a grid of latent interpolations, and along directions from a corner.
 
-    grids = generate_grids(G, z, directions, [("", None)])  # z (4, z_dim), directions (8, z_dim)
-    Path("playground.html").write_text(playground_page(grids, "step 1000"), encoding="utf-8")
+    playground = generate_playground(G, z, directions, [("", None)])  # z (4, z_dim), directions (8, z_dim)
+    Path("playground.html").write_text(playground_page(playground, "step 1000"), encoding="utf-8")
 
 The four corners of the grid are given, everything between them is slerp. Sliders move the top left one along each
 direction. The page is a single file and works offline. Its template is `playground.html` in this folder.
@@ -32,16 +32,23 @@ class Grid(NamedTuple):
     """The grid of one class: T = side * side tiles, row by row, then F of the top left one moved along directions."""
 
     class_name: str  # "" without classes
-    side: int
-    steps: int  # from 0 to either end of a direction
     pixels: np.ndarray  # (T + F, S, S, 3) uint8
     attention: dict[str, np.ndarray]  # "G attn1": (T + F, M) float32, the mean over all queries; by layer
 
 
-def generate_grids(
+class Playground(NamedTuple):
+    """What the page shows: the grid of each class, all of the same z, with F = directions * 2 * steps."""
+
+    side: int
+    directions: int
+    steps: int  # from 0 to either end of a direction
+    grids: list[Grid]
+
+
+def generate_playground(
     G: nn.Module, corners: Tensor, directions: Tensor, classes: Sequence[tuple[str, int | None]]
-) -> list[Grid]:
-    """Return the grid of each class, of the same z in each.
+) -> Playground:
+    """Generate the images and maps of the page.
 
     Args:
         G: in evaluation mode.
@@ -53,7 +60,8 @@ def generate_grids(
     side, steps = grid_size(image.numel() + sum(attention.shape[2] for attention in maps), len(classes))
     amounts = [REACH * step / steps for step in range(-steps, steps + 1) if step]  # at 0 it is the corner's tile
     z = torch.cat([latent_grid(corners, side), latent_lines(corners[0], directions, amounts).flatten(0, 1)])
-    return [_generate(G, z, (side, steps), name, number) for name, number in classes]
+    grids = [_generate(G, z, name, number) for name, number in classes]
+    return Playground(side, len(directions) if steps else 0, steps, grids)
 
 
 def grid_size(tile_bytes: int, classes: int) -> tuple[int, int]:
@@ -80,14 +88,13 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(grids: Sequence[Grid], title: str, corner: str = "") -> str:
+def playground_page(playground: Playground, title: str, corner: str = "") -> str:
     """Return the page as HTML.
 
     Args:
         title: plain text.
         corner: what the top left corner is, plain text; "" for a sample.
     """
-    _, side, steps, pixels, _ = grids[0]
     entries = [
         {
             "name": grid.class_name,
@@ -97,23 +104,23 @@ def playground_page(grids: Sequence[Grid], title: str, corner: str = "") -> str:
                 for name, values in grid.attention.items()
             ],
         }
-        for grid in grids
+        for grid in playground.grids
     ]
-    directions = (len(pixels) - side**2) // (2 * steps) if steps else 0
-    data = {"side": side, "size": pixels.shape[1], "directions": directions, "steps": steps, "reach": REACH,
+    side, directions, steps, grids = playground
+    data = {"side": side, "size": grids[0].pixels.shape[1], "directions": directions, "steps": steps, "reach": REACH,
             "corner": corner, "classes": entries}  # fmt: skip
     return fill_template("playground", title, data)
 
 
-def _generate(G: nn.Module, z: Tensor, size: tuple[int, int], class_name: str, number: int | None) -> Grid:
-    """Return the grid of a class, of z (T + F, z_dim) and its side and steps."""
+def _generate(G: nn.Module, z: Tensor, class_name: str, number: int | None) -> Grid:
+    """Return the grid of a class, of z (T + F, z_dim)."""
     pixels, means = [], []
     for batch in progress(z.split(BATCH), f"playground {class_name}".strip(), "batch"):
         images, *maps = G(batch, _labels(number, batch), return_attention=True)
         pixels.append(to_pixels(images))
         means.append([attention.mean(1).cpu().numpy() for attention in maps])  # (B, M)
     layers = {f"G attn{index}": np.concatenate(parts) for index, parts in enumerate(zip(*means, strict=True), start=1)}
-    return Grid(class_name, *size, np.concatenate(pixels), layers)
+    return Grid(class_name, np.concatenate(pixels), layers)
 
 
 def _labels(number: int | None, z: Tensor) -> Tensor | None:

@@ -11,23 +11,28 @@ from PIL import Image
 
 from networks.latents import slerp
 from visuals.figures import overlay, to_pixels
-from visuals.playground import Grid, generate_grids, grid_size, playground_page
+from visuals.playground import Grid, Playground, generate_playground, grid_size, playground_page
 
 NAMES = ["cat", "bird", "a very long name of a class, which does not fit on a phone", "horse", "automobile"]
 
 
-def noise_grid(name: str, side: int, size: int, keys: tuple[int, ...], steps: int = 0) -> Grid:
+def noise_playground(names: list[str], side: int, size: int, keys: tuple[int, ...], steps: int = 0) -> Playground:
     """Tiles of noise, and maps in which all levels are equally frequent."""
-    random, count = np.random.default_rng(len(name)), side**2 + 16 * steps
-    pixels = random.integers(0, 256, (count, size, size, 3), np.uint8)
-    maps = {f"G attn{index}": random.random((count, number), np.float32) ** 2 for index, number in enumerate(keys, 1)}
-    return Grid(name, side, steps, pixels, maps)
+    grids, count = [], side**2 + 16 * steps
+    for name in names:
+        random = np.random.default_rng(len(name))
+        pixels = random.integers(0, 256, (count, size, size, 3), np.uint8)
+        maps = [random.random((count, number), np.float32) ** 2 for number in keys]
+        grids.append(Grid(name, pixels, {f"G attn{index}": values for index, values in enumerate(maps, 1)}))
+    return Playground(side, 8 if steps else 0, steps, grids)
 
 
 SIDE = 16  # tiles in a row of the page without classes
-GRID = noise_grid("", SIDE, 32, (64, 256), 3)
+PLAIN = noise_playground([""], SIDE, 32, (64, 256), 3)
+(GRID,) = PLAIN.grids
 TILES = GRID.pixels[: SIDE**2].reshape(SIDE, SIDE, 32, 32, 3).astype(int)
-CLASS_GRIDS = [noise_grid(name, 4, 64, (64,), 1) for name in NAMES]
+WITH_CLASSES = noise_playground(NAMES, 4, 64, (64,), 1)
+CLASS_GRIDS = WITH_CLASSES.grids
 
 
 class Page(BrowserPage):
@@ -62,14 +67,15 @@ class Page(BrowserPage):
 
 @pytest.fixture
 def show(quiet_browser, tmp_path):
-    """A function that opens the page of some grids."""
-    return lambda grids, title="title": Page(quiet_browser, tmp_path / "page.html", playground_page(grids, title))
+    """A function that opens the page of a playground."""
+    path = tmp_path / "page.html"
+    return lambda playground, title="title": Page(quiet_browser, path, playground_page(playground, title))
 
 
 @torch.no_grad()
 def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its_maps():
     G, corners = random_generator("sagan", 32), torch.randn(4, 16)
-    (grid,) = generate_grids(G, corners, torch.eye(16)[:3], [("", None)])
+    side, directions, steps, (grid,) = generate_playground(G, corners, torch.eye(16)[:3], [("", None)])
     assert [*grid.attention] == ["G attn1", "G attn2"]
     for column, row in ((0, 0), (SIDE - 1, 0), (0, SIDE - 1), (SIDE - 1, SIDE - 1), (5, 11), (11, 5)):
         top, bottom = (slerp(corners[[i]], corners[[i + 1]], SIDE)[:, column] for i in (0, 2))
@@ -78,7 +84,7 @@ def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its
         assert np.abs(pixels - to_pixels(image)[0]).max() <= 1  # rounding of other batches
         for values, attention in zip(grid.attention.values(), maps, strict=True):
             assert np.allclose(values[SIDE * row + column], attention[0].mean(0), atol=1e-6)
-    assert len(grid.pixels) == SIDE**2 + 3 * 2 * grid.steps and grid.steps == 6
+    assert (side, directions, steps) == (SIDE, 3, 6) and len(grid.pixels) == SIDE**2 + 3 * 2 * 6
     moved = corners[0].repeat(12, 1)  # along the second direction
     moved[:, 1] += torch.tensor([number / 2 for number in range(-6, 7) if number])
     assert np.abs(grid.pixels[SIDE**2 + 12 : SIDE**2 + 24].astype(int) - to_pixels(G(moved))).max() <= 1
@@ -91,13 +97,13 @@ def test_a_tile_is_what_g_makes_of_its_z_between_the_corners_and_the_mean_of_its
 def test_a_page_of_noise_stays_below_8_mb(size, keys, classes, expected):
     side, steps = grid_size(3 * size**2 + sum(keys), classes)
     assert (side, steps) == expected
-    grids = [noise_grid((100 - index) * "é", side, size, keys, steps) for index in range(classes)]
-    assert len(playground_page(grids, "title").encode()) < 8_000_000
+    playground = noise_playground([(100 - index) * "é" for index in range(classes)], side, size, keys, steps)
+    assert len(playground_page(playground, "title").encode()) < 8_000_000
 
 
 @pytest.mark.browser
 def test_sliders_move_the_top_left_tile_along_a_direction(show):
-    page = show([GRID])
+    page = show(PLAIN)
     page.click_tile(5, 5)
     inputs, outputs = page.find_all("#sliders input"), page.find_all("#sliders b")
     assert [len(inputs), len(outputs)] == [8, 8] and [output.text for output in outputs] == ["0"] * 8
@@ -122,7 +128,7 @@ def test_sliders_move_the_top_left_tile_along_a_direction(show):
     page.touch((0.5, 0.5), (0.7, 0.5), (0.99, 0.5))
     page.check_tile(GRID, SIDE**2 + 6 * 3 + 5)
 
-    page = show(CLASS_GRIDS)  # of the other class after a switch
+    page = show(WITH_CLASSES)  # of the other class after a switch
     page.find_all("#sliders input")[1].send_keys(Keys.END)
     page.find_all("#classes label")[2].click()
     page.wait_for(lambda: page.state()["class"] == NAMES[2])
@@ -131,7 +137,7 @@ def test_sliders_move_the_top_left_tile_along_a_direction(show):
 
 @pytest.mark.browser
 def test_the_image_is_that_of_the_tile_or_a_blend(show):
-    page = show([GRID])
+    page = show(PLAIN)
     assert np.array_equal(page.pixels("#grid canvas"), TILES.swapaxes(1, 2).reshape(SIDE * 32, SIDE * 32, 3))
     for column, row in ((0, 0), (SIDE - 1, 0), (5, 11)):
         page.click_tile(column, row)
@@ -153,7 +159,7 @@ def test_the_image_is_that_of_the_tile_or_a_blend(show):
 
 @pytest.mark.browser
 def test_classes_are_switched_at_the_same_place(show):
-    page = show(CLASS_GRIDS)
+    page = show(WITH_CLASSES)
     page.click_tile(2, 1)
     for index in (2, 1, 4, 2):
         page.find_all("#classes label")[index].click()
@@ -165,7 +171,7 @@ def test_classes_are_switched_at_the_same_place(show):
     page.wait_for(lambda: page.state()["class"] == "horse")
     assert [radio.accessible_name for radio in page.find_all("#classes input")] == NAMES
 
-    page = show(CLASS_GRIDS)  # of two quick choices the last one is shown, also if the first one is decoded after it
+    page = show(WITH_CLASSES)  # of two quick choices the last one is shown, also if the first one is decoded after it
     page.script("""
         const [original, radios] = [Response.prototype.arrayBuffer, document.querySelectorAll("#classes input")];
         Response.prototype.arrayBuffer = async function () {
@@ -183,7 +189,7 @@ def test_classes_are_switched_at_the_same_place(show):
 
 @pytest.mark.browser
 def test_keyboard_mouse_and_touch(show):
-    page = show([GRID])
+    page = show(PLAIN)
     assert page.script("return document.activeElement.matches('#grid:focus-visible')") and page.place() == (7, 7)
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
     assert page.place() == (7.5, 7.25)
@@ -214,9 +220,9 @@ def test_keyboard_mouse_and_touch(show):
 
 @pytest.mark.browser
 def test_layout_and_names_with_markup(show):
-    plain = [noise_grid("", 4, 64, ())]
-    for grids, classes, layers in ((plain, 0, 0), ([GRID], 0, 2), (CLASS_GRIDS, 5, 1)):
-        page = show(grids)
+    bare = noise_playground([""], 4, 64, ())
+    for playground, classes, layers in ((bare, 0, 0), (PLAIN, 0, 2), (WITH_CLASSES, 5, 1)):
+        page = show(playground)
         page.assert_fits(1280, 700)
         page.assert_fits(320, 700)
         image, chart, labels = page.find("#image").rect, page.find("#grid").rect, page.find_all("#classes label")
@@ -226,12 +232,13 @@ def test_layout_and_names_with_markup(show):
         assert chart["width"] > 0.8 * 320 and image["width"] > 0.6 * 320
         assert image["y"] + image["height"] <= chart["y"] <= 700 - chart["height"]  # no finger covers the image
         assert all(panel.rect["y"] > chart["y"] + chart["height"] for panel in panels)
-        assert page.find("#directions").is_displayed() == (grids is not plain)
+        assert page.find("#directions").is_displayed() == (playground is not bare)
         assert all(slider.rect["height"] >= 44 for slider in page.find_all("#sliders input"))
         page.script("document.querySelector('#directions').scrollIntoView()")
         assert page.script("return document.querySelector('#image').getBoundingClientRect().top >= 0")
         assert all(label.size["height"] >= 44 for label in labels)
-    page = show([CLASS_GRIDS[0]._replace(class_name=MARKUP), *CLASS_GRIDS[1:]], MARKUP)
+    grids = [CLASS_GRIDS[0]._replace(class_name=MARKUP), *CLASS_GRIDS[1:]]
+    page = show(WITH_CLASSES._replace(grids=grids), MARKUP)
     assert page.browser.title == page.find("h1").text == MARKUP
     assert page.find("#classes span").get_attribute("textContent") == page.state()["class"] == MARKUP
     assert not page.find_all("h1 *, #classes span *")

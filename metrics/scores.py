@@ -73,52 +73,29 @@ def compute_metrics(
         rows = slice(start, start + count)
         return G(z[rows], None if labels is None else labels[rows])
 
-    return compute_scores(
-        generate,
-        loader.images,
-        config.metrics.split(","),
-        num_images=count,
-        batch_size=config.batch_size,
-        device=device,
-        cache_path=Path(os.path.expanduser(config.cache_path)),
-        real_name=f"{loader.source.name}_{loader.source.fingerprint}",
-        should_stop=should_stop,
-    )
+    return compute_scores(config, generate, loader, should_stop)
 
 
 def compute_scores(
-    generate: ImageFn,
-    real: Tensor,
-    names: Sequence[str],
-    *,
-    num_images: int,
-    batch_size: int,
-    device: torch.device,
-    cache_path: Path,
-    real_name: str,
-    should_stop: Callable[[], bool] = lambda: False,
+    config: Config, generate: ImageFn, loader: Loader, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Compare generated images with real ones. Saves and restores RNG state and backend flags.
+    """Compare generated images with real ones by `--metrics`. Saves and restores RNG state and backend flags.
+
+    What is computed of real images, except for hog, is cached in the folder `metrics` of `--cache_path`, by the images,
+    their size and their number.
 
     Args:
         generate: returns images in [-1, 1] on any device; called from 0 on for faces, for hog and for each extractor.
-        real: real images (N, S, S, 3) uint8, which may be memory-mapped or on the GPU; read batch by batch.
-        names: some of "fid", "kid", "isc", "prc", "faces", "hog".
-        num_images: number of generated images, and maximum number of real images.
-        batch_size: images per batch of the generator and the extractors; scores do not depend on it.
-        device: of the extractors; those that are neither CUDA nor CPU are replaced by the CPU.
-        cache_path: what is computed from the real images, except for hog, is cached in its folder `metrics`, if that
-            can be written.
-        real_name: identifies the real images in the names of cached files; their size and number are added here.
+        loader: its real images, at most `--metric_num` of them, are read batch by batch; extractors run on its device.
 
     Returns:
-        Those of fid, kid, kid_std, isc, isc_std, precision, recall, f_score, faces, faces_real, hog, hog_real that
-        `names` ask for.
+        By the names in `METRIC_RESULTS`.
 
     Raises:
         UserError: a library or weights are missing or unusable, there are too few images, the disk is
             full, generated images are not finite, or it was told to stop.
     """
+    names, device, real = config.metrics.split(","), loader.device, loader.images
 
     def stoppable(read: ImageFn) -> ImageFn:
         def checked(start: int, count: int) -> Tensor:
@@ -128,17 +105,18 @@ def compute_scores(
 
         return checked
 
-    fewest = min(num_images, len(real))
+    fewest = min(config.metric_num, len(real))
     if fewest < MIN_IMAGES:
-        raise UserError(f"--metrics {','.join(names)} needs at least {MIN_IMAGES} images, got {fewest}")
+        raise UserError(f"--metrics {config.metrics} needs at least {MIN_IMAGES} images, got {fewest}")
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
-    fakes = Images(stoppable(lambda start, count: _pixels_of(generate(start, count))), num_images)
+    fakes = Images(stoppable(lambda start, count: _pixels_of(generate(start, count))), config.metric_num)
     reals = Images(
         stoppable(lambda start, count: real[chosen[start : start + count]].permute(0, 3, 1, 2).contiguous()), fewest
     )
-    key = f"{real_name}_{real.shape[1]}px_{fewest}_of_{len(real)}"
+    key = f"{loader.source.name}_{loader.source.fingerprint}_{real.shape[1]}px_{fewest}_of_{len(real)}"
+    folder, batch_size = Path(os.path.expanduser(config.cache_path)) / "metrics", config.batch_size
     scores: dict[str, float] = {}
-    with preserve_global_state(device), _open_cache(cache_path / "metrics") as cache:
+    with preserve_global_state(device), _open_cache(folder) as cache:
         opencv, extractors = _import_libraries(names)
         if "faces" in names:
             scores |= opencv.face_scores(fakes, reals, batch_size, cache / f"{key}-faces.json")

@@ -258,9 +258,8 @@ def test_classes_of_any_name_have_folders_of_their_own_inside(names, folders):
 def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
     config = make_config(**OPTIONS, metrics="faces", metric_num=1000)
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    source = SimpleNamespace(name="x", fingerprint="y")
-    loader, given = SimpleNamespace(images=None, labels=labels, device=CPU, source=source), []
-    monkeypatch.setattr(scores, "compute_scores", lambda generate, *_, **__: [generate(0, 400), generate(400, 600)])
+    loader, given = SimpleNamespace(labels=labels, device=CPU), []
+    monkeypatch.setattr(scores, "compute_scores", lambda _, generate, *__: [generate(0, 400), generate(400, 600)])
     for _ in range(2):
         scores.compute_metrics(config, lambda *inputs: given.append(inputs), loader)
     assert_same(given[:2], given[2:])

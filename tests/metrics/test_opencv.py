@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,10 @@ def draw_faces(numbers, size: int) -> torch.Tensor:
 
 
 def scores_of(fake: torch.Tensor, real: torch.Tensor, cache_path, name: str) -> dict[str, float]:
-    floats, cpu = fake.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.device("cpu")
-    return compute_scores(lambda start, count: floats[start : start + count], real, [name], num_images=len(fake),
-                          batch_size=6, device=cpu, cache_path=cache_path, real_name="real")  # fmt: skip
+    floats, source = fake.permute(0, 3, 1, 2).float() / 127.5 - 1, SimpleNamespace(name="", fingerprint="real")
+    config = SimpleNamespace(metrics=name, metric_num=len(fake), batch_size=6, cache_path=str(cache_path))
+    loader = SimpleNamespace(images=real, device=torch.device("cpu"), source=source)
+    return compute_scores(config, lambda start, count: floats[start : start + count], loader)
 
 
 def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_is_cached(tmp_path):

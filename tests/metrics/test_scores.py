@@ -2,6 +2,7 @@ import errno
 import io
 import random
 import warnings
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -34,9 +35,10 @@ def generator_of(images: Tensor):
 def compute(tmp_path):
     """`compute_scores` with a cache in a temporary folder."""
 
-    def run(generate, real, names, **changes) -> dict[str, float]:
-        options = {"num_images": COUNT, "batch_size": 16, "device": torch.device("cpu"), "real_name": "real"}
-        return compute_scores(generate, real, names, **(options | {"cache_path": tmp_path / "cache"} | changes))
+    def run(generate, real, names, fingerprint="real", **changes) -> dict[str, float]:
+        options = {"metric_num": COUNT, "batch_size": 16, "cache_path": str(tmp_path / "cache")} | changes
+        loader = Namespace(images=real, device=torch.device("cpu"), source=Namespace(name="", fingerprint=fingerprint))
+        return compute_scores(Namespace(metrics=",".join(names), **options), generate, loader)
 
     return run
 
@@ -72,7 +74,7 @@ def test_scores_equal_their_formulas(compute, capfd, recwarn):
     assert 1 > precision != recall and (scores["precision"], scores["recall"]) == pytest.approx((precision, recall))
     assert scores["f_score"] == pytest.approx(2 / (1 / precision + 1 / recall)) and 1 < scores["isc"] < 16
     assert compute(generator_of(fake), real[:40], ["kid"])["kid_std"] > 0  # over subsets that differ
-    again = compute(generator_of(fake), real, ALL, batch_size=7, real_name="again")
+    again = compute(generator_of(fake), real, ALL, batch_size=7, fingerprint="again")
     assert again == pytest.approx(scores, rel=1e-4, abs=1e-5)
 
 
@@ -81,14 +83,14 @@ def test_number_of_images(compute):
     fake, real = images_of(1), images_of(0)
     a, b = features_of(fake), features_of(real)
     for count in (COUNT, 20, 40):  # of both; the real ones are evenly spaced over all 64
-        few = compute(generator_of(fake), real, ["fid", "kid"], num_images=count)
+        few = compute(generator_of(fake), real, ["fid", "kid"], metric_num=count)
         chosen = b[[index * COUNT // count for index in range(count)]]
         assert few["fid"] == pytest.approx(frechet_distance(a[:count], chosen), rel=1e-4)
     fewer_real = compute(generator_of(fake), real[:30], ["fid", "kid", "prc"])  # 64 against all 30
     assert fewer_real["fid"] == pytest.approx(frechet_distance(a, b[:30]), rel=1e-4)
     for images, count in ((real, 9), (real[:9], COUNT)):
         with pytest.raises(UserError, match="10 images"):
-            compute(generator_of(fake), images, ["fid"], num_images=count)
+            compute(generator_of(fake), images, ["fid"], metric_num=count)
 
 
 def test_features_of_real_images_are_cached(compute, tmp_path):
@@ -96,7 +98,7 @@ def test_features_of_real_images_are_cached(compute, tmp_path):
     first = compute(fake, images_of(0), names)
     black = torch.zeros(COUNT, SIZE, SIZE, 3, dtype=torch.uint8)
     assert compute(fake, black, names) == first
-    assert compute(fake, black, names, real_name="other") != first
+    assert compute(fake, black, names, fingerprint="other") != first
     for path in (tmp_path / "cache" / "metrics").iterdir():
         path.write_bytes(path.read_bytes()[:100])  # cut off: computed again
     assert compute(fake, images_of(0), names) == first
@@ -129,7 +131,7 @@ def test_rng_state_and_backend_flags_are_restored(compute, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_a_warning(compute, tmp_path, capsys):
     (tmp_path / "file").touch()
     arguments = generator_of(images_of(1)), images_of(0), ["fid"]
-    assert compute(*arguments, cache_path=tmp_path / "file") == compute(*arguments)
+    assert compute(*arguments, cache_path=str(tmp_path / "file")) == compute(*arguments)
     assert capsys.readouterr().err.count("warning") == 1
 
 

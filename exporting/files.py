@@ -16,6 +16,7 @@ from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
+from training.checkpoint import read_export
 from training.previews import samples_grid
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
@@ -80,7 +81,7 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
     for name in FILES.keys() - formats:
-        read = onnx_file.read_metadata if name == "onnx" else safetensors_file.read_metadata
+        read = onnx_file.read_metadata if name == "onnx" else lambda path: read_export(path)[1]
         with suppress(Exception):  # it is missing or damaged, or its library is missing
             entries = [read(folder / file) for file in FILES[name]]
             if all(metadata.items() <= of_file.items() for of_file in entries):
@@ -105,7 +106,7 @@ def network_files(
             contents[name] = safetensors_file.weights_bytes(network, metadata)
     G = fold_spectral_norm(copy.deepcopy(networks.G))
     if "safetensors" in formats:
-        contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G, metadata)
+        contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G.state_dict(), metadata)
     if "onnx" in formats:
         contents["generator.onnx"] = onnx_file.onnx_bytes(G, metadata, with_maps)
     return contents

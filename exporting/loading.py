@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from errors import one_line
-from exporting.safetensors_file import read_generator
-from training.checkpoint import read_dict, read_export, strip_dataparallel_prefix
-from training.models import build_empty, recognize
+from spectral import fold_spectral_norm
+from training.checkpoint import is_folded, read_dict, read_export, strip_dataparallel_prefix
+from training.models import Kind, build_empty, export_sizes, recognize
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"  # folders of weights, of the format of export.py
 
@@ -30,7 +30,7 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
     """
     path = _local(checkpoint)
     if path.suffix == ".safetensors":
-        return read_generator(path)
+        return _network(path, "generator", *read_export(path))
     content = read_dict(path)
     return _network(path, "generator", content.get("ema", content))
 
@@ -67,11 +67,15 @@ def _local(checkpoint: str | os.PathLike) -> Path:
     return path
 
 
-def _network(path: Path, kind: Literal["generator", "discriminator"], weights: dict[str, Any]) -> nn.Module:
+def _network(path: Path, kind: Kind, weights: dict[str, Any], metadata: dict[str, str] | None = None) -> nn.Module:
+    """Return a network with these weights, which without `metadata` have spectral norm."""
     try:
-        weights = strip_dataparallel_prefix(weights)
-        network = build_empty(kind, *recognize(kind, weights))
+        if is_folded(metadata):
+            network = fold_spectral_norm(build_empty(kind, *export_sizes(metadata)))
+        else:
+            weights = strip_dataparallel_prefix(weights)
+            network = build_empty(kind, *recognize(kind, weights))
         network.load_state_dict(weights, assign=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # torch's reason is all keys and shapes
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's reason: keys and shapes
         raise ValueError(f"{path} has no {kind} of this program, or is damaged") from error
     return network.float().eval()

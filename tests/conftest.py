@@ -188,7 +188,7 @@ def write_export(path: Path, *network, **changes: str) -> torch.nn.Module:
     """Write generator.safetensors of a `random_generator`, with changed metadata; return that network."""
     G = random_generator(*network)
     metadata = export_metadata(*network) | changes
-    path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)), metadata))
+    path.write_bytes(safetensors_bytes(fold_spectral_norm(copy.deepcopy(G)).state_dict(), metadata))
     return G
 
 

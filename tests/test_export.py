@@ -12,12 +12,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import export_metadata, train_in
+from conftest import assert_same, export_metadata, train_in
 from PIL import Image
 
 import export
-from exporting.safetensors_file import read_generator, read_metadata
 from parameter import get_parameters
+from training.checkpoint import read_export
 from training.models import checksum
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_metadata_weights_and_grid_are_those_of_train_false(run, tmp_path, train
     part = "G" if "--use_ema" in options else "ema"
     assert ("EMA" in out) == (part == "ema") == ("no EMA" not in path.with_name("model_card.md").read_text("utf-8"))
     saved = torch.load(trained / "models" / version / "2_state.pth")
-    assert read_metadata(path) == export_metadata(*("paper", 64, 3) if version == "classes" else ()) | {
+    assert read_export(path)[1] == export_metadata(*("paper", 64, 3) if version == "classes" else ()) | {
         "step": "2", "checksum": str(checksum(saved[part])), "ema": str(part == "ema").lower(),
         "classes": json.dumps(saved["classes"]), "format": "pt",  # for Hugging Face's loaders
     }  # fmt: skip
@@ -110,8 +110,9 @@ def test_metadata_weights_and_grid_are_those_of_train_false(run, tmp_path, train
         assert grid.read_bytes() == path.with_name("samples.png").read_bytes()
     run("--pretrained_model", str(path), "--format", "safetensors", "--export_path", str(tmp_path / "again"))
     copied = tmp_path / "again" / version / "2" / "generator.safetensors"
-    assert read_metadata(copied) == read_metadata(path)
-    torch.testing.assert_close(*(read_generator(file).state_dict() for file in (copied, path)), rtol=0, atol=0)
+    (weights, metadata), (expected, metadata_before) = read_export(copied), read_export(path)
+    assert metadata == metadata_before
+    assert_same(weights, expected)
 
 
 def test_files_of_an_export_change_on_request_only(run, tmp_path, monkeypatch):

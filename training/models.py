@@ -13,6 +13,7 @@ from networks import paper_models
 from parameter import Config
 
 MODELS = {"sagan": sagan_models, "paper": paper_models}
+Kind = Literal["generator", "discriminator"]
 
 
 def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
@@ -22,7 +23,7 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
     return G, module.Discriminator(config.imsize, config.d_conv_dim, **options)
 
 
-def recognize(kind: Literal["generator", "discriminator"], weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+def recognize(kind: Kind, weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Return the `--model` that a state dict is of, and its arguments to the constructor; `ValueError` if of none."""
     for name, module in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError, TypeError):  # it is of another model
@@ -30,7 +31,7 @@ def recognize(kind: Literal["generator", "discriminator"], weights: Mapping[str,
     raise ValueError(f"these are not the weights of a {kind} of any --model")
 
 
-def build_empty(kind: Literal["generator", "discriminator"], model: str, sizes: Mapping[str, Any]) -> nn.Module:
+def build_empty(kind: Kind, model: str, sizes: Mapping[str, Any]) -> nn.Module:
     """Return a network without memory, to `load_state_dict(weights, assign=True)`; draws no random numbers."""
     with torch.device("meta"):
         return getattr(MODELS[model], kind.capitalize())(**sizes)

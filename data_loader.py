@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from datasets.cache import open_cache
-from datasets.image_files import decode_file, image_size
+from datasets.image_files import crop_center, read_rgb, resize
 from datasets.labels import Labels, join_names
 from datasets.sources import CELEB_CROP, CELEB_SIZE, Source
 from errors import UserError, one_line
@@ -233,7 +233,7 @@ def _name(item: str | int | bytes) -> bytes:
 def load_photo(path: str, dataset: str, crop_size: int | None, size: int) -> Tensor:
     """Return an image file from anywhere, cropped like the images of a dataset: (1, 3, size, size) in [-1, 1].
 
-    In place of celeb's crop, whose images have a width of 178 pixels, the same share of the shorter side.
+    In place of celeb's crop, whose images have a width of 178 pixels, the same share of the shorter side; of lsun none.
 
     Raises:
         UserError: there is no such file, or it cannot be read as an image.
@@ -241,13 +241,14 @@ def load_photo(path: str, dataset: str, crop_size: int | None, size: int) -> Ten
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.isfile(path):
         raise UserError(f"there is no image file {path}")
-    if dataset == "celeb":
-        crop_size = round(min(image_size(path) or CELEB_SIZE) * (crop_size or CELEB_CROP) / CELEB_SIZE[0])
     try:
-        photo = decode_file("", crop_size, path, size)
+        image = read_rgb(path)
     except Exception as error:  # Pillow's readers raise nearly any type
         raise UserError(f"the image {path} cannot be read: {one_line(error)}") from error
-    return to_model_range(torch.from_numpy(np.array(photo))[None])
+    if dataset == "celeb":
+        crop_size = round(min(image.size) * (crop_size or CELEB_CROP) / CELEB_SIZE[0])
+    image = resize(image if dataset == "lsun" else crop_center(image, crop_size), size)
+    return to_model_range(torch.from_numpy(np.array(image))[None])
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

@@ -238,8 +238,9 @@ class Config:
             raise UserError(f"--model paper has networks for --imsize 32, 64 and 128, not {self.imsize}")
         if self.model != "paper" and self.conditional:
             raise UserError(f"--conditional true needs --model paper: the networks of {self.model} have no classes")
-        if self.project and self.train:
-            raise UserError("--project is for --train false: it searches the z of an image in a trained generator")
+        for name in ("project", "class_name"):
+            if self.train and getattr(self, name):
+                raise UserError(f"--{name} is for --train false, for a trained generator")
         if self.attribute and self.train and not (self.conditional and self.dataset == "celeb"):
             raise UserError("--attribute is for --conditional true with --dataset celeb")
 

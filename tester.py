@@ -112,7 +112,7 @@ class Tester:
         if self.config.has_attention:
             pages.insert(0, self._write_attention())
             self._write_attention_stats()
-        if self.loader is not None:
+        if self.loader is not None and len(self.loader.images) > 1:
             self._write_nearest()
         if self.config.metrics:
             self._write_metrics()

@@ -27,7 +27,7 @@ from training.optimizers import Adam, Schedule
 from training.previews import Previews, draw_z
 from training.recorder import Recorder
 from training.resuming import TrainingState
-from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
+from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, files_by_step, no_param_grads
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
 
@@ -110,7 +110,7 @@ class Trainer:
 
         Labels are (B,); alpha (B, 1, 1, 1) is for the gradient penalty, aug_noise (B, 2, 7) in [0, 1), for real and
         generated images, for `augment`. Returns detached 0-d tensors: d_loss_real, d_loss_fake, d_loss (their sum, and
-        the weighted d_penalty), the mean logits d_real and d_fake, and d_sign, the mean sign of those of real images.
+        the weighted d_penalty), the mean logits d_real and d_fake, and of hinge d_sign, the mean sign of the real ones.
         """
         with autocast(self.device, self.precision):
             with torch.no_grad():
@@ -122,13 +122,15 @@ class Trainer:
             real_logits, fake_logits = self.D_ddp(real, real_labels).float(), self.D_ddp(fake, fake_labels).float()
         loss_real, loss_fake = self.loss.of_D(real_logits, fake_logits)
         stats = {"d_loss_real": loss_real, "d_loss_fake": loss_fake, "d_loss": loss_real + loss_fake}
-        stats |= {"d_real": real_logits.mean(), "d_fake": fake_logits.mean(), "d_sign": real_logits.sign().mean()}
+        stats |= {"d_real": real_logits.mean(), "d_fake": fake_logits.mean()}
         if self.loss.has_penalty:
             # D, not D_ddp: the gradients of loss and penalty are all-reduced once, in the backward of their sum.
             # Through explicit attention maps: the fused attention kernels have no double backward.
             critic = lambda images: self.D(images, real_labels, return_attention=True)[0]  # noqa: E731
             stats["d_penalty"] = gradient_penalty(critic, real, fake, alpha)
             stats["d_loss"] = stats["d_loss"] + self.config.lambda_gp * stats["d_penalty"]
+        else:  # a critic with a penalty has no zero
+            stats["d_sign"] = real_logits.sign().mean()
         self.d_optimizer.zero_grad()
         stats["d_loss"].backward()
         self.d_optimizer.step()
@@ -243,8 +245,9 @@ class Trainer:
         with ranks.raise_together():  # what a resumed run may lack: a branch its checkpoint, and what follows one
             if recorder and self.step:
                 is_branch = config.pretrained_file is not None
-                if is_branch:
-                    recorder.checkpoint(self.step, self._saved_state())
+                # Such as of the best checkpoint: later ones are removed, and "latest" must find this one.
+                if is_branch or self.step not in files_by_step(config.model_folder, "state.pth"):
+                    recorder.checkpoint(self.step, self._saved_state(), export=is_branch)
                 if is_branch or "samples" in due:
                     recorder.samples(self.step, previews.samples())
                 if "attention" in due:

@@ -280,8 +280,6 @@ def read_run(run: Run) -> Curves:
     if "d_holdout" in curves:
         curves["d_gap"] = curves["d_train"] - curves["d_holdout"] * (0, 1)
     curves["ms"] = curves["images_per_s"] ** (1, -1) * (1, 1000 * config.batch_size)
-    if config.adv_loss == "wgan-gp":
-        del curves["d_sign"]  # its critic has no zero
     if run.minutes:
         del curves["ms"]  # it depends on the batch size, and on what else the machine does
         curves["steps"] = np.array([[last, last]])

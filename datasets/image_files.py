@@ -138,16 +138,20 @@ def image_size(path: str) -> tuple[int, int] | None:
 
 
 def decode_file(root: str, crop: int | None, name: str, size: int) -> Image.Image:
-    """Decode an image file below `root`: rotated as its EXIF data says, center square of side `crop`, resized."""
+    """Decode an image file below `root`: center square of side `crop`, resized."""
+    return resize(crop_center(read_rgb(os.path.join(root, name)), crop), size)
+
+
+def read_rgb(path: str) -> Image.Image:
+    """Read an image file in RGB, rotated as its EXIF data says."""
     register_heif()
-    path = os.path.join(root, name)
     if not os.path.isfile(path):  # reading from a pipe would block
         raise OSError("not a file")
     with Image.open(path) as image:
         image.load()  # a damaged image fails here, not below, where errors are suppressed
         with suppress(Exception):  # EXIF data that cannot be parsed; it fails before or after the rotation, not halfway
             ImageOps.exif_transpose(image, in_place=True)  # in place, so that only rotated images are copied
-        return resize(crop_center(to_rgb(image), crop), size)
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

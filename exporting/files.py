@@ -38,6 +38,8 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     """
     if config.metrics:
         raise UserError("--metrics: export.py computes none; the model card has those of main.py --train false")
+    if config.project:
+        raise UserError("--project is for main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     networks = load_test_networks(saved, config)
     print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}")
@@ -51,7 +53,7 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     maps = others.get("onnx", {}).get("maps", "").split()
     metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
     if not config.overwrite:
-        check_folder(folder, formats, others)
+        check_folder(folder, others)
     check_writable(folder)
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
@@ -71,7 +73,8 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     if "model_card.md" not in contents:
         print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
     elif saved.state and metrics is None:
-        wanted = config.pretrained_model if config.pretrained_file else str(saved.step)
+        is_named = config.pretrained_file or config.pretrained_model == "best"
+        wanted = config.pretrained_model if is_named else str(saved.step)
         command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
         print(f"The card has no metrics: compute them by {command}, then export with --overwrite true")
     return 0
@@ -89,10 +92,11 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     return found
 
 
-def check_folder(folder: Path, formats: Collection[str], others: Collection[str]) -> None:
+def check_folder(folder: Path, others: Collection[str]) -> None:
     """Raise `UserError` if there are files already, other than those of other formats of this generator."""
     found = [name for name in (*chain(*FILES.values()), "model_card.md", "samples.png") if (folder / name).exists()]
-    if found and (not others or any(file in found for name in formats for file in FILES[name])):
+    expected = {"model_card.md", "samples.png"}.union(*(FILES[name] for name in others)) if others else set()
+    if not expected.issuperset(found):
         raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
 
 
@@ -113,7 +117,10 @@ def network_files(
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
-    """Write all files or none and print their sizes. Networks that are neither among them nor kept are removed."""
+    """Write all files or none and print their sizes. Networks that are neither among them nor kept are removed.
+
+    Without `--overwrite true` there are none of these, see `check_folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: content for name, content in contents.items()})
     print(f"results in {folder}:")

@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 
 
 def make_tester(trainer, loader=True, **changes):
-    given = dataclasses.replace(trainer.config, **changes)
+    given = dataclasses.replace(trainer.config, train=False, **changes)
     saved, config = load_test_checkpoint(given, set(changes))
     return tester.Tester(config, trainer.loader if loader else None, saved, CPU)
 
@@ -199,7 +199,7 @@ def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
 
 def test_projection_finds_a_class_which_the_playground_shows_first(trained, monkeypatch, capsys):
     monkeypatch.setattr(projection, "SHOWN_STEPS", (0, 2))
-    tested = make_tester(trained, loader=False, num_samples=4, train=False, project="a.png")
+    tested = make_tester(trained, loader=False, num_samples=4, project="a.png")
     z, _ = tested._inputs(6)
     with torch.no_grad():
         tested.photo = tested.G(z[5:], torch.tensor([2]))  # the sixth of three classes in turn
@@ -210,7 +210,7 @@ def test_projection_finds_a_class_which_the_playground_shows_first(trained, monk
     assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(tested.photo)[0]).mean() < 5
     monkeypatch.setattr(trained.loader, "holdout", 0.3)
     monkeypatch.setattr(trained.loader, "_held_out", np.arange(7))
-    tested = make_tester(trained, num_samples=4, train=False, project="a.png", class_name="long")
+    tested = make_tester(trained, num_samples=4, project="a.png", class_name="long")
     with torch.no_grad():
         tested._write_projection(trained.loader.batch(0)[0][:1])
     rows = 1 + (trained.loader.labels[:7] == 2).sum().item()  # held-out images of that class only

@@ -144,8 +144,9 @@ def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, 
         (trained.config.model_folder / name).unlink()
     make_tester(options, None, photo).test()
     assert "without D, by pixels alone" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--project is for --train false"):
-        make_config(project="my photo.png")
+    for name in ("project", "class_name"):
+        with pytest.raises(UserError, match=f"--{name} is for --train false"):
+            make_config(**{name: "my photo.png"})
 
 
 def test_a_projection_is_compared_with_what_the_checkpoint_s_run_held_out(trained, make_config):

@@ -117,7 +117,7 @@ def test_adv_loss_chooses_the_losses(make_trainer, adv_loss):
     stats = trainer.d_step(trainer.loader.batch(0)[0], torch.randn(4, 16), alpha=torch.rand(4, 1, 1, 1))
     stats = {name: value.item() for name, value in stats.items()}
     assert stats["d_loss_real"] == pytest.approx(-stats["d_real"] if adv_loss == "wgan-gp" else 0, abs=1e-6)
-    assert ("d_penalty" in stats) == (adv_loss == "wgan-gp")
+    assert ("d_penalty" in stats) == (adv_loss == "wgan-gp") == ("d_sign" not in stats)
     total = stats["d_loss_real"] + stats["d_loss_fake"] + 5 * stats.get("d_penalty", 0)
     assert stats["d_loss"] == pytest.approx(total, rel=1e-5)
     assert trainer.train() == 0  # it checks that all weights are finite

@@ -279,6 +279,22 @@ def test_the_best_checkpoint_is_kept_and_training_is_unchanged(make_trainer, tra
     train(**options | {"total_step": 6, "pretrained_model": "best", "overwrite": True})
 
 
+def test_a_run_goes_on_from_its_best_checkpoint_which_is_made_again_if_it_was_lost(train, monkeypatch):
+    """Even if it is killed before it saves another one: "latest" finds it. A kill may leave scores without theirs."""
+    scores = [3.0, 5.0, 3.0]
+    monkeypatch.setattr("trainer.compute_metrics", lambda *_: {"hog": scores.pop(0)})
+    monkeypatch.setattr("metrics.scores.check_metrics", lambda *_: None)
+    options = dict(metrics="hog", metric_step=2, model_save_step=9)
+    folder = train(**options, total_step=4).config.model_folder
+    train(**options, total_step=2, pretrained_model="best", overwrite=True)
+    assert [path.name for path in sorted(folder.glob("[0-9]*"))] == ["2_state.pth"]
+    for path in folder.glob("best_*"):
+        path.unlink()
+    for _ in range(2):
+        train(**options, total_step=2, pretrained_model="latest")
+    assert checkpoint.load(folder, "best").step == 2 and not scores
+
+
 def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch):
     """A signal comes while metrics are computed; another one after a step without a checkpoint, before maps fail."""
     options = dict(metrics="hog", metric_num=12, metric_step=2, total_step=4, model_save_step=0.4)

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from data_loader import Loader
 from errors import Tolerate
-from networks.losses import LOSSES
 from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
@@ -111,7 +110,7 @@ class Recorder:
         numbers["memory_mib"] = memory_mib(self.loader.device)
         self._logged_at = (now, step)
         self._log.scalars(step, numbers)
-        if not LOSSES[self.config.adv_loss].has_penalty:
+        if "d_sign" in numbers:
             self._overfitting.add(step, numbers["d_sign"])
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
         words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas else [])]
@@ -128,8 +127,7 @@ class Recorder:
         """
         self._log.scalars(step, scores)
         self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
-        config = self.config
-        metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
+        config, metric = self.config, self._distance
         protocol = {"metric": metric, "images": config.metric_num, "ema": config.use_ema}
         protocol["data"] = self.loader.fingerprint["checksum"]
         if metric is None or not math.isfinite(scores[metric]):
@@ -140,11 +138,20 @@ class Recorder:
         return True
 
     def has_scores(self, step: int) -> bool:
-        """Return whether the log has metrics of a step."""
-        return self._has_logged(step, METRIC_RESULTS[self.config.metrics.split(",")[0]][0])
+        """Return whether the log has metrics of a step and, if they are the best, its checkpoint is saved as such."""
+        score = self._logged(step, self._distance or METRIC_RESULTS[self.config.metrics.split(",")[0]][0])
+        if score is None or self._distance is None or self.best.get("step") == step:
+            return score is not None
+        return score >= self.best.get("score", math.inf)
 
-    def _has_logged(self, step: int, name: str) -> bool:
-        return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
+    @property
+    def _distance(self) -> str | None:
+        """The metric by which a checkpoint is the best."""
+        return next((name for name in self.config.metrics.split(",") if name in DISTANCES), None)
+
+    def _logged(self, step: int, name: str) -> float | None:
+        curve = read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))
+        return dict(curve.tolist()).get(step)
 
     def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
@@ -161,7 +168,7 @@ class Recorder:
         if all(map(math.isfinite, spreads.values())):
             if len(images["ema"]) >= MIN_SAMPLES:
                 self._collapse.add(step, **spreads)
-            if step > self._start or not self._has_logged(step, "spread"):  # the run before may have logged this step
+            if step > self._start or self._logged(step, "spread") is None:  # the run before may have logged this step
                 self._log.scalars(step, spreads)
 
     @functools.cached_property

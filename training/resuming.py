@@ -38,6 +38,8 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
             return None
         wanted = Path(os.path.expanduser(config.init_from))
         wanted = wanted / "G.safetensors" if wanted.is_dir() else wanted
+        if config.overwrite and wanted.resolve().parent == config.model_folder.resolve():
+            raise UserError(f"--overwrite true would delete {wanted}: move it, or choose another --version")
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
     saved = dataclasses.replace(saved, is_initial=is_new)
     check_architecture(saved, config.architecture)
@@ -161,6 +163,8 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
     """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
+        if saved.state and all(saved.state["data"][name] == data[name] for name in ("images", "checksum")):
+            warn_of_trained_holdout(saved.state["data"], data)
         return
     if saved.step:  # weights of step 0 are initial ones
         warn_of_trained_holdout(saved.state and saved.state["data"], data)

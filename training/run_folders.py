@@ -19,7 +19,8 @@ from parameter import Config
 from training import checkpoint
 from utils import check_writable, files_by_step
 
-KINDS = ("checkpoints", "tests", "pictures")  # of results with a step in their name
+FINAL_KINDS = ("checkpoints", "tests")  # of results with a step in their name
+KINDS = (*FINAL_KINDS, "pictures")
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
     r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png"
     r"|(attention|metrics)\.json|(nearest|directions)\.png|projection\.(png|npy)|playground\.html"
@@ -36,7 +37,16 @@ def check_folders(config: Config, step: int) -> None:
     """
     for folder in config.folders.values():
         check_writable(folder)
-    if config.overwrite or config.pretrained_model in ("latest", "auto"):
+    if config.overwrite or config.pretrained_model == "latest":
+        return
+    if config.pretrained_model == "auto":
+        # A run that was killed before its first checkpoint has neither of these.
+        had_checkpoint = (config.log_folder / "report.html").exists() or any(_later_results(config, 0, FINAL_KINDS))
+        if had_checkpoint and not checkpoint.has_any(config.model_folder):
+            raise UserError(
+                f"--version {config.version} has results, but no checkpoint in {config.model_folder}: correct "
+                "--model_save_path, choose another --version, or delete the results with --overwrite true"
+            )
         return
     if _starts_course(config):
         log = config.log_folder / "metrics.jsonl"
@@ -45,7 +55,10 @@ def check_folders(config: Config, step: int) -> None:
                 f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
                 "another --version, or delete them with --overwrite true"
             )
-    elif later := [path.name for path in _later_results(config, step, ("checkpoints", "tests"))]:
+        return
+    # The best checkpoint alone may be later than the newest one, from which the run goes on then.
+    results = [path.name for path in _later_results(config, step, FINAL_KINDS)]
+    if later := [name for name in results if not name.startswith("best_")]:
         saved = config.pretrained_file or checkpoint.path_of(config.model_folder, config.pretrained_model)
         raise UserError(
             f"--version {config.version} has results after step {step}, such as {later[-1]}: remove them with "
@@ -155,16 +168,18 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:
     """Remove files `{step}_{ending}` before `step` so that at most `keep`, that of `step` included, are left.
 
-    The others that stay are at multiples of ``interval * 2**k``, the smallest k that makes them few enough. So they are
-    always evenly spaced. Later steps are not counted. `keep` is at least 1, `interval` the steps between results.
+    The others that stay are evenly spaced: at multiples of ``interval * 2**k``, with the smallest k that makes them few
+    enough where none is missing. Later steps are not counted. `keep` is at least 1, `interval` the steps between
+    results.
     """
     files = {number: path for number, path in files_by_step(folder, ending).items() if number < step}
-    kept = list(files)
-    while len(kept) >= keep:
-        kept = [number for number in kept if number % interval == 0]
-        interval *= 2
-    for number in files.keys() - kept:
-        files[number].unlink(missing_ok=True)
+    spacing, before_first = interval, min(files, default=step) - 1
+    while spacing < step and (step - 1) // spacing - before_first // spacing >= keep:
+        spacing *= 2
+    if spacing > interval or len(files) >= keep:
+        for number in files:
+            if number % spacing:
+                files[number].unlink(missing_ok=True)
 
 
 def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterator[Path]:
@@ -178,7 +193,7 @@ def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterato
         ("tests", config.sample_folder, r"test_([0-9]+)"),
         ("pictures", config.sample_folder, r"([0-9]+)_(fake|ema)\.png"),
         ("pictures", config.attn_folder, r"([0-9]+)_([GD]_attn[0-9]+\.png|explorer\.html)"),
-        *([("pictures", config.log_folder, r"(events)\.out\.tfevents\..*")] if step == 0 else []),
+        *([("pictures", config.log_folder, r"(events\.out\.tfevents\..*|report\.html)")] if step == 0 else []),
     ):
         for path in sorted(folder.iterdir()) if kind in kinds and folder.is_dir() else ():
             match = re.fullmatch(names, path.name)

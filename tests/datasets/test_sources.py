@@ -43,6 +43,7 @@ def test_pixels_equal_those_of_the_reference_s_transforms(tmp_path, dataset, cro
 @pytest.mark.parametrize("dataset, crop_size, shape, side", [
     ("celeb", None, (178, 218), 160), ("celeb", None, (356, 500), 320), ("celeb", 89, (356, 500), 178),
     ("folder", None, (300, 101), 101), ("folder", 80, (300, 101), 80), ("toy", None, (40, 50), 40),
+    ("lsun", None, (300, 100), (100, 300)),
 ])  # fmt: skip
 def test_a_photo_from_anywhere_is_cropped_as_the_images_of_the_dataset(tmp_path, dataset, crop_size, shape, side):
     save(picture(*shape), tmp_path / "me.png")

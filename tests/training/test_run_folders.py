@@ -62,11 +62,23 @@ def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
         for wanted, step in (("3", 3), ("latest", 2), ("auto", 2)):  # the newest, or one before those that are damaged
             check(wanted, step)
         later.unlink()
-    checkpoint.save(config.model_folder, "best", {"step": 2, "G": {}, "D": {}})
-    check()
-    checkpoint.save(config.model_folder, "best", {"step": 3, "G": {}, "D": {}})
-    with pytest.raises(UserError, match="best_"):
+    for best in (2, 3):  # the command that a report gives resumes from the newest checkpoint, maybe before the best
+        checkpoint.save(config.model_folder, "best", {"step": best, "G": {}, "D": {}})
         check()
+
+
+def test_auto_does_not_start_over_a_run_whose_checkpoints_are_missing(make_config):
+    """As where the disk of --model_save_path is not mounted. A run killed before its first checkpoint starts again."""
+    config = make_folders(make_config(pretrained_model="auto"))
+    (config.log_folder / "metrics.jsonl").write_text("{}\n")
+    (config.sample_folder / "1_ema.png").touch()
+    check_folders(config, 0)
+    for path in (config.log_folder / "report.html", config.sample_folder / "test_1", config.model_folder / "1_G.pth"):
+        path.touch()
+        with pytest.raises(UserError, match=r"no checkpoint in .*--model_save_path.*--overwrite true"):
+            check_folders(config, 0)
+        check_folders(dataclasses.replace(config, overwrite=True), 0)
+        path.unlink()
 
 
 @pytest.mark.parametrize("kind, name", [
@@ -100,7 +112,7 @@ def test_later_pictures_go_when_a_run_resumes_and_under_overwrite_all_later_resu
     before, gone = files(resumed), "never"
     for config, step, names in (
         (resumed, 2, r"3_.*(png|html)"), (overwriting, 2, "3_|test_3"), (overwriting, 1, "2_|test_2|best"),
-        (resumed, 0, r"1_.*(png|html)|events"), (overwriting, 0, "1_"),
+        (resumed, 0, r"1_.*(png|html)|events|report"), (overwriting, 0, "1_"),
     ):  # fmt: skip
         init_folders(config, step, [], 1000)
         gone += f"|{names}"
@@ -144,7 +156,7 @@ def test_a_disk_without_room_for_three_checkpoints_is_a_warning(make_config, mon
 
 @pytest.mark.parametrize("last, keep, left", [
     (90, 1, [90]), (30, 3, [10, 20, 30]), (40, 3, [20, 40]), (90, 3, [40, 80, 90]), (100, 6, [20, 40, 60, 80, 100]),
-    (110, 6, [20, 40, 60, 80, 100, 110]), (130, 6, [40, 80, 120, 130]),
+    (110, 6, [20, 40, 60, 80, 100, 110]), (130, 6, [40, 80, 120, 130]), (230, 8, [40, 80, 120, 160, 200, 230]),
 ])  # fmt: skip
 def test_results_are_thinned_evenly_but_not_later_ones_and_the_users_files(tmp_path, last, keep, left):
     others = {"10_left.png", "real.png", "20_fake.png.bak", "20_G.pth", "500_fake.png"}

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator, contextmanager, suppress
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -162,7 +162,7 @@ def warn_once(message: str) -> None:
     warn(message)
 
 
-class Tolerate(ContextDecorator):
+class Tolerate(AbstractContextManager, ContextDecorator):
     """A context, or a decorator, in which an error is a warning: training goes on without what it would have written.
 
     The warning is printed once for each kind of error.
@@ -176,9 +176,6 @@ class Tolerate(ContextDecorator):
     def __init__(self, what: str):
         self._what = what
         self._seen: set[tuple] = set()
-
-    def __enter__(self) -> "Tolerate":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, self.tolerated):

@@ -135,7 +135,7 @@ def make_loader(config: Config, device: "torch.device", precision: str = "fp32")
     from utils import conv_memory_format
 
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
-                         config.seed, attribute=config.attribute, run_folders=config.folders.values(),
+                         config.seed, attribute=config.attribute, run_folders=config.folders,
                          exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
                   num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,

@@ -275,14 +275,9 @@ class Config:
         return self.sample_folder / f"test_{step}"
 
     @property
-    def folders(self) -> dict[str, Path]:
-        """Folders of the run's results, by content."""
-        return {
-            "samples": self.sample_folder,
-            "attention": self.attn_folder,
-            "checkpoints": self.model_folder,
-            "logs": self.log_folder,
-        }
+    def folders(self) -> list[Path]:
+        """Folders of the run's results."""
+        return [self.sample_folder, self.attn_folder, self.model_folder, self.log_folder]
 
     @property
     def output_folders(self) -> list[Path]:

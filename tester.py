@@ -124,7 +124,8 @@ class Tester:
 
     def _write_samples(self) -> None:
         """Write each sample as an image, those of each class to a folder of its own, and some of them as a grid."""
-        z, folder, names = self.sample_z(self.config.num_samples), self.folder / "samples", folder_names(self.classes)
+        z = draw_z(self.config, self.config.num_samples, self.device)
+        folder, names = self.folder / "samples", folder_names(self.classes)
         for number in self.selected_classes:
             self._write_images(folder / names[number], z, torch.full((len(z),), number, device=self.device))
         if not self.classes:
@@ -279,14 +280,10 @@ class Tester:
         protocol |= {"checksum": checksum(self.G.state_dict()), "data": self.loader.fingerprint}
         self._write_json("metrics.json", protocol | scores)
 
-    def sample_z(self, count: int, stream: int = SEED_SAMPLES) -> Tensor:
-        """Return z (count, z_dim), a function of the seed and the stream."""
-        return draw_z(self.config, count, self.device, stream)
-
     def _inputs(self, count: int, stream: int = SEED_SAMPLES) -> tuple[Tensor, Tensor | None]:
         """Return z (count, z_dim) and labels (count,): the selected classes in turn, None without classes."""
         labels = classes_in_turn(self.selected_classes, count).to(self.device) if self.classes else None
-        return self.sample_z(count, stream), labels
+        return draw_z(self.config, count, self.device, stream), labels
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         return [shorten(self.classes[number]) for number in numbers]

@@ -216,7 +216,7 @@ class Trainer:
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
             with self.ranks.raise_together():
-                if self.ranks.is_rank_zero:
+                if self.ranks.rank == 0:
                     machine = f"{self.device} in {self.precision}"
                     recorder = stack.enter_context(Recorder(config, self.step, machine, self.loader))
                     recorder.real_images("real", previews.real_images())

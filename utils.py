@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import io
 import os
 import re
 import sys
@@ -252,12 +253,10 @@ def bar_options() -> dict[str, Any]:
     return {"file": _LineStream(), "mininterval": LINE_SECONDS}
 
 
-class _LineStream:
+class _LineStream(io.TextIOBase):
     """Prints what tqdm writes, a bar after each carriage return, as lines on stderr."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if bar := text.strip():
             print(bar, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Do nothing: tqdm calls it."""
+        return len(text)

@@ -22,6 +22,7 @@ from errors import UserError, exit_code
 from main import make_loader
 from parameter import get_parameters, given_options
 from tester import Tester
+from training.previews import draw_z
 from training.resuming import check_classes, load_test_checkpoint
 from utils import progress, setup_device
 
@@ -63,7 +64,7 @@ def measure(loader: Loader, tester: Tester) -> None:
     )
     images = loader.images[held_out.to(loader.images.device)].to(loader.labels.device)
     real = accuracy(classifier, to_model_range(images), loader.labels[held_out])
-    z = tester.sample_z(tester.config.num_samples)
+    z = draw_z(tester.config, tester.config.num_samples, tester.device)
     rows = []
     for number, name in enumerate(loader.classes):
         labels = torch.full((len(z),), number, device=z.device)

@@ -27,15 +27,9 @@ def nearest_images(queries: Tensor, images: Tensor, count: int) -> Nearest:
         count: M, number of neighbors to return for each query, at most N.
     """
     queries = queries.flatten(1).float()  # (K, 3 * S * S)
-    best = Nearest(
-        torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device),
-        torch.zeros(len(queries), 0, device=queries.device),
-    )
+    distances = []  # (K, CHUNK) each
     for start in progress(range(0, len(images), CHUNK), "nearest training images", "chunk"):
         chunk = to_model_range(images[start : start + CHUNK].to(queries.device)).flatten(1)
-        distances = torch.cdist(queries, chunk) / queries.shape[1] ** 0.5  # (K, CHUNK)
-        indices = torch.arange(start, start + len(chunk), device=queries.device).expand_as(distances)
-        distances, indices = torch.cat([best.distances, distances], 1), torch.cat([best.indices, indices], 1)
-        order = distances.argsort(dim=1, stable=True)[:, :count]
-        best = Nearest(indices.gather(1, order), distances.gather(1, order))
-    return best
+        distances.append(torch.cdist(queries, chunk) / queries.shape[1] ** 0.5)
+    nearest = torch.cat(distances, 1).topk(min(count, len(images)), largest=False)
+    return Nearest(nearest.indices, nearest.values)

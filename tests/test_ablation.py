@@ -70,7 +70,7 @@ def finish(**data):
     """Write what is read of runs to step 4 in ./out; those without attention have no d_sign. Returns the runs."""
     runs = make_runs([ATTENTION], [0, 1], "out", [*SMALL, "--total_step=4"])
     for config in (run.config for run in runs):
-        for folder in config.folders.values():
+        for folder in config.folders:
             folder.mkdir(parents=True)
         lines = [{"step": step, "images_per_s": 1 if step == 3 else 8} for step in range(1, 5)]
         for line in lines if config.has_attention else []:

@@ -50,7 +50,7 @@ def make_tester(config, loader, photo=None):
 
 
 def test_samples_are_a_function_of_the_seed(trained, make_config):
-    first, again, other = (make_tester(make_config(seed=seed), None).sample_z(4) for seed in (1, 1, 2))
+    first, again, other = (make_tester(make_config(seed=seed), None)._inputs(4)[0] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not (first == other).any()
 
 
@@ -84,7 +84,7 @@ def test_contents_of_the_files(trained, make_config):
     (shown,), side = data["classes"], data["side"]
     tiles = page_pixels(shown["pixels"], 32)
     corners = dict(enumerate((0, side - 1, side**2 - side, side**2 - 1)))  # the first samples
-    z = tested.sample_z(5)
+    z = tested._inputs(5)[0]
     with torch.no_grad():
         expected = tested.G(z)
     for index, image in enumerate(expected):
@@ -93,7 +93,7 @@ def test_contents_of_the_files(trained, make_config):
         assert index not in corners or np.abs(tiles[corners[index]] - pixels).max() <= 1  # rounding of other batches
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
-        maps = tested.G(tested.sample_z(tester.SUMMARY_IMAGES), return_attention=True)[1]
+        maps = tested.G(tested._inputs(tester.SUMMARY_IMAGES)[0], return_attention=True)[1]
     assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
@@ -103,7 +103,7 @@ def test_contents_of_the_files(trained, make_config):
 def test_directions_of_the_first_sample(trained, make_config):
     tested = make_tester(make_config(), None)
     tested.test()
-    data, z = page_data(tested.folder / "playground.html"), tested.sample_z(1)
+    data, z = page_data(tested.folder / "playground.html"), tested._inputs(1)[0]
     assert (data["directions"], data["steps"], data["corner"]) == (8, 1, "")
     frames = page_pixels(data["classes"][0]["pixels"], 32)[data["side"] ** 2 :].reshape(8, 2, 32, 32, 3)  # -3, 3
     figure = np.asarray(Image.open(tested.folder / "directions.png")).astype(int)

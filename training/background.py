@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-class Background:
+class Background(AbstractContextManager):
     """Run jobs one after the other in a thread; the end of the `with` block waits for all, also after an error.
 
         with Background(device) as background:
@@ -46,9 +47,6 @@ class Background:
         self._stream.wait_event(submitted)
         job(*arguments)
         self._stream.synchronize()  # before the arguments are freed: their memory is reused on the stream of the loop
-
-    def __enter__(self) -> "Background":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)  # a second Ctrl-C, or SystemExit

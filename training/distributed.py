@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,10 +47,6 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     wait_group: dist.ProcessGroup | None = None
-
-    @property
-    def is_rank_zero(self) -> bool:
-        return self.rank == 0
 
     def shard(self, batch_size: int) -> slice:
         """Return the rows of a global batch that are this rank's.
@@ -124,7 +120,7 @@ class Ranks:
         if self.size == 1:
             return function(*arguments)
         with self.raise_together():
-            result = [function(*arguments) if self.is_rank_zero else None]
+            result = [function(*arguments) if self.rank == 0 else None]
         dist.broadcast_object_list(result, src=0, group=self.wait_group)
         return result[0]
 
@@ -133,9 +129,7 @@ class Ranks:
 
         What the first one writes to disk is there for the others, whether or not machines share a file system.
         """
-        if self.size == 1:
-            return function()
-        my_turn = 0 if self.is_rank_zero else 1 if self.local_rank == 0 else 2
+        my_turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         for turn in range(3):
             with self.raise_together():
                 if turn == my_turn:
@@ -175,11 +169,10 @@ def read_launch() -> Ranks:
 @contextmanager
 def silence_other_ranks() -> Iterator[None]:
     """Discard what is printed inside, unless this is rank 0. Raises `UserError` as `read_launch` does."""
-    with ExitStack() as stack:
-        if read_launch().rank:
-            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(null))
+    if read_launch().rank == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null), redirect_stderr(null):
         yield
 
 

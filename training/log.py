@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from errors import Tolerate, UserError
 from utils import flush_to_disk
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """Append to a run's logs, as a context that closes them; first drop the entries after `step`.
 
     A failed write costs the entry: a warning.
@@ -43,9 +43,6 @@ class RunLog:
                 events, tolerate = self._writer.file_writer.event_writer._ev_writer, Tolerate("TensorBoard's files")
                 events.write_event, events.flush = tolerate(events.write_event), tolerate(events.flush)
                 events.close = tolerate(events.close)
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -9,8 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from datetime import datetime
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_rea
 REPORT_SECONDS = 60  # between two reports at least, longer where they take long: checkpoints may be seconds apart
 
 
-class Recorder:
+class Recorder(AbstractContextManager):
     """Record a run from `step` on, as a context that holds the run's folders and ends when everything is written.
 
     Steps are finished ones. Tensors may be on any device; those passed to `checkpoint` are copied, others must not
@@ -90,9 +89,6 @@ class Recorder:
                 )
             )
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> "Recorder":
-        return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -222,11 +218,9 @@ class Recorder:
 
     def _write_report(self, state: str) -> None:
         start = time.monotonic()
-        command = self.config.command_line(pretrained_model=str(self._written_step))
         path = self.config.log_folder / "report.html"
         with self._tolerate("the report"):
-            arguments = (self.config, self._machine, self.loader.classes, self._written_step, command)
-            page = report_page(*arguments, datetime.now(), state, self.best)
+            page = report_page(self.config, self._machine, self.loader.classes, self._written_step, state, self.best)
             write_atomically({path: page.encode()})  # a browser may reload it at any time
         end = time.monotonic()
         self._report_due = end + max(REPORT_SECONDS, 50 * (end - start))

@@ -35,7 +35,7 @@ def check_folders(config: Config, step: int) -> None:
     Raises:
         UserError: a folder cannot be written, or has results of an earlier run that this one would overwrite.
     """
-    for folder in config.folders.values():
+    for folder in config.folders:
         check_writable(folder)
     if config.overwrite or config.pretrained_model == "latest":
         return
@@ -85,7 +85,7 @@ def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:
 @contextmanager
 def lock_folders(config: Config) -> Iterator[None]:
     """Create the folders and lock them until the context or the process ends; `UserError` if another run has them."""
-    folders = {os.path.realpath(folder): folder for folder in config.folders.values()}.values()  # some may be the same
+    folders = {os.path.realpath(folder): folder for folder in config.folders}.values()  # some may be the same
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     without = [folder for folder in folders if not _can_lock(folder)]

@@ -1,6 +1,6 @@
 """report.html: the progress of a run in one file, without network access.
 
-    page = report_page(config, "cpu in fp32", classes, step, command, datetime.now())
+    page = report_page(config, "cpu in fp32", classes, step, "running", best)
 
 Shows samples by step, the curves of the log, the newest attention figures, the configuration and the command that
 resumes the run. Reads the run's result folders; files that are missing or damaged are left out.
@@ -77,23 +77,14 @@ NOT_SHOWN = ("d_loss_real", "d_loss_fake", "kid_std", "isc_std", "f_score")  # a
 
 
 def report_page(
-    config: Config,
-    machine: str,
-    classes: Sequence[str],
-    step: int,
-    command: str,
-    updated: datetime,
-    state: str = "running",
-    best: Mapping[str, Any] | None = None,
+    config: Config, machine: str, classes: Sequence[str], step: int, state: str, best: Mapping[str, Any]
 ) -> str:
     """Return the page after `step` finished steps, as HTML of less than 8 MB; files of later steps are ignored.
 
     Args:
         machine: device and precision, such as "cpu in fp32".
-        command: resumes the run.
-        updated: the time to show.
         state: "running", or why the run ended before its last step.
-        best: "step", "metric" and "score" of the best checkpoint, if there is one.
+        best: "step", "metric" and "score" of the best checkpoint; {} if there is none.
     """
     log = read_curves(config.log_folder, step)
     data = {
@@ -112,13 +103,13 @@ def report_page(
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(config.version),
         state="finished" if finished else escape(state),
-        facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {updated:%Y-%m-%d %H:%M}"]),
+        facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {datetime.now():%Y-%m-%d %H:%M}"]),
         step=step,
         total=config.total_step,
-        charts="".join(_charts(log, best or {})),
+        charts="".join(_charts(log, best)),
         attention=_attention(config, step),
         options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),
-        command=escape(command),
+        command=escape(config.command_line(pretrained_model=str(step))),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 

@@ -14,11 +14,11 @@ from training.run_folders import check_folders, init_folders, lock_folders, thin
 
 
 def files(config):
-    return {path for folder in config.folders.values() for path in folder.rglob("*")}
+    return {path for folder in config.folders for path in folder.rglob("*")}
 
 
 def make_folders(config):
-    for folder in config.folders.values():
+    for folder in config.folders:
         folder.mkdir(parents=True)
     return config
 
@@ -38,7 +38,7 @@ def test_a_file_system_without_locks_is_a_warning(make_config, monkeypatch, caps
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with lock_folders(make_config()):
-        assert all(folder.is_dir() for folder in make_config().folders.values())
+        assert all(folder.is_dir() for folder in make_config().folders)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -82,15 +82,15 @@ def test_auto_does_not_start_over_a_run_whose_checkpoints_are_missing(make_confi
 
 
 @pytest.mark.parametrize("kind, name", [
-    ("logs", "metrics.jsonl"), ("samples", "1_ema.png"), ("samples", "test_1"), ("checkpoints", "best_state.pth"),
-    ("checkpoints", "1_G.pth"), ("attention", "1_G_attn1.png"), ("attention", "1_explorer.html"),
+    ("log", "metrics.jsonl"), ("sample", "1_ema.png"), ("sample", "test_1"), ("model", "best_state.pth"),
+    ("model", "1_G.pth"), ("attn", "1_G_attn1.png"), ("attn", "1_explorer.html"), ("log", "report.html"),
 ])  # fmt: skip
 @pytest.mark.parametrize("start", [None, "backup/2_state.pth"])
 def test_a_new_run_or_a_checkpoint_from_elsewhere_needs_folders_without_results(make_config, kind, name, start):
     """Also without those that are earlier than the checkpoint: they are of another course."""
     config = make_folders(make_config(pretrained_model=start))
     check_folders(config, 2)
-    (config.folders[kind] / name).write_text("{}\n")
+    (getattr(config, f"{kind}_folder") / name).write_text("{}\n")
     with pytest.raises(UserError, match=r"another --version.*--overwrite true"):
         check_folders(config, 2)
     config = dataclasses.replace(config, overwrite=True)
@@ -125,7 +125,7 @@ def test_overwrite_keeps_the_users_files(make_config, step):
     config = make_folders(make_config(overwrite=True))
     names = "0_left.png 9_left.png 9_notes.html 9_G.png x9_G.pth 9_G_copy.pth 9_G.pth.old 9_fake.png.old best.pth "
     names += "9_explorer.html.old best_G_copy.pth my_G.pth.tmp"
-    users = {folder / name for folder in config.folders.values() for name in names.split()}
+    users = {folder / name for folder in config.folders for name in names.split()}
     users |= {config.sample_folder / name for name in ("test_9/notes.txt", "test_9/samples/best.png", "9_G.pth")}
     for path in {*users, config.attn_folder / "9_fake.png", config.sample_folder / "9_left" / "image.png"}:
         path.parent.mkdir(parents=True, exist_ok=True)

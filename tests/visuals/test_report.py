@@ -38,7 +38,7 @@ def empty_run(tmp_path, monkeypatch) -> Config:
     """That run of 100 steps before it has results."""
     monkeypatch.chdir(tmp_path)
     config = Config(**SMALL, total_step=100)
-    for folder in config.folders.values():
+    for folder in config.folders:
         folder.mkdir(parents=True)
     return config
 
@@ -50,10 +50,8 @@ def toy_run(finished, empty_run, tmp_path) -> Config:
     return dataclasses.replace(empty_run, total_step=6)
 
 
-def page_of(
-    config: Config, step: int, command: str = "--version 'a b'", machine: str = "cpu in fp32", **options
-) -> str:
-    return report_page(config, machine, (), step, command, datetime(2026, 11, 24, 14, 40), **options)
+def page_of(config: Config, step: int, machine: str = "cpu in fp32", state: str = "running", best=()) -> str:
+    return report_page(config, machine, (), step, state, dict(best))
 
 
 def parts_of(page):
@@ -69,8 +67,8 @@ def write_log(run, rows):
 
 def test_a_finished_run(toy_run):
     page = page_of(toy_run, 6)
-    facts = ("step 6 of 6 (100%)", "32×32", "batch 4", "on cpu in fp32", "updated 2026-11-24 14:40")
-    assert all(f"<li>{fact}</li>" in page for fact in facts) and ">finished<" in page
+    facts = ("step 6 of 6 (100%)", "32×32", "batch 4", "on cpu in fp32", f"updated {datetime.now():%Y-%m-%d}")
+    assert all(f"<li>{fact}" in page for fact in facts) and ">finished<" in page
     data, titles, figures = parts_of(page)
     assert [frame["step"] for frame in data["frames"]] == [2, 4, 6] and data["real"]
     assert all(frame["fake"].startswith("data:image/jpeg") and frame["ema"] for frame in data["frames"])
@@ -78,7 +76,7 @@ def test_a_finished_run(toy_run):
                       "Gamma of the attention layers", "Spectral norms of G", "Spectral norms of D",
                       "Speed", "Memory", "Learning rates"]  # fmt: skip
     assert figures == ["6_G_attn1", "6_G_attn2", "6_D_attn1", "6_D_attn2"]
-    assert html.escape("--version 'a b'") in page and "<div><dt>beta2</dt><dd>0.9</dd>" in page
+    assert html.escape(toy_run.command_line(pretrained_model="6")) in page and "<div><dt>beta2</dt><dd>0.9</dd>" in page
     assert "<div class=changed><dt>batch_size</dt><dd>4<small>default 64</small></dd>" in page
 
     links = re.findall('(?:src|href)="([^"]*)"', page)  # none needs the network
@@ -171,16 +169,18 @@ def test_hostile_names(empty_run, tmp_path):
         folder.mkdir(parents=True)
     (run.attn_folder / "1_explorer.html").touch()
     write_log(run, [{"step": 1, "<b>$x$": 1.0}])
-    (page := page_of(run, 1, HOSTILE, HOSTILE, state=HOSTILE)).encode()
+    (page := page_of(run, 1, HOSTILE, HOSTILE)).encode()
     assert page.count("</script>") == 2 and "<b>" not in page
-    assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 5  # machine, state, path, path, command
+    assert page.count(html.escape(HOSTILE.replace("\udcff", "?"))) == 4  # machine, state, path, path
+    assert html.escape(run.command_line(pretrained_model="1").replace("\udcff", "?")) in page
     assert html.escape(VERSION) in page and '/1_explorer.html"' in page
     assert HOSTILE in unquote(parts_of(page)[0]["folder"], errors="surrogateescape")
 
 
 @pytest.mark.browser
 def test_the_slider_and_the_command(quiet_browser, toy_run):
-    page = BrowserPage(quiet_browser, toy_run.log_folder / "report.html", text := page_of(toy_run, 6, HOSTILE))
+    run = dataclasses.replace(toy_run, image_path=HOSTILE)
+    page = BrowserPage(quiet_browser, run.log_folder / "report.html", text := page_of(run, 6))
     data = parts_of(text)[0]
     frames = {frame["step"]: frame for frame in data["frames"]}
     sample, slider, (ema, generator, real) = page.find("#sample"), page.find("#slider"), page.find_all("#kinds button")
@@ -204,7 +204,8 @@ def test_the_slider_and_the_command(quiet_browser, toy_run):
     page.find("#play").click()
     page.wait_for(lambda: page.find("#shown").text == "step 6" and page.find("#play").text == "▶")
 
-    assert page.find("#command").get_property("textContent") == HOSTILE.replace("\udcff", "?")
+    command = run.command_line(pretrained_model="6").replace("\udcff", "?")
+    assert page.find("#command").get_property("textContent") == command
     page.find("#copy").click()
     page.wait_for(lambda: page.find("#copy").text in ("Copied", "Press Ctrl-C to copy"))
 
@@ -214,7 +215,7 @@ def test_the_slider_and_the_command(quiet_browser, toy_run):
 def test_nothing_overflows_and_text_contrasts(quiet_browser, toy_run, tmp_path, width, scheme):
     long = dataclasses.replace(toy_run, version="w" * 100, image_path="p" * 200)
     toy_run.log_folder.rename(long.log_folder)
-    text = page_of(long, 4, "w" * 300, "m" * 60, state="stopped by SIGTERM")
+    text = page_of(long, 4, "m" * 60, "stopped by SIGTERM")
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     quiet_browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page = BrowserPage(quiet_browser, long.log_folder / "report.html", text)

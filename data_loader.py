@@ -7,7 +7,7 @@ images, labels = loader.batch(1000)     # (64, 3, 64, 64) in [-1, 1], on the dev
 import os
 import warnings
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -149,10 +149,16 @@ class Loader:
             pixels = torch.where(self._flip[rows], pixels.flip(2), pixels)
         return to_model_range(pixels).contiguous(memory_format=self.memory_format), self._labels_of(numbers)
 
-    def held_out(self, index: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return batch number `index` of up to `count` held-out images, as `batch`; after the last come the first."""
-        rows = np.arange(min(count, len(self._held_out))) + index * count
-        numbers = torch.from_numpy(self._held_out[rows % len(self._held_out)])
+    def held_out(self, index: int, count: int, classes: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Return batch number `index` of up to `count` held-out images, as `batch`; after the last come the first.
+
+        They are in an order that mixes folders. With `classes`, only those of these classes.
+        """
+        numbers = torch.from_numpy(self._held_out)
+        if classes:
+            numbers = numbers[torch.isin(self.labels.cpu()[numbers], torch.tensor(classes))]
+        rows = torch.arange(min(count, len(numbers))) + index * count
+        numbers = numbers[rows % max(len(numbers), 1)]
         return self.images_at(numbers), self._labels_of(numbers)
 
     def images_of_class(self, label: int, count: int) -> Tensor:
@@ -177,6 +183,7 @@ class Loader:
             self._limit = max(self.holdout, float(hashes.min()))
             self._training, self._held_out = np.flatnonzero(hashes > self._limit), np.flatnonzero(hashes <= self._limit)
             self._held_out_checksum = zlib.crc32(b"\n".join(names[number] for number in self._held_out))
+            self._held_out = self._held_out[hashes[self._held_out].argsort()]
         _check_size(count, self.batch_size, len(self._held_out))
 
     def _assign_labels(self, labels: Labels) -> None:

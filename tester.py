@@ -174,9 +174,7 @@ class Tester:
         """
         real = photo[:0]
         if self.loader is not None and self.loader.holdout:
-            real, labels = self.loader.held_out(0, PROJECTED_HELD_OUT)
-            if labels is not None:
-                real = real[torch.isin(labels, torch.tensor(self.selected_classes, device=self.device))]
+            real, _ = self.loader.held_out(0, PROJECTED_HELD_OUT, self.selected_classes)
         images, draws = torch.cat([photo, real]), max(PROJECTION_DRAWS, len(self.selected_classes))
         found = projection.project(self.G, self.D, images, *self._inputs(draws))
         label = None if found.labels is None else found.labels[:1]

@@ -96,14 +96,13 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> d
         failures = _decode(source, size, building / "images.bin", num_workers)
         info = {"format": FORMAT, "count": len(source.items) - len(failures), "skipped": [*failures.items()]}
         (building / "info.json").write_text(json.dumps(info), encoding="utf-8")
-        earlier = _read_info(folder, source, size)
-        if earlier is None or len(earlier) > len(failures):
-            _remove_cache(folder)
         try:
             os.rename(building, folder)
-        except OSError:
-            if _read_info(folder, source, size) is None:  # otherwise another process was faster
-                raise
+        except OSError:  # there is one, maybe of a process that was faster
+            earlier = _read_info(folder, source, size)
+            if earlier is None or len(earlier) > len(failures):
+                _remove_cache(folder)
+                os.rename(building, folder)
     finally:
         _remove_cache(building)
     return _read_info(folder, source, size)

@@ -55,6 +55,8 @@ def find_images(
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if name[0] != "." and name.lower() not in JUNK_FOLDERS]
+        # Of two ways to a folder that without a link is taken, on every system.
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         prefix = "" if folder == root else os.path.relpath(folder, root)
         for name in names:
             ending = os.path.splitext(name)[1].lower()

@@ -84,15 +84,17 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
     """Return the labels of CelebA's images: 1 where the attribute is present.
 
     Args:
-        root, folder: the data and the images in it; CelebA's list of attributes is in either, or beside the images.
+        root, folder: the data and the images in it; CelebA's list of attributes is beside the images, or in a folder
+            above them up to that of `root`.
         names: image files, found in the list by their name without folder and ending.
         attribute: a name in the list, such as "Smiling".
 
     Raises:
         UserError: the list is missing or damaged, lacks an image, or has no such attribute.
     """
-    places = [place / name for place in (folder, folder.parent, root) for name in ATTRIBUTE_FILES]
-    path = next(filter(Path.is_file, places), None)
+    images, top = (folder / names[0]).absolute().parent, root.absolute().parent
+    places = [place for place in (images, *images.parents) if place.is_relative_to(top)]
+    path = next(filter(Path.is_file, (place / name for place in places for name in ATTRIBUTE_FILES)), None)
     if path is None:
         target = folder.parent if folder.name.startswith("img_align_celeba") else folder
         raise UserError(

@@ -81,7 +81,7 @@ Image.fromarray(np.concatenate(pixels, axis=1)).save("images.png")  # side by si
 ```
 {maps}"""
 TORCH = """
-In torch, by `pip install torch safetensors`; OWNER/REPOSITORY is that of the program on GitHub:
+In torch, by `pip install torch numpy tqdm safetensors`; OWNER/REPOSITORY is that of the program on GitHub:
 
 ```python
 import torch

@@ -23,9 +23,9 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         values, size = x.float(), dist.get_world_size()
-        # In float64, where the difference below loses nothing.
-        moments = torch.stack([v.mean((0, 2, 3), dtype=torch.float64) for v in (values, values.square())])
-        mean, mean_square = _AllReduceSum.apply(moments) / size
+        # In float64, in which the difference of squares below loses nothing of these variances.
+        variance, mean = (v.double() for v in torch.var_mean(values, (0, 2, 3), correction=0))
+        mean, mean_square = _AllReduceSum.apply(torch.stack([mean, variance + mean.square()])) / size
         variance = mean_square - mean.square()
         scale = torch.rsqrt(variance + self.eps)
         scale = self.weight * scale if self.affine else scale

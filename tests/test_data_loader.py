@@ -119,6 +119,15 @@ def test_held_out_images_are_in_no_batch_and_the_others_in_all_epochs(labelled):
     assert sorted(loader.training_labels.tolist() + labels.tolist()) == loader.labels.tolist()
 
 
+def test_held_out_images_are_of_all_classes_in_turn_or_of_given_ones(numbered):
+    targets = [number // 50 for number in range(200)]  # in the order of the images
+    loader = numbered([*range(200)], labels=lambda: Labels(tuple("abcd"), targets), conditional=True, holdout=0.3)
+    assert {*loader.held_out(0, 16)[1].tolist()} == {0, 1, 2, 3}
+    images, labels = loader.held_out(0, 7, [3])
+    assert labels.tolist() == [3] * 7 and min(gray_levels(images)) >= 150
+    assert len(loader.held_out(0, 7, [4])[0]) == 0
+
+
 def test_checksum_depends_on_the_images_and_their_number(numbered):
     """Of the many ones, on every second."""
     loaders = [numbered(items) for items in ([1, 2, 3], [1, 2, 4], [1, 2], [1] * 512, [1] * 511)]

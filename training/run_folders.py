@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -168,18 +169,18 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:
     """Remove files `{step}_{ending}` before `step` so that at most `keep`, that of `step` included, are left.
 
-    The others that stay are evenly spaced: at multiples of ``interval * 2**k``, with the smallest k that makes them few
-    enough where none is missing. Later steps are not counted. `keep` is at least 1, `interval` the steps between
-    results.
+    The others that stay are evenly spaced: of each ``interval * 2**k`` steps, with the smallest k that makes them few
+    enough where none is missing, the last one. Later steps are not counted. `keep` is at least 1, `interval` the steps
+    between results.
     """
-    files = {number: path for number, path in files_by_step(folder, ending).items() if number < step}
-    spacing, before_first = interval, min(files, default=step) - 1
-    while spacing < step and (step - 1) // spacing - before_first // spacing >= keep:
+    files = {number: path for number, path in files_by_step(folder, ending).items() if 0 < number < step}
+    spacing = interval
+    while math.ceil(step / spacing) - math.ceil(min(files, default=step) / spacing) >= keep:
         spacing *= 2
     if spacing > interval or len(files) >= keep:
-        for number in files:
-            if number % spacing:
-                files[number].unlink(missing_ok=True)
+        kept = {math.ceil(number / spacing): number for number in [*files, step]}
+        for number in files.keys() - kept.values():
+            files[number].unlink(missing_ok=True)
 
 
 def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterator[Path]:

@@ -36,6 +36,7 @@ from training import distributed, recorder
 from training.distributed import LOCAL_RANKS, Ranks, process_group, processes_to_start, read_launch
 from training.guards import NonFiniteError
 
+SMALL_STDS = (0.0, 0.01)
 PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 CLASSES = dict(model="paper", imsize=64, conditional=True)
 # Kinks amplify rounding: an input near 0 has another slope.
@@ -94,10 +95,10 @@ def gradients(folder, ranks=Ranks()):  # noqa: B008
     return found
 
 
-def batch_norm(layer, shard, dtype):
+def batch_norm(layer, shard, dtype, mean=3.0, std=1.0):
     """Return a layer's output on some of 4 images, its running statistics, and its output in eval mode."""
     layer.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(4))
-    x = (3 + torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(3)))[shard].to(dtype)
+    x = (mean + std * torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(3)))[shard].to(dtype)
     return [layer(x).detach(), layer.running_mean, layer.running_var, layer.eval()(x).detach()]
 
 
@@ -128,6 +129,8 @@ def compute(ranks, folder):
     found = {"gradients": gradients(two, ranks), "turn": ranks.rank_zero_first(time.monotonic)}
     for dtype in (torch.float32, torch.bfloat16):
         found[dtype] = batch_norm(CpuSyncBatchNorm2d(5), ranks.shard(4), dtype)
+    for std in SMALL_STDS:
+        found[std] = batch_norm(CpuSyncBatchNorm2d(5), ranks.shard(4), torch.float32, 33.3, std)
     for name in RUNS:
         trainer = make(two, name, ranks)
         assert trainer.train() == 0
@@ -230,6 +233,14 @@ def test_batch_norm_equals_that_of_one_process(pair, dtype, tolerance):
     for expected, (first, second) in zip(batch_norm(nn.BatchNorm2d(5), slice(4), dtype), shards, strict=True):
         actual = torch.cat([first, second]) if first.ndim == 4 else second
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("std", SMALL_STDS)
+def test_batch_norm_of_channels_far_from_zero(pair, std):
+    """Squares in float32 would lose the variance. Inputs are rounded by up to 2**-19, and then divided by the std."""
+    expected = batch_norm(nn.BatchNorm2d(5), slice(4), torch.float32, 33.3, std)[0]
+    actual = torch.cat([each[std][0] for each in pair[1]])
+    assert (actual - expected).abs().max() < 4 * 2**-19 / (std**2 + 1e-5) ** 0.5
 
 
 def test_an_error_or_a_signal_of_one_rank_ends_all_at_the_same_step(pair):

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import re
 import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 from errors import UserError
 from training import checkpoint
 from training.run_folders import check_folders, init_folders, lock_folders, thin_results, warn_of_small_disk
+from utils import files_by_step
 
 
 def files(config):
@@ -168,3 +170,11 @@ def test_results_are_thinned_evenly_but_not_later_ones_and_the_users_files(tmp_p
             thin_results(tmp_path, ending, 10, keep, step)
     kept = {f"{step}_{ending}" for step in left for ending in ("fake.png", "ema.png")}
     assert {path.name for path in tmp_path.iterdir()} == others | kept
+
+
+def test_another_interval_keeps_about_as_many_of_the_earlier_results(tmp_path):
+    for step in (*range(100, 2000, 100), 1950, 2000):
+        (tmp_path / f"{step}_ema.png").touch()
+    thin_results(tmp_path, "ema.png", 130, 20, 2000)
+    steps = [*files_by_step(tmp_path, "ema.png")]
+    assert 13 <= len(steps) <= 20 and max(b - a for a, b in pairwise(steps)) == 200 and steps[-1] == 2000

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,14 +104,19 @@ class Config:
     z_dim: int = option(128, "length of the latent vector z", between(1, 8192))
     g_conv_dim: int = option(
         64,
-        "channels of the generator's last hidden layer (a quarter of them in paper at 32); earlier layers have more",
+        "channels of the generator's last hidden layer; earlier layers have more (paper at 32: all have four times as "
+        "many)",
         WIDTH,
     )
     d_conv_dim: int = option(
-        64, "channels of the discriminator's first layer (half of them in paper at 32); later layers have more", WIDTH
+        64,
+        "channels of the discriminator's first layer; later layers have more (paper at 32: all have twice as many)",
+        WIDTH,
     )
 
-    attention: str = option("full", "none: networks without their attention layers", one_of("full", "none"))
+    attention: str = option(
+        "full", "full: networks with their attention layers; none: without them", one_of("full", "none")
+    )
     conditional: bool = option(
         False, "train on the classes of the images, with --model paper: the classes of cifar10, the folders directly "
         "below --image_path of folder, an --attribute of celeb, the hair length of toy"
@@ -311,7 +317,7 @@ class Config:
         changed = dataclasses.replace(self, overwrite=False, **changes)
         size = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
         words = ["python"] if size is None or self.parallel else ["torchrun", f"--nproc_per_node={size}"]
-        words.append("main.py")
+        words.append(sys.argv[0] if os.path.basename(sys.argv[0]) == "main.py" else "main.py")
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:

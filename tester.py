@@ -109,6 +109,7 @@ class Tester:
             self._write_class_interpolations()
         self._write_progress()
         pages = [self._write_playground(z, label), self.folder / "grid.png"]
+        pages += [self.folder / "projection.png"] if self.photo is not None else []
         if self.config.has_attention:
             pages.insert(0, self._write_attention())
             self._write_attention_stats()

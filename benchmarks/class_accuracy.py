@@ -80,7 +80,10 @@ def measure(loader: Loader, tester: Tester) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
-    config = get_parameters()
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        return 0
+    config = get_parameters(program="benchmarks/class_accuracy.py")
     saved, config = load_test_checkpoint(config, given_options())
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")

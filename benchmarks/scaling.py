@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--per_process", choices=("true", "false"), default="false")
     parser.add_argument("--steps", type=int, default=30)
     arguments, others = parser.parse_known_args()
+    if arguments.steps < 2 * LOG_STEP:
+        parser.error(f"--steps must be at least {2 * LOG_STEP}")
     most = torch.cuda.device_count() or os.cpu_count() or 1
     counts = [2**power for power in range(most.bit_length())]
     if arguments.processes:

@@ -228,6 +228,8 @@ def main() -> None:
     warm_up, block = (10, 20) if arguments.device == "cuda" else (2, 4)
 
     found = [contender for setting in arguments.settings for contender in contenders(setting, arguments.only)]
+    if not found:
+        sys.exit(f"error: no contender contains {arguments.only!r}")
     rates = machine_rates(arguments.device, dict.fromkeys(contender.precision for contender in found))
     for precision, matrix in rates.matrix.items():
         print(f"{precision}: {matrix / 1e12:.3g} TFLOP/s", end="   ")

@@ -6,6 +6,7 @@ The trainer passes tensors and goes on; whatever takes time happens in a backgro
 import copy
 import functools
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from visuals.figures import CLASS_ROWS, attention_figures, sample_grid, shorten
 from visuals.report import report_page
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+NARROW_BAR, NARROW_COLUMNS = "{n_fmt}/{total_fmt} <{remaining}{postfix}", 120  # without gammas, it fits into 80
 # Where stderr is no terminal, `log` prints lines: after its entries, which have the numbers.
 LINES = {"bar_format": "step {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}", "mininterval": math.inf}
 POSTFIX = "{images_per_s:.0f} img/s  D {d_loss:.2f}  G {g_loss:.2f}  D(x) {d_real:.2f}  D(G(z)) {d_fake:.2f}"
@@ -72,6 +74,8 @@ class Recorder(AbstractContextManager):
         self._saved_at = time.monotonic()
         self._logged_at = (time.perf_counter(), step)
         self._prints_lines, self._line_due = not sys.stderr.isatty(), 0.0
+        self._is_narrow = not self._prints_lines and shutil.get_terminal_size().columns < NARROW_COLUMNS
+        bar_format = {"bar_format": NARROW_BAR if self._is_narrow else BAR}
         self._tolerate = functools.cache(Tolerate)  # one of each name, because it warns once
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
@@ -85,7 +89,7 @@ class Recorder(AbstractContextManager):
                     total=config.total_step,
                     initial=step,
                     delay=0.5,  # so that it does not appear before the first lines of the run
-                    **bar_options() | (LINES if self._prints_lines else {"bar_format": BAR}),
+                    **bar_options() | (LINES if self._prints_lines else bar_format),
                 )
             )
             self._stack = stack.pop_all()
@@ -109,7 +113,7 @@ class Recorder(AbstractContextManager):
         if "d_sign" in numbers:
             self._overfitting.add(step, numbers["d_sign"])
         gammas = [f"{value:.3f}" for name, value in numbers.items() if name.startswith("gamma/G_")]
-        words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas else [])]
+        words = [POSTFIX.format_map(numbers), *(["", "gamma", *gammas] if gammas and not self._is_narrow else [])]
         self._bar.set_postfix_str(" ".join(words), refresh=False)
         if self._prints_lines and (now >= self._line_due or step == self.config.total_step):
             self._bar.refresh()

@@ -204,7 +204,9 @@ def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Ch
         tested = dataclasses.replace(config, **adopted)
     if adopted:
         print("from the checkpoint: " + _command_line(adopted))
-    if kept := {name: value for name, value in different.items() if name in given and name != "version"}:
+    # A seed or a batch size of one's own changes which images are shown, not what they are.
+    expected = {*adopted, "version", "seed", "batch_size"}
+    if kept := {name: value for name, value in different.items() if name not in expected}:
         warn("the checkpoint was trained with " + _command_line(kept))
     return saved, tested
 
@@ -250,8 +252,7 @@ def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[
     if current["holdout"] and (not same["seed"] or current["holdout"] > saved["holdout"] or renamed):
         warn(
             "the checkpoint may have been trained on images that are held out now (--holdout, --seed or file names are "
-            "not those of the checkpoint, or it is of an older version): what is said of held-out images means nothing "
-            "at first"
+            "not those of the checkpoint, or it is of an older version): do not trust what is said of held-out images"
         )
 
 
@@ -273,7 +274,7 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
 
 def non_finite_message(config: Config, error: NonFiniteError) -> str:
     """Return the error line of a run that diverged: what happened, and the command to resume with."""
-    advice = "No checkpoint was saved: start again with lower --g_lr and --d_lr"
+    advice = "No checkpoint was saved: start again with --overwrite true and lower --g_lr and --d_lr"
     if steps := checkpoint.list_steps(config.model_folder):
         command = config.command_line(pretrained_model=str(steps[0]))
         advice = f"Resume from the last checkpoint with lower --g_lr and --d_lr: {command}"

@@ -52,9 +52,10 @@ def check_folders(config: Config, step: int) -> None:
     if _starts_course(config):
         log = config.log_folder / "metrics.jsonl"
         if (log.exists() and log.stat().st_size) or any(_later_results(config, 0, KINDS)):
+            resume = "resume with --pretrained_model latest, " * checkpoint.has_any(config.model_folder)
             raise UserError(
-                f"--version {config.version} already has results: resume with --pretrained_model latest, choose "
-                "another --version, or delete them with --overwrite true"
+                f"--version {config.version} already has results: {resume}choose another --version, or delete them "
+                "with --overwrite true"
             )
         return
     # The best checkpoint alone may be later than the newest one, from which the run goes on then.

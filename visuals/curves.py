@@ -111,6 +111,7 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
             axes.axvline(mark, color=GRAY, linestyle=":")
         axes.margins(x=0.02)
         axes.locator_params(nbins=6)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter("{x:,.7g}")
         axes.yaxis.set_major_formatter("{x:,.7g}")
         axes.tick_params(length=0, pad=6)

@@ -4,6 +4,7 @@ Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), see `v
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from utils import to_uint8
 from visuals.attention_stats import AttentionSample, grid_sides
+from visuals.curves import import_matplotlib
 
 QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  # one per query
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
@@ -61,8 +63,9 @@ def sample_grid(
 
 
 def shorten(name: str) -> str:
-    """Return a name of at most `NAME_LENGTH` characters: the end of a longer one is replaced by "..."."""
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
+    """Return a name of at most `NAME_LENGTH` characters: the middle of a longer one is replaced by "..."."""
+    start = NAME_LENGTH // 2 - 1
+    return name if len(name) <= NAME_LENGTH else f"{name[:start]}...{name[start + 3 - NAME_LENGTH :]}"
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
@@ -253,5 +256,5 @@ def _draw_legend(figure: Image.Image, corner: tuple[int, int], unit: str) -> Non
 
 @lru_cache
 def _font(size: int) -> ImageFont.ImageFont:
-    """Return Pillow's own font, cached because it takes a while to unpack."""
-    return ImageFont.load_default(size)
+    """Return the font that comes with Matplotlib: Pillow's own has no letters beyond ASCII."""
+    return ImageFont.truetype(os.path.join(import_matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

@@ -37,8 +37,8 @@ QUALITIES = (85, 70, 50, 20)  # of JPEG, tried in turn; at 20 a grid of pure noi
 LOSS_NOTE = "GAN losses do not track image quality."
 LOGIT_NOTE = "d_real is the mean of D(x), d_fake of D(G(z)): the closer they are, the less D separates real and fake."
 SIGN_NOTE = (
-    "Mean sign of D(x) on the training images of a batch. Near 1 for long: D remembers them, see --augment "
-    "(arXiv 2006.06676)."
+    "Mean sign of D(x) on the training images of a batch (r in arXiv 2006.06676). Near 1 for long: D may remember "
+    "them, or is only far ahead; --holdout tells which."
 )
 SPREAD_NOTE = (
     "Mean RMSE of pixels in [-1, 1] over all pairs of the EMA generator's samples, and of real images: once it falls "
@@ -106,6 +106,7 @@ def report_page(
         facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {datetime.now():%Y-%m-%d %H:%M}"]),
         step=step,
         total=config.total_step,
+        resume="Train further, with a higher --total_step" if finished else "Resume this run",
         charts="".join(_charts(log, best)),
         attention=_attention(config, step),
         options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),

@@ -9,7 +9,7 @@ const $ = (selector, parent = document) => parent.querySelector(selector);
 function canInflate() {
   if (window.DecompressionStream) return true;
   $("#instruction").textContent =
-    "This page needs DecompressionStream: Chrome 80, Safari 16.4, Firefox 113 or a later version.";
+    "This page needs DecompressionStream: Chrome 85, Safari 16.4, Firefox 113 or a later version.";
   return false;
 }
 

@@ -66,9 +66,11 @@ def test_samples_that_are_alike_are_one_warning(start, capsys, augment):
     assert "since step 1900," in line and ("--augment" in line) == (augment == "none")
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_a_bar_in_a_terminal_and_else_whole_lines_ten_seconds_apart(start, monkeypatch, is_terminal):
+@pytest.mark.parametrize("is_terminal, columns", [(True, 160), (True, 80), (False, 80)])
+def test_progress_is_a_bar_in_a_terminal_and_else_whole_lines(start, monkeypatch, is_terminal, columns):
+    """The lines are ten seconds apart. A narrow terminal has no room for the bar and the gammas."""
     err, now = io.StringIO(), 1000.0
+    monkeypatch.setenv("COLUMNS", str(columns))
     err.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stderr", err)
     monkeypatch.setattr("training.recorder.time.perf_counter", lambda: now)
@@ -80,8 +82,9 @@ def test_progress_is_a_bar_in_a_terminal_and_else_whole_lines_ten_seconds_apart(
             if step % 2 == 0:
                 recorder.log(step, STATS, 1)
     text, steps = err.getvalue(), (2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 40)
-    assert ("\r" in text) == ("|" in text) == is_terminal
-    for number in ("D 1.50", "G 0.50", "D(x) 1.00", "D(G(z)) -1.00", "gamma 0.250", "img/s"):
+    is_narrow = is_terminal and columns == 80
+    assert ("\r" in text) == is_terminal and ("|" in text) == (is_terminal and not is_narrow)
+    for number in ("D 1.50", "G 0.50", "D(x) 1.00", "D(G(z)) -1.00", "img/s", *["gamma 0.250"] * (not is_narrow)):
         assert number in text.splitlines()[-1]
     assert is_terminal or re.findall(r"^step (\d+)/40 .*\n", text, re.M) == [*map(str, steps)]
 

@@ -90,8 +90,10 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
     from training import resuming
     from training.run_folders import check_folders, warn_of_small_disk
 
+    saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config)
     loader = ranks.rank_zero_first(lambda: make_loader(config, device, precision))
-    saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config, loader.classes)
+    if saved:
+        ranks.on_rank_zero(resuming.check_classes, saved, loader.classes)
     ranks.on_rank_zero(check_folders, config, saved.step if saved else 0)
     ranks.on_rank_zero(check_metrics, config, device)
     ranks.rank_zero_first(loader.open)

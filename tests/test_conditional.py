@@ -152,7 +152,7 @@ def test_evaluation_takes_the_attribute_of_the_checkpoint(make):
 def test_a_checkpoint_of_other_classes_says_which(trained, classes, words):
     config = dataclasses.replace(trained.config, pretrained_model="1")
     with pytest.raises(UserError, match=words) as error:
-        load_resume_checkpoint(config, classes)
+        check_classes(load_resume_checkpoint(config), classes)
     assert "\n" not in str(error.value)
 
 

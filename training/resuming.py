@@ -23,13 +23,11 @@ from training.optimizers import Adam, Schedule
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
 
-def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> checkpoint.Checkpoint | None:
+def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     """Return the checkpoint that `--pretrained_model` or, for a new run, `--init_from` names; None without one.
 
-    `classes` are those of the training images.
-
     Raises:
-        UserError: there is none, it cannot be read, or it is of other networks or classes.
+        UserError: there is none, it cannot be read, or it is of other networks.
     """
     wanted = config.pretrained_file or config.pretrained_model
     is_new = wanted is None or (wanted == "auto" and not checkpoint.has_any(config.model_folder))
@@ -43,7 +41,6 @@ def load_resume_checkpoint(config: Config, classes: Sequence[str] = ()) -> check
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
     saved = dataclasses.replace(saved, is_initial=is_new)
     check_architecture(saved, config.architecture)
-    check_classes(saved, classes)
     return saved
 
 
@@ -174,6 +171,8 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
         return
     changes = changed_options(saved.state["config"], config)
     print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
+    if saved.step >= config.total_step:
+        warn(f"there is nothing to train: step {saved.step} is not below --total_step {config.total_step}")
     warn_of_other_images(saved.state["data"], data)
 
 

@@ -160,7 +160,7 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
     """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
-        if saved.state and all(saved.state["data"][name] == data[name] for name in ("images", "checksum")):
+        if saved.state and all(saved.state["data"].get(name) == data[name] for name in ("images", "checksum")):
             warn_of_trained_holdout(saved.state["data"], data)
         return
     if saved.step:  # weights of step 0 are initial ones

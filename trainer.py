@@ -18,7 +18,7 @@ from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.ema import EMA
 from networks.losses import LOSSES, gradient_penalty
 from parameter import Config
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, has_state
 from training.cuda_graph import GraphedStep, can_capture
 from training.distributed import Ranks
 from training.guards import NonFiniteGuard
@@ -27,7 +27,7 @@ from training.optimizers import Adam, Schedule
 from training.previews import Previews, draw_z
 from training.recorder import Recorder
 from training.resuming import TrainingState
-from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, files_by_step, no_param_grads
+from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
 
@@ -246,7 +246,7 @@ class Trainer:
             if recorder and self.step:
                 is_branch = config.pretrained_file is not None
                 # Such as of the best checkpoint: later ones are removed, and "latest" must find this one.
-                if is_branch or self.step not in files_by_step(config.model_folder, "state.pth"):
+                if is_branch or not has_state(config.model_folder, self.step):
                     recorder.checkpoint(self.step, self._saved_state(), export=is_branch)
                 if is_branch or "samples" in due:
                     recorder.samples(self.step, previews.samples())

@@ -68,7 +68,7 @@ def _local(checkpoint: str | os.PathLike) -> Path:
 
 
 def _network(path: Path, kind: Kind, weights: dict[str, Any], metadata: dict[str, str] | None = None) -> nn.Module:
-    """Return a network with these weights, which without `metadata` have spectral norm."""
+    """Return a network with these weights; `metadata` is that of an export, see `is_folded`."""
     try:
         if is_folded(metadata):
             network = fold_spectral_norm(build_empty(kind, *export_sizes(metadata)))

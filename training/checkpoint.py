@@ -127,15 +127,19 @@ def reraise_load_errors(name: Name | str) -> Iterator[None]:
         raise UserError(f"checkpoint {name} is incomplete or incompatible: {one_line(error)}") from error
 
 
+def has_state(folder: Path, name: Name | str) -> bool:
+    """Return whether a checkpoint has its state file."""
+    return _path(folder, name, "state").exists()
+
+
 def has_any(folder: Path) -> bool:
     """Return whether "latest" finds a checkpoint in a folder: one of a step or, if there is none, the best one."""
-    return bool(list_steps(folder)) or _path(folder, "best", "state").exists()
+    return bool(list_steps(folder)) or has_state(folder, "best")
 
 
 def path_of(folder: Path, name: Name | str) -> Path:
     """Return the file that holds a checkpoint: its state, or the weights of G where there is none."""
-    state = _path(folder, name, "state")
-    return state if state.exists() else _path(folder, name, "G")
+    return _path(folder, name, "state" if has_state(folder, name) else "G")
 
 
 def peek_best(folder: Path) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     """Return the checkpoints that `wanted` may mean, in the order in which to try them; `UserError` if none."""
     if wanted == "best":
-        if not _path(folder, "best", "state").exists():
+        if not has_state(folder, "best"):
             raise UserError(f"--pretrained_model best: none in {folder}; --metrics fid, kid or hog saves one")
         return ["best"]
     steps = list_steps(folder, needs_D=needs_D)

@@ -75,7 +75,7 @@ class Recorder(AbstractContextManager):
         self._logged_at = (time.perf_counter(), step)
         self._prints_lines, self._line_due = not sys.stderr.isatty(), 0.0
         self._is_narrow = not self._prints_lines and shutil.get_terminal_size().columns < NARROW_COLUMNS
-        bar_format = {"bar_format": NARROW_BAR if self._is_narrow else BAR}
+        bar = LINES if self._prints_lines else {"bar_format": NARROW_BAR if self._is_narrow else BAR}
         self._tolerate = functools.cache(Tolerate)  # one of each name, because it warns once
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
@@ -89,7 +89,7 @@ class Recorder(AbstractContextManager):
                     total=config.total_step,
                     initial=step,
                     delay=0.5,  # so that it does not appear before the first lines of the run
-                    **bar_options() | (LINES if self._prints_lines else bar_format),
+                    **bar_options() | bar,
                 )
             )
             self._stack = stack.pop_all()

@@ -41,9 +41,10 @@ def check_folders(config: Config, step: int) -> None:
     if config.overwrite or config.pretrained_model == "latest":
         return
     if config.pretrained_model == "auto":
+        if checkpoint.has_any(config.model_folder):
+            return
         # A run that was killed before its first checkpoint has neither of these.
-        had_checkpoint = (config.log_folder / "report.html").exists() or any(_later_results(config, 0, FINAL_KINDS))
-        if had_checkpoint and not checkpoint.has_any(config.model_folder):
+        if (config.log_folder / "report.html").exists() or any(_later_results(config, 0, FINAL_KINDS)):
             raise UserError(
                 f"--version {config.version} has results, but no checkpoint in {config.model_folder}: correct "
                 "--model_save_path, choose another --version, or delete the results with --overwrite true"

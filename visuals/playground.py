@@ -95,6 +95,7 @@ def playground_page(playground: Playground, title: str, corner: str = "") -> str
         title: plain text.
         corner: what the top left corner is, plain text; "" for a sample.
     """
+    side, directions, steps, grids = playground
     entries = [
         {
             "name": grid.class_name,
@@ -104,9 +105,8 @@ def playground_page(playground: Playground, title: str, corner: str = "") -> str
                 for name, values in grid.attention.items()
             ],
         }
-        for grid in playground.grids
+        for grid in grids
     ]
-    side, directions, steps, grids = playground
     data = {"side": side, "size": grids[0].pixels.shape[1], "directions": directions, "steps": steps, "reach": REACH,
             "corner": corner, "classes": entries}  # fmt: skip
     return fill_template("playground", title, data)

@@ -89,6 +89,7 @@ def test_a_run_without_attention_has_no_figures_of_it(train, make_trainer, make_
     trainer = train(attention="none", total_step=1, log_step=1)
     config = trainer.config
     assert [path.name for path in config.attn_folder.iterdir()] == [".lock"]
+    main.print_outcome(config, 1, 0)
     assert "explorer" not in capsys.readouterr().out
     assert not any(name.startswith("gamma") for line in metrics_of(trainer) for name in line)
     with pytest.raises(UserError, match=r"--attention none \(not full\)"):

@@ -121,13 +121,14 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("part", ["G", "state"])
+@pytest.mark.parametrize("name", ["1_G.pth", "1_state.pth", "best_state.pth"])
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, part, write):
+def test_code_in_a_checkpoint_does_not_run(tmp_path, name, write):
     save_weights(tmp_path, 1)
-    write({"l1": Bomb(tmp_path / "ran")}, tmp_path / f"1_{part}.pth")
-    with pytest.raises(UserError, match=f"1_{part}.pth"):
-        checkpoint.load(tmp_path, "1")
+    write({"l1": Bomb(tmp_path / "ran")}, tmp_path / name)
+    assert checkpoint.peek_best(tmp_path) == {}
+    with pytest.raises(UserError, match=name):
+        checkpoint.load(tmp_path, name.partition("_")[0])
     assert not (tmp_path / "ran").exists()
 
 

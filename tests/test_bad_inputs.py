@@ -17,7 +17,7 @@ from conftest import assert_untouched, make_pictures, run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parameter import Config, option_groups
+from parameter import Config
 from training import recorder
 from visuals import report
 
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-names = sorted({field.name for fields in option_groups().values() for field in fields} - SLOW)
+names = sorted(Config.__dataclass_fields__.keys() - SLOW)
 odd_values = ["", "-1", "0", "nan", "inf", "1e400", "true", "None", "../..", "/dev/null", "a" * 300, "\0", "\udcff",
               "٣"]  # fmt: skip
 values = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(odd_values))
@@ -151,7 +151,3 @@ def test_an_error_of_the_file_system_is_one_line_or_a_warning(no_figures, tmp_pa
         words = ["--dataset", "folder", "--image_path", "pics", "--sample_step", "1", "--overwrite", "true"]
         run(tmp_path / "case", *SMALL, *words)
     assert_untouched(files)
-
-
-def test_every_option_is_tried_or_left_out_as_slow():
-    assert set(names) | SLOW == set(Config.__dataclass_fields__)

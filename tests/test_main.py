@@ -108,11 +108,6 @@ def test_lines_appear_at_once_and_a_run_under_nohup_outlives_its_terminal_and_th
     assert "img/s" in progress and "\r" not in progress
 
 
-@pytest.mark.parametrize("script", ["main.py", "export.py"])
-def test_python_need_not_add_the_script_s_folder_to_its_path(tmp_path, script):
-    subprocess.run([sys.executable, "-I", str(ROOT / script), "--help"], cwd=tmp_path, check=True, capture_output=True)
-
-
 def test_an_old_python_is_one_line():
     main_py = ROOT / "main.py"
     ast.parse(main_py.read_text(encoding="utf-8"), feature_version=(3, 8))

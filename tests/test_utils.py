@@ -9,19 +9,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import utils
 from errors import UserError, warn_once
 from sagan_models import Generator
-from utils import (
-    conv_memory_format,
-    derive_seed,
-    eval_mode,
-    evenly_spaced,
-    files_by_step,
-    memory_mib,
-    set_backends,
-    setup_device,
-    write_atomically,
-)
 
 
 @pytest.fixture
@@ -53,7 +43,7 @@ def test_resolved_device(machine, capsys, devices, name, local_rank, expected):
     warn_once.cache_clear()
     with nullcontext() if expected else pytest.raises(UserError, match="--device"):
         for _ in range(2):  # `main` and `Trainer`
-            assert setup_device(name, local_rank) == torch.device(expected)
+            assert utils.setup_device(name, local_rank) == torch.device(expected)
     assert capsys.readouterr().err.count("\n") == (expected == "mps")  # one warning
 
 
@@ -67,7 +57,7 @@ def test_resolved_precision(machine, monkeypatch, name, device, capability, expe
     machine(gpus=1, capability=capability)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", device == "cpu")
     with nullcontext() if expected else pytest.raises(UserError, match=f"--precision {name}"):
-        assert set_backends(torch.device(device), name, deterministic=False) == expected
+        assert utils.set_backends(torch.device(device), name, deterministic=False) == expected
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (expected == "tf32")
         assert torch.backends.cudnn.benchmark == (device == "cuda")
 
@@ -77,27 +67,27 @@ def test_resolved_precision(machine, monkeypatch, name, device, capability, expe
 def test_memory_format_of_convolutions(device, precision):
     is_contiguous = device == "mps" or (device, precision) == ("cuda", "fp32")  # the latter has no tensor cores
     expected = torch.contiguous_format if is_contiguous else torch.channels_last
-    assert conv_memory_format(torch.device(device), precision) == expected
+    assert utils.conv_memory_format(torch.device(device), precision) == expected
 
 
 @pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
 def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
     paths = [tmp_path / "a", tmp_path / "b"]
-    write_atomically({path: b"old" for path in paths})
+    utils.write_atomically({path: b"old" for path in paths})
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(failing, Mock(side_effect=OSError(28, "No space left on device")))
-        write_atomically({path: b"new" for path in paths})
+        utils.write_atomically({path: b"new" for path in paths})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
 
 
 def test_seeds_are_distinct():
-    seeds = {derive_seed(seed, stream, step) for seed in range(10) for stream in range(2) for step in range(100)}
+    seeds = {utils.derive_seed(seed, stream, step) for seed in range(10) for stream in range(2) for step in range(100)}
     assert len(seeds) == 2000 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_eval_mode_restores_training_mode_after_an_error():
     G, always = Generator(32, 16, 8), Generator(32, 16, 8).eval()
-    with pytest.raises(RuntimeError), eval_mode(G, always):
+    with pytest.raises(RuntimeError), utils.eval_mode(G, always):
         assert not G.training and not torch.is_grad_enabled()
         raise RuntimeError
     assert G.training and not always.training and torch.is_grad_enabled()
@@ -105,11 +95,11 @@ def test_eval_mode_restores_training_mode_after_an_error():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is not measured on Windows")
 def test_peak_memory_is_in_mib():
-    before = memory_mib(torch.device("cpu"))
+    before = utils.memory_mib(torch.device("cpu"))
     more = int(before) + 100  # above the peak, whatever part of it is in use
     with mmap.mmap(-1, more * 2**20) as block:  # a tensor might be given memory that was freed
         block[:: mmap.PAGESIZE] = bytes(len(block) // mmap.PAGESIZE)
-    assert 50 < before < before + 90 < memory_mib(torch.device("cpu")) < before + more + 50
+    assert 50 < before < before + 90 < utils.memory_mib(torch.device("cpu")) < before + more + 50
 
 
 PAGE_FAULTS = """import resource, torch, utils
@@ -132,12 +122,12 @@ def test_tuned_malloc_reuses_freed_memory():
 def test_files_by_step_in_ascending_order(tmp_path):
     for name in ("100_fake.png", "9_fake.png", "9_ema.png", "real.png", "x_fake.png", "9_fake.png.tmp", "-1_fake.png"):
         (tmp_path / name).touch()
-    found = files_by_step(tmp_path, "fake.png")
+    found = utils.files_by_step(tmp_path, "fake.png")
     assert list(found.items()) == [(9, tmp_path / "9_fake.png"), (100, tmp_path / "100_fake.png")]
-    assert files_by_step(tmp_path / "nowhere", "fake.png") == {}
+    assert utils.files_by_step(tmp_path / "nowhere", "fake.png") == {}
 
 
 def test_evenly_spaced_keeps_the_ends():
-    assert evenly_spaced(range(100), 4) == [0, 33, 66, 99]
-    assert evenly_spaced(range(3), 4) == [0, 1, 2]
-    assert evenly_spaced([], 4) == []
+    assert utils.evenly_spaced(range(100), 4) == [0, 33, 66, 99]
+    assert utils.evenly_spaced(range(3), 4) == [0, 1, 2]
+    assert utils.evenly_spaced([], 4) == []

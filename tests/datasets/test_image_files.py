@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import make_pictures
 from PIL import Image, ImageFile
 
 from datasets.decoding import try_decode
@@ -20,20 +21,13 @@ UPRIGHT = Image.fromarray(GRAY).convert("RGB")
 LYING = UPRIGHT.transpose(Image.Transpose.ROTATE_90)
 
 
-def save(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path)
-
-
 def names(root, **options):
     return [name for name, _, _ in find_images(str(root), **options)[0]]
 
 
 def test_images_are_found_in_subfolders_and_through_links(tmp_path):
     images, outside = tmp_path / "images", tmp_path / "outside"
-    for path in (images / "a.jpg", images / "deep" / "er" / "b.PNG", outside / "c.webp"):
-        save(path)
+    for path in make_pictures(tmp_path, ["images/a.jpg", "images/deep/er/b.PNG", "outside/c.webp"]):
         os.utime(path, ns=(5, 5))
     (images / "._a.jpg").write_bytes(b"macOS writes such files")
     os.symlink(outside, images / "linked")
@@ -50,7 +44,7 @@ def test_images_are_found_in_subfolders_and_through_links(tmp_path):
 
 @pytest.mark.parametrize("folder", [".cache", "@eaDir", "__MACOSX", "$RECYCLE.BIN"])
 def test_hidden_and_junk_folders_are_no_data_unless_given(tmp_path, folder):
-    save(tmp_path / "a.png", tmp_path / folder / "deeper" / "b.png", tmp_path / "cats" / folder / "c.png")
+    make_pictures(tmp_path, ["a.png", f"{folder}/deeper/b.png", f"cats/{folder}/c.png"])
     os.symlink(tmp_path / folder, tmp_path / "cats" / folder / "link")
     assert names(tmp_path) == ["a.png"]
     for given in (tmp_path / folder, tmp_path / "cats" / folder / "link"):
@@ -59,7 +53,7 @@ def test_hidden_and_junk_folders_are_no_data_unless_given(tmp_path, folder):
 
 def test_excluded_folders_below_are_left_out_and_named_however_they_are_reached(tmp_path, capsys):
     pics = tmp_path / "pics"
-    save(*(pics / folder / "a.png" for folder in ("cats", "samples/v1", "elsewhere")))
+    make_pictures(pics, ["cats/a.png", "samples/v1/a.png", "elsewhere/a.png"])
     (tmp_path / "out").symlink_to(pics / "elsewhere")
     exclude = [pics / "cats" / ".." / "samples", tmp_path / "out", tmp_path / "not_yet_there"]
     assert names(pics, exclude=exclude) == [os.path.join("cats", "a.png")]
@@ -69,7 +63,7 @@ def test_excluded_folders_below_are_left_out_and_named_however_they_are_reached(
 
 def test_images_among_the_run_s_results_are_an_error(tmp_path):
     samples = tmp_path / "samples"
-    save(samples / "v1" / "mine" / "a.png")
+    make_pictures(samples, ["v1/mine/a.png"])
     for images, run, option in (("v1", "v1", "--version"), ("v1/mine", "v1", "--version"), ("", "v2", "--sample_path")):
         with pytest.raises(UserError, match=option):
             find_images(str(samples / images), [samples / run], [samples])
@@ -89,7 +83,7 @@ def test_what_pillow_decodes_is_an_image():
 def test_heic_is_an_image_if_pillow_heif_is_installed_also_in_a_worker_which_only_decodes(tmp_path, monkeypatch):
     opener = lambda: monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")  # noqa: E731
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=opener))
-    save(tmp_path / "a.png")
+    make_pictures(tmp_path, ["a.png"])
     for prepare in (lambda: decode_file(str(tmp_path), None, "a.png", 8), image_endings):
         monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)
         for function in (register_heif, image_endings):
@@ -102,7 +96,7 @@ def test_heic_is_an_image_if_pillow_heif_is_installed_also_in_a_worker_which_onl
 
 
 def test_a_subfolder_that_cannot_be_listed_is_a_warning_and_the_folder_itself_an_error(tmp_path, monkeypatch, capsys):
-    save(*(tmp_path / folder / "a.png" for folder in ("cats", "cows", "dogs")))
+    make_pictures(tmp_path, ["cats/a.png", "cows/a.png", "dogs/a.png"])
     scandir, refused = os.scandir, {"cows", "dogs"}
 
     def refuse(path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import make_pictures
 
 from data_loader import Loader
 from datasets.labels import Labels, folder_labels
@@ -14,11 +14,6 @@ from errors import UserError
 
 ATTRIBUTES = ["5_o_Clock_Shadow", "Eyeglasses", "Smiling"]
 ROWS = {"000001.jpg": (-1, 1, 1), "000002.jpg": (-1, -1, -1), "000003.jpg": (1, -1, 1), "000004.jpg": (1, 1, -1)}
-
-
-def save(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (178, 218)).save(path)
 
 
 def write_list(path):
@@ -32,9 +27,7 @@ def write_list(path):
 @pytest.fixture
 def celeb(tmp_path):
     """The folder of CelebA's images in torchvision's layout, below the path to give."""
-    folder = tmp_path / "celeba" / "img_align_celeba"
-    for name in ROWS:
-        save(folder / name)
+    make_pictures(folder := tmp_path / "celeba" / "img_align_celeba", ROWS)
     return folder
 
 
@@ -45,8 +38,7 @@ def smiling(tmp_path, attribute="Smiling"):
 def test_classes_of_a_folder_are_those_directly_below_it_as_imagefolder_has_them(tmp_path):
     from torchvision.datasets import ImageFolder
 
-    for name in ("b/1.png", "b/2.png", "a/deep/er/3.png", "a/4.png", "C/5.png", "C/a/6.png"):
-        save(tmp_path / name)
+    make_pictures(tmp_path, ["b/1.png", "b/2.png", "a/deep/er/3.png", "a/4.png", "C/5.png", "C/a/6.png"])
     source, expected = find_source("folder", str(tmp_path)), ImageFolder(str(tmp_path))
     labels = source.labels()
     assert list(labels.classes) == expected.classes == ["C", "a", "b"]
@@ -80,8 +72,7 @@ def test_folders_that_are_parts_of_a_dataset_are_a_warning(capsys, names, warns)
     ("CelebA/archive/img_align_celeba/img_align_celeba", "CelebA/archive/list_attr_celeba.csv"),
 ])  # fmt: skip
 def test_an_attribute_of_celeb_is_its_classes_and_a_missing_list_says_where_it_goes(tmp_path, images, place):
-    for name in ROWS:
-        save(tmp_path / images / name.replace(".jpg", ".png"))
+    make_pictures(tmp_path / images, [name.replace(".jpg", ".png") for name in ROWS])
     with pytest.raises(UserError, match=rf"download list_attr_celeba\.txt .*{tmp_path / Path(images).parts[0]}$"):
         smiling(tmp_path)
     write_list(tmp_path / place)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import random_generator
 
-from networks.latents import latent_directions, latent_lines, sample_z, slerp
+from networks.latents import latent_directions, sample_z, slerp
 from spectral import fold_spectral_norm
 
 
@@ -48,9 +48,3 @@ def test_directions_are_the_right_singular_vectors_of_the_first_layer(model):
     assert (directions.gather(1, directions.abs().argmax(1, keepdim=True)) > 0).all()
     assert torch.equal(latent_directions(G.first_layer, 8), directions)  # it was not changed
     assert torch.allclose(latent_directions(fold_spectral_norm(G).first_layer, 99)[:8], directions, atol=1e-5)
-
-
-def test_lines_have_a_row_per_direction():
-    z, directions = torch.randn(16), torch.randn(3, 16)
-    lines = latent_lines(z, directions, [-1, 0, 2])
-    assert torch.equal(lines[:, 1], z.expand(3, 16)) and torch.allclose(lines[1, 2], z + 2 * directions[1])

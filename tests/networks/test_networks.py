@@ -61,9 +61,6 @@ def relative_error(actual, expected):
     return (actual - expected).norm() / expected.norm()
 
 
-# The references
-
-
 @pytest.mark.parametrize("model, dtype, count", [
     ("sagan", torch.float64, 136), ("paper", torch.float32, 44),
     pytest.param("paper", torch.float64, 220, marks=pytest.mark.slow),
@@ -127,9 +124,6 @@ def test_an_upsampled_convolution_as_a_transposed_one():
     layer, x = UpsampledConv2d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8)
     assert type(layer.as_conv_transpose()) is nn.ConvTranspose2d
     torch.testing.assert_close(layer.as_conv_transpose()(x), layer(x))
-
-
-# Attention
 
 
 def reference_formula(layer, x):
@@ -212,9 +206,6 @@ def test_logged_scalars_are_of_every_attention_layer_and_spectral_norm(model):
     torch.testing.assert_close(gammas_and_sigmas("G", G), expected)
 
 
-# Precision, memory format, modes
-
-
 @EACH
 def test_bf16_and_channels_last_stay_near_fp32(model, num_classes):
     """Feature maps stay in bf16: parameters in fp32 that are not of a convolution would make them fp32."""
@@ -239,9 +230,6 @@ def test_bf16_and_channels_last_stay_near_fp32(model, num_classes):
     assert types == [torch.bfloat16] * ({"sagan": 4, "paper": 2}[model] + (6 if num_classes else 0))
     scale = (again * images).sum() / images.square().sum()
     assert scale.item() == pytest.approx(1, abs=2**-7)  # roundings have no bias
-
-
-# Classes
 
 
 @EACH

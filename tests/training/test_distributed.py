@@ -16,28 +16,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    SMALL,
-    assert_same,
-    build_trainer,
-    log,
-    log_lines,
-    use_small_extractor,
-    wait_for,
-    weights_of,
-)
+from conftest import SMALL, build_trainer, log, log_lines, toy_config, use_small_extractor, wait_for, weights_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from errors import PeerFailed, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
-from parameter import Config
 from training import distributed, recorder
 from training.distributed import LOCAL_RANKS, Ranks, process_group, processes_to_start, read_launch
 from training.guards import NonFiniteError
 
 SMALL_STDS = (0.0, 0.01)
-PATHS = ("cache_path", "sample_path", "attn_path", "model_save_path", "log_path")
 CLASSES = dict(model="paper", imsize=64, conditional=True)
 # Kinks amplify rounding: an input near 0 has another slope.
 SMOOTH = dict(relu=F.silu, leaky_relu=lambda x, *_: F.silu(x), max_pool2d=F.avg_pool2d)
@@ -65,8 +54,8 @@ def free_port():
 
 def make(folder, name, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
-    options = SMALL | {path: str(folder / path) for path in PATHS} | {"log_step": 1} | RUNS.get(name, {}) | changes
-    trainer = build_trainer(Config(device="cpu", version=name, **options), ranks)
+    options = {"version": name, "log_step": 1} | RUNS.get(name, {}) | changes
+    trainer = build_trainer(toy_config(folder, **options), ranks)
     for layer in (*trainer.G.modules(), *trainer.D.modules()):
         if hasattr(layer, "gamma") and trainer.step == 0:
             nn.init.constant_(layer.gamma, 0.5)
@@ -227,7 +216,7 @@ def test_two_ranks_see_the_shards_of_the_global_batch(pair, tmp_path, small_extr
     if name == "run":  # the others log a second update of D, after one of Adam
         for key in ("d_loss", "d_penalty", "d_real"):
             assert actual[0][key] == pytest.approx(expected[0][key], rel=1e-5, abs=1e-5)
-    assert_same(*(each[f"{name} weights"] for each in found))  # with buffers and the EMA
+    torch.testing.assert_close(*(each[f"{name} weights"] for each in found), rtol=0, atol=0)  # with buffers and the EMA
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -1,30 +1,26 @@
 import errno
-import json
 import os
 
 import pytest
+from conftest import log
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from training.log import RunLog
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 4', '{"step": 40}', "no json\n", "[40]\n", '{"d_loss": 1}\n'])
 @pytest.mark.parametrize("step, left", [(0, 0), (20, 2), (100, 3)])
 def test_a_resumed_run_drops_later_entries_and_a_damaged_or_incomplete_line(tmp_path, end, step, left):
     values = {"d_loss": 0.10000000149011612}  # as many digits as a float32 has are written
-    with RunLog(tmp_path, 0, use_tensorboard=False) as log:
+    with RunLog(tmp_path, 0, use_tensorboard=False) as run_log:
         for number in (10, 20, 30):
-            log.scalars(number, values)
-        assert logged(tmp_path) == [{"step": number, "d_loss": 0.100000001} for number in (10, 20, 30)]  # at once
+            run_log.scalars(number, values)
+        assert log(tmp_path) == [{"step": number, "d_loss": 0.100000001} for number in (10, 20, 30)]  # at once
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(end)
-    with RunLog(tmp_path, step, use_tensorboard=False) as log:
-        log.scalars(110, {})
-    assert [entry["step"] for entry in logged(tmp_path)] == [*(10, 20, 30)[:left], 110]
+    with RunLog(tmp_path, step, use_tensorboard=False) as run_log:
+        run_log.scalars(110, {})
+    assert [entry["step"] for entry in log(tmp_path)] == [*(10, 20, 30)[:left], 110]
 
 
 def test_a_run_that_goes_back_drops_later_tensorboard_entries(tmp_path):
@@ -41,17 +37,17 @@ def test_a_full_disk_costs_the_entry_and_leaves_no_half_line(tmp_path, capsys):
     resource = pytest.importorskip("resource")  # of POSIX
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with RunLog(tmp_path, 0, use_tensorboard=False) as log:
-            log.scalars(10, {})
+        with RunLog(tmp_path, 0, use_tensorboard=False) as run_log:
+            run_log.scalars(10, {})
             size = (tmp_path / "metrics.jsonl").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
-            log.scalars(20, {})
-            log.scalars(30, {})
+            run_log.scalars(20, {})
+            run_log.scalars(30, {})
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            log.scalars(40, {})
+            run_log.scalars(40, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert logged(tmp_path) == [{"step": 10}, {"step": 40}]
+    assert log(tmp_path) == [{"step": 10}, {"step": 40}]
     assert capsys.readouterr().err.count("warning") == 1
 
 
@@ -69,11 +65,11 @@ def test_tensorboard_that_cannot_write_neither_ends_nor_stops_the_run(tmp_path, 
         return original(self, *arguments)
 
     monkeypatch.setattr(EventsWriter, method, fail_once)
-    with RunLog(tmp_path, 0, use_tensorboard=True) as log:
+    with RunLog(tmp_path, 0, use_tensorboard=True) as run_log:
         failures.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         for step in range(100):
-            log.scalars(step, {"d_loss": 1.0, "g_loss": 2.0})
-    assert len(logged(tmp_path)) == 100
+            run_log.scalars(step, {"d_loss": 1.0, "g_loss": 2.0})
+    assert len(log(tmp_path)) == 100
     assert capsys.readouterr().err.count("warning") == 1
     (events,) = tmp_path.glob("events.out.tfevents.*")
     pending = 10 if method == "close" else 1  # what may be lost with the failed call

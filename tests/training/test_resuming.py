@@ -44,14 +44,10 @@ def test_another_architecture_is_one_line_that_names_the_options(make_config, ch
         assert {*str(error.value).partition("needs ")[2].split(", ")} == expected
 
 
-@pytest.mark.parametrize("name, line", [
-    ("6_state.pth", "there is no"), ("5_D.pth", r"_state\.pth, _G\.pth"), ("7_state.pth", "of any --model"),
-])  # fmt: skip
-def test_a_file_that_cannot_be_resumed_is_one_line(make_config, name, line):
+def test_weights_of_another_network_are_one_line(make_config):
     save(make_config(), 7, G={"weight": torch.ones(2)})
-    folder = save(make_config(), 5)
-    with pytest.raises(UserError, match=line):
-        load_resume_checkpoint(make_config(pretrained_model=str(folder / name)))
+    with pytest.raises(UserError, match="of any --model"):
+        load_resume_checkpoint(make_config(pretrained_model="7"))
 
 
 def test_the_first_state_files_resume(make_trainer, capsys):

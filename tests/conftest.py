@@ -42,6 +42,8 @@ for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal,
         signal.signal(number, lambda *_: None)
 SMALL = dict(imsize=32, z_dim=16, g_conv_dim=8, d_conv_dim=8, batch_size=4, dataset="toy", toy_num=20, num_workers=0,
              min_save_step=1)  # fmt: skip
+WORDS = [*(f"--{name}={value}" for name, value in SMALL.items()), "--device=cpu"]  # the same on the command line
+ROOT = Path(__file__).parent.parent
 D_STATS = {"d_loss_real", "d_loss_fake", "d_loss", "d_real", "d_fake", "d_sign"}  # of an update of D
 BROWSER_FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update", "window-size=1280,1050")  # fmt: skip

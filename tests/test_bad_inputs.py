@@ -8,12 +8,11 @@ import errno
 import itertools
 import os
 import pkgutil
-import shlex
 import shutil
 from unittest.mock import patch
 
 import pytest
-from conftest import assert_untouched, make_pictures, run_main
+from conftest import WORDS, assert_untouched, make_pictures, run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +22,7 @@ from visuals import report
 
 pytestmark = pytest.mark.slow
 
-SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu "
-                    "--total_step 2 --toy_num 20 --g_num 1 --min_save_step 1")  # fmt: skip
+SMALL = [*WORDS, "--total_step=2", "--g_num=1"]
 many = settings(max_examples=60, deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 some = settings(many, max_examples=40)

@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from errors import PeerFailed, RankLost, Tolerate, UserError, exit_code, stop_on_signals, stop_signals
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("error, code, token", [

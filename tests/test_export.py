@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, export_metadata, train_in
+from conftest import ROOT, WORDS, assert_same, export_metadata, train_in
 from PIL import Image
 
 import export
@@ -20,14 +20,10 @@ from parameter import get_parameters
 from training.checkpoint import read_export
 from training.models import checksum
 
-ROOT = Path(__file__).parent.parent
-SMALL = shlex.split(
-    "--z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu --dataset toy --toy_num 20"
-)
 RUNS = {
-    "plain": "--imsize 32 --holdout 0.2",
+    "plain": "--holdout 0.2",
     "classes": "--imsize 64 --model paper --conditional true",
-    "no_maps": "--imsize 32 --attention none",
+    "no_maps": "--attention none",
 }
 FILES = ("generator.safetensors", "generator.onnx", "model_card.md", "samples.png")  # of the default formats
 PLAIN = ["--version", "plain", "--format", "safetensors"]
@@ -38,7 +34,7 @@ def trained(tmp_path_factory):
     """A folder with a run of two steps of each of `RUNS`; tests write few images."""
     folder = tmp_path_factory.mktemp("runs")
     for version, options in RUNS.items():
-        train_in(folder, *SMALL, *options.split(), "--total_step", "2", "--version", version)
+        train_in(folder, *WORDS, *options.split(), "--total_step", "2", "--version", version)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tester.SUMMARY_IMAGES", 4)
         yield folder

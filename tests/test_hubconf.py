@@ -2,15 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_export
+from conftest import ROOT, write_export
 
 from training.models import MODELS
 
-ROOT = Path(__file__).parent.parent
 OTHERS = ("utils", "datasets", "training", "networks", "spectral", "sagan_models", "exporting")
 PROGRAM = """
 import functools, io, sys, torch

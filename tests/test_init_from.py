@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, assert_same, run_main, train_in, weights_of
+from conftest import WORDS, assert_same, run_main, train_in, weights_of
 
 import export
 import hubconf
@@ -29,8 +29,7 @@ WEIGHTS = "pretrained/cats/G.safetensors"
 def runs(tmp_path_factory):
     """A folder with the run "cats", its exported weights in pretrained/cats, and G's of them in pretrained/alone."""
     folder = tmp_path_factory.mktemp("runs")
-    words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    train_in(folder, *words, *shlex.split(f"--device cpu --version cats --total_step {STEPS} --g_lr 0.01 --d_lr 0.01"))
+    train_in(folder, *WORDS, *shlex.split(f"--version cats --total_step {STEPS} --g_lr 0.01 --d_lr 0.01"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", shlex.split("export.py --version cats --format weights --export_path out"))

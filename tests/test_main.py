@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_untouched, log_lines, make_pictures, run_main, train_in, wait_for
+from conftest import ROOT, WORDS, assert_untouched, log_lines, make_pictures, run_main, train_in, wait_for
 from PIL import Image
 
 import main
@@ -21,11 +20,8 @@ from errors import stop_signals
 from sagan_models import Discriminator, Generator
 from trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 LOGS = "logs/sagan_celeb"
 SIGNALS = stop_signals()
-SMALL = shlex.split("--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --batch_size 4 --num_workers 0 --device cpu")
-TOY = [*SMALL, "--dataset", "toy", "--toy_num", "20"]
 MAIN = [sys.executable, str(ROOT / "main.py")]
 
 
@@ -78,7 +74,7 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, mon
 
     take_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    code, out, err = run(*TOY, "--log_step", "1", "--total_step", "9")
+    code, out, err = run(*WORDS, "--log_step", "1", "--total_step", "9")
     assert "step 1/9" in err and "\r" not in err
     assert code == 128 + number and "--pretrained_model 3" in out  # the step is finished first
     assert json.loads(log_lines(tmp_path / LOGS)[-1])["step"] == 3
@@ -92,7 +88,7 @@ def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, mon
 @needs_signals
 def test_lines_appear_at_once_and_a_run_under_nohup_outlives_its_terminal_and_their_reader(tmp_path, start_process):
     """In a pipe, without carriage returns; Ctrl-C ends it with a checkpoint, though shells let jobs ignore that."""
-    command = shlex.join([*MAIN, *TOY, "--log_step", "1"])
+    command = shlex.join([*MAIN, *WORDS, "--log_step", "1"])
     process = start_process(["sh", "-c", f'trap "" HUP INT; exec {command}'], tmp_path)
     assert process.stdout.readline().startswith("Network")
     progress = next(line for line in process.stderr if line.startswith("step "))
@@ -161,13 +157,13 @@ def test_training_images_in_a_result_folder_are_refused_and_left_alone(fail, tmp
     """`fail` checks that nothing was removed or written."""
     make_pictures(tmp_path / "samples/cats", [f"{number}_fake.png" for number in range(16)])
     words = shlex.split("--dataset folder --image_path samples/cats --overwrite true --version cats")
-    assert "samples/cats" in fail(*SMALL, *words)
+    assert "samples/cats" in fail(*WORDS, *words)
 
 
 def test_results_beside_the_images_are_not_trained_on(tmp_path, run, no_report):
     """`cd pictures; main.py --image_path .`, three times."""
     before = make_pictures(tmp_path, [f"{number}_ema.png" for number in range(16)])
-    words = [*SMALL, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
+    words = [*WORDS, "--dataset", "folder", "--image_path", ".", "--total_step", "2"]
     for options in ([], ["--overwrite", "true"], ["--version", "other"]):
         code, out, _ = run(*words, *options)
         assert code == 0 and "16 images" in out
@@ -176,25 +172,24 @@ def test_results_beside_the_images_are_not_trained_on(tmp_path, run, no_report):
 
 
 @pytest.mark.parametrize("words, token", [
-    ("", "--dataset toy, which needs no data"), ("", "celeba/img_align_celeba"),
-    ("--dataset folder", "folder of images"),
-    ("--dataset folder --image_path .", "no image"), ("--dataset toy --toy_num 3", "3 images"),
-    *((f"--dataset toy --{name}_path {__file__}", __file__) for name in ("sample", "attn", "model_save", "log")),
-    (f"--dataset toy --cache_path {__file__}", "--cache_path"), ("--dataset toy --log_path " + 300 * "v", "vvv"),
-    ("--dataset toy --pretrained_model 7", "--pretrained_model 7"),
-    pytest.param("--dataset toy --sample_path /proc/samples", "/proc/samples",
+    ("--dataset celeb", "--dataset toy, which needs no data"), ("--dataset celeb", "celeba/img_align_celeba"),
+    ("--dataset folder", "folder of images"), ("--dataset folder --image_path .", "no image"),
+    ("--toy_num 3", "3 images"), ("--pretrained_model 7", "--pretrained_model 7"),
+    *((f"--{name}_path {__file__}", __file__) for name in ("sample", "attn", "model_save", "log")),
+    (f"--cache_path {__file__}", "--cache_path"), ("--log_path " + 300 * "v", "vvv"),
+    pytest.param("--sample_path /proc/samples", "/proc/samples",
                  marks=pytest.mark.skipif(not os.path.isdir("/proc"), reason="no folder that even root cannot write")),
-    pytest.param("--dataset toy --device cuda", "--device auto",
+    pytest.param("--device cuda", "--device auto",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_says_what_to_do(fail, words, token):
-    assert token in fail(*SMALL, *words.split())
+    assert token in fail(*WORDS, *words.split())
 
 
 @pytest.fixture
 def trained(tmp_path):
     """The results of a finished run of two steps."""
-    train_in(tmp_path, *TOY, "--total_step", "2")
+    train_in(tmp_path, *WORDS, "--total_step", "2")
 
 
 @pytest.mark.parametrize("words, token", [
@@ -203,7 +198,7 @@ def trained(tmp_path):
     ("--train false --metrics faces --dataset celeb", "no CelebA"),
 ])  # fmt: skip
 def test_a_mistake_beside_earlier_results_is_one_line(trained, fail, words, token):
-    assert token in fail(*TOY, *words.split())
+    assert token in fail(*WORDS, *words.split())
 
 
 @pytest.mark.parametrize("name, is_group", [("SIGINT", True), ("SIGTERM", False)])
@@ -211,7 +206,7 @@ def test_a_mistake_beside_earlier_results_is_one_line(trained, fail, words, toke
 def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, start_process, name, is_group):
     """A terminal signals the whole process group, the workers too; test_decoding.py has the other signals."""
     number = signal.Signals[name]
-    process = start_process([*MAIN, *TOY, "--toy_num", "500000", "--num_workers", "4"], tmp_path)
+    process = start_process([*MAIN, *WORDS, "--toy_num", "500000", "--num_workers", "4"], tmp_path)
     wait_for(lambda: [*tmp_path.glob("cache/*.building-*/images.bin")], process)
     time.sleep(1)
     os.killpg(process.pid, number) if is_group else os.kill(process.pid, number)
@@ -225,7 +220,7 @@ def test_seed_precision_and_determinism_are_those_of_the_options(tmp_path, run, 
     words, weights = shlex.split("--total_step 1 --overwrite true --precision bf16 --deterministic true"), []
     try:
         for seed in ("3", "3", "4"):
-            code, out, _ = run(*TOY, *words, "--seed", seed)
+            code, out, _ = run(*WORDS, *words, "--seed", seed)
             assert code == 0 and "on cpu in bf16" in out and torch.are_deterministic_algorithms_enabled()
             weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
     finally:
@@ -234,17 +229,17 @@ def test_seed_precision_and_determinism_are_those_of_the_options(tmp_path, run, 
 
 
 def test_a_run_that_diverges_saves_nothing(run, tmp_path):
-    assert run(*TOY, "--total_step", "2", "--d_lr", "1e38")[0] == 2
+    assert run(*WORDS, "--total_step", "2", "--d_lr", "1e38")[0] == 2
     assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, run, fewer_images):
     """Most results need no training images; the face rate needs neither a download nor weights."""
-    code, out, err = run(*SMALL, "--train", "false", "--dataset", "folder")
+    code, out, err = run(*WORDS, "--train", "false", "--dataset", "folder")
     assert code == 0 and "test_2" in out and "warning: " in err and "nearest.png" in err
     folder = tmp_path / "samples/sagan_celeb/test_2"
     assert not (folder / "nearest.png").exists()
-    code, out, _ = run(*TOY, *shlex.split("--train false --metrics faces --metric_num 12 --pretrained_model 2"))
+    code, out, _ = run(*WORDS, *shlex.split("--train false --metrics faces --metric_num 12 --pretrained_model 2"))
     assert code == 0 and "faces" in out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 12
     assert (folder / "nearest.png").exists()

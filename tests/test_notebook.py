@@ -1,13 +1,12 @@
 """docs/sagan.ipynb runs from top to bottom."""
 
 import shutil
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = (".git", ".venv", "cache", "samples", "attn", "models", "logs", "exports", "ablation")
 
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from errors import UserError
 from parameter import EXPORT_PATH, Config, get_parameters, option_groups, option_text
 
-ROOT = Path(__file__).parent.parent
 # The reference's options with the defaults of its README, which for four of them are not those of its own parser:
 # that has adv_loss wgan-gp, imsize 32, version sagan_1 and dataset cifar, and cannot run with these.
 REFERENCE = dict(

@@ -7,17 +7,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import ablation
 import pytest
 import torch
+from conftest import ROOT
 
 import export
 from exporting.loading import load_generator
 from parameter import Config, get_parameters
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))

@@ -19,10 +19,8 @@ def test_each_step_updates_its_network_alone_and_computes_no_gradient_that_nobod
         assert all(value.ndim == 0 and not value.requires_grad for value in stats.values())
         return [not all(map(torch.equal, *pair)) for pair in zip(before, (G, D), strict=True)], set(stats)
 
-    assert changed_by(lambda: trainer.d_step(trainer.loader.batch(0)[0], torch.randn(4, 16))) == (
-        [False, True],
-        D_STATS,
-    )
+    real, _ = trainer.loader.batch(0)
+    assert changed_by(lambda: trainer.d_step(real, torch.randn(4, 16))) == ([False, True], D_STATS)
     assert all(parameter.grad is None for parameter in G)
     before = [parameter.grad.clone() for parameter in D]
     assert changed_by(lambda: trainer.g_step(torch.randn(4, 16))) == ([True, False], {"g_loss"})

@@ -3,11 +3,11 @@ import platform
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from errors import UserError, warn_once
@@ -114,7 +114,7 @@ for prepare in (int, utils.tune_malloc, int):  # after it, the first blocks are 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_tuned_malloc_reuses_freed_memory():
     command = [sys.executable, "-c", PAGE_FAULTS]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     default, _, tuned = map(int, done.stdout.split())
     assert tuned < default / 10
 

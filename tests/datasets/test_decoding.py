@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import ROOT, wait_for
 from PIL import Image
 
 from datasets.decoding import decode_chunks
 from errors import UserError
 
-ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import os, sys, time
 from pathlib import Path

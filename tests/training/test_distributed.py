@@ -46,12 +46,6 @@ pytestmark = [
 ]
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def make(folder, name, ranks=Ranks(), **changes):  # noqa: B008
     """Return a trainer of a small run that records the inputs of its updates; its gammas are not 0."""
     options = {"version": name, "log_step": 1} | RUNS.get(name, {}) | changes
@@ -168,7 +162,9 @@ def process(rank, port, job, folder):
 
 def run_two(job, folder):
     """Run a job as two processes. Returns their exit codes."""
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     processes = [get_context("spawn").Process(target=process, args=(rank, port, job, folder)) for rank in (0, 1)]
     for each in processes:
         each.start()

@@ -11,17 +11,19 @@ from visuals.figures import CAPTION, GAP, QUERY_COLORS, TILE, attention_figure, 
 
 @pytest.mark.parametrize("count, given, columns", [(4, None, 2), (5, None, 3), (64, None, 8), (10, 5, 5)])
 def test_grid_equals_torchvision_s(count, given, columns):
-    """By default it is nearly square. Names of its rows are at the left."""
+    """By default it is nearly square. Names are at the left of its rows and above its columns."""
     images = torch.rand(count, 3, 32, 32) * 2.2 - 1.1
     pixels = (127.5 * (images + 1)).round().clamp(0, 255).byte()
     expected = make_grid(pixels, nrow=columns, padding=2).permute(1, 2, 0).numpy()
     assert np.array_equal(sample_grid(images, columns=given), expected)
     assert sample_grid(images[:1]).size == (36, 36)
     if given:
-        named = np.asarray(sample_grid(images, row_names=["", "dog"]))
-        margin = named.shape[1] - expected.shape[1]
-        assert np.array_equal(named[:, margin:], expected)
-        assert named[36:68, :margin].any() and not named[:36, :margin].any()
+        named = np.asarray(sample_grid(images, row_names=["", "dog"], column_names=["-2", "", "0", "", "+2"]))
+        header, margin = np.subtract(named.shape, expected.shape)[:2]
+        assert header > 12 and np.array_equal(named[header:, margin:], expected)
+        assert named[header + 36 :, :margin].any() and not named[: header + 36, :margin].any()
+        titles = [named[:header, margin + 2 + 34 * column :][:, :32].any() for column in range(columns)]
+        assert titles == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("keys", [256, 64])
@@ -109,11 +111,3 @@ def test_projection_figure_ends_with_the_halved_difference():
     figure = np.asarray(figure)
     colors = [figure[34 + 48, GAP + 48 + (96 + GAP) * column + GAP * (column > 0)] for column in range(4)]
     assert [color.tolist() for color in colors] == [[64] * 3, [128] * 3, [191] * 3, [191] * 3]
-
-
-def test_names_are_beside_and_above_the_images_of_a_grid():
-    images = torch.ones(6, 3, 16, 16)
-    plain, named = (np.asarray(figures.sample_grid(images, 3, [], names)) for names in ((), ("-1", "0", "+1")))
-    header = named.shape[0] - plain.shape[0]
-    assert header > 12 and (named[header:] == plain).all()
-    assert [named[:header, 2 + 18 * column : 18 * (column + 1)].max() > 0 for column in range(3)] == [True] * 3

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import SMALL, log, train_in
+from conftest import SMALL, WORDS, log, train_in
 from page_tools import BrowserPage, Keys
 from PIL import Image
 
@@ -28,8 +28,8 @@ HOSTILE = "</script><b>\"'&\udcff $data ${x}"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """The folder of a real run of 6 steps."""
-    options = SMALL | {"total_step": 6, "log_step": 1, "sample_step": 2, "attn_step": 3, "device": "cpu"}
-    train_in(folder := tmp_path_factory.mktemp("run"), *(f"--{name}={value}" for name, value in options.items()))
+    folder, words = tmp_path_factory.mktemp("run"), "--total_step 6 --log_step 1 --sample_step 2 --attn_step 3"
+    train_in(folder, *WORDS, *words.split())
     return folder
 
 

@@ -1,7 +1,4 @@
-"""Numbers recorded from the reference and from StudioGAN's SAGAN, and the same ones of our networks.
-
-They were recorded at 64x64 with batch 4, in float32 on a CPU.
-"""
+"""Numbers recorded from the reference and from StudioGAN's SAGAN (64x64, batch 4, float32 on a CPU), and our own."""
 
 import copy
 import re

@@ -31,7 +31,7 @@ def cell(name: str, row: str) -> str:
 
 
 @NAMES
-def test_drawings_sizes_and_parameter_counts(name):
+def test_drawings_and_table_of_sizes_parameters_and_attention_layers(name):
     drawing = (DOCS / f"model_{name}.svg").read_text(encoding="utf-8")
     assert drawing == draw(name), "run: python docs/draw_models.py"
     sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.LAYOUTS
@@ -41,10 +41,7 @@ def test_drawings_sizes_and_parameter_counts(name):
             G, D = MODELS[name].Generator(size), MODELS[name].Discriminator(size)
         assert cell(name, f"parameters, size {size}") == f"G {count_parameters(G):,}, D {count_parameters(D):,}"
 
-
-@NAMES
-def test_attention_layers_of_the_table(name):
-    maps, channels = [], []
+    maps, channels = [], []  # of the attention layers
     for letter, make, x in (
         ("G", MODELS[name].Generator, torch.zeros(1, 128)),
         ("D", MODELS[name].Discriminator, torch.zeros(1, 3, 64, 64)),

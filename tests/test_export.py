@@ -20,11 +20,8 @@ from parameter import get_parameters
 from training.checkpoint import read_export
 from training.models import checksum
 
-RUNS = {
-    "plain": "--holdout 0.2",
-    "classes": "--imsize 64 --model paper --conditional true",
-    "no_maps": "--attention none",
-}
+RUNS = {"plain": "--holdout 0.2", "classes": "--imsize 64 --model paper --conditional true",
+        "no_maps": "--attention none"}  # fmt: skip
 FILES = ("generator.safetensors", "generator.onnx", "model_card.md", "samples.png")  # of the default formats
 PLAIN = ["--version", "plain", "--format", "safetensors"]
 

@@ -11,13 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from data_loader import Loader
 
-GPU = dict(  # what `torch.cuda` says of it
-    device_count=lambda: 1,
-    set_device=lambda _: None,
-    get_device_capability=lambda _: (9, 0),
-    is_bf16_supported=lambda: True,
-    mem_get_info=lambda _: (2**40, 2**40),
-)
+# What `torch.cuda` says of the GPU.
+GPU = dict(device_count=lambda: 1, set_device=lambda _: None, get_device_capability=lambda _: (9, 0),
+           is_bf16_supported=lambda: True, mem_get_info=lambda _: (2**40, 2**40))  # fmt: skip
 PAPER, AUGMENT = dict(model="paper", imsize=64), dict(augment="color,translation,cutout")
 
 

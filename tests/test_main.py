@@ -21,7 +21,6 @@ from sagan_models import Discriminator, Generator
 from trainer import Trainer
 
 LOGS = "logs/sagan_celeb"
-SIGNALS = stop_signals()
 MAIN = [sys.executable, str(ROOT / "main.py")]
 
 
@@ -63,7 +62,7 @@ needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no such sign
 
 
 @needs_signals
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", stop_signals())
 def test_a_signal_saves_a_checkpoint_with_figures_and_ends_the_run(tmp_path, monkeypatch, run, number):
     """In this process, which sends the signal to itself; the next test signals one from outside."""
 

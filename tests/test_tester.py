@@ -93,12 +93,12 @@ def test_contents_of_the_files(trained, make_config):
     assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
     assert Image.open(tested.folder / "progress.gif").n_frames == 3
+    check_directions(tested, data)
 
 
-def test_directions_of_the_first_sample(trained, make_config):
-    tested = make_tester(make_config(), None)
-    tested.test()
-    data, z = page_data(tested.folder / "playground.html"), tested._inputs(1)[0]
+def check_directions(tested, data):
+    """Those of the first sample, in a figure and in the playground."""
+    z = tested._inputs(1)[0]
     assert (data["directions"], data["steps"], data["corner"]) == (8, 1, "")
     frames = page_pixels(data["classes"][0]["pixels"], 32)[data["side"] ** 2 :].reshape(8, 2, 32, 32, 3)  # -3, 3
     figure = np.asarray(Image.open(tested.folder / "directions.png")).astype(int)

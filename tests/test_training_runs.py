@@ -144,9 +144,7 @@ def test_a_run_writes_all_its_files(train, capsys):
     lines = log(config.log_folder, "d_loss")
     assert [line["step"] for line in lines] == [2, 4, 5]
     spreads, real = log(config.log_folder, "spread"), trainer.loader.batch(0)[0]
-    assert [(line["step"], set(line)) for line in spreads] == [
-        (step, {"step", "spread", "spread_real"}) for step in (2, 4, 5)
-    ]
+    assert [line["step"] for line in spreads] == [2, 4, 5] and {*spreads[0]} == {"step", "spread", "spread_real"}
     assert spreads[-1]["spread"] == pytest.approx(image_spread(trainer.previews.samples()["ema"]))
     assert spreads[-1]["spread_real"] == pytest.approx(image_spread(real))
     sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
@@ -212,11 +210,6 @@ def test_non_finite_weights_are_never_saved(make_trainer, monkeypatch):
     with pytest.raises(NonFiniteError):
         trainer.train()
     assert checkpoint.list_steps(trainer.config.model_folder)[0] == 4
-
-
-def test_bf16_stays_near_fp32(make_trainer):
-    losses = [make_trainer(precision=name).train_step()["d_loss"].item() for name in ("fp32", "bf16")]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's /proc")

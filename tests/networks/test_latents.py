@@ -23,13 +23,8 @@ def test_slerp_moves_on_an_arc_at_constant_speed():
     directions = path / lengths[..., None]
     angles = (directions[:, 1:] * directions[:, :-1]).sum(2).acos()
     assert torch.allclose(angles, angles[:, :1].expand_as(angles), atol=1e-4)
-
-
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_slerp_between_equal_directions_is_finite(factor):
-    z = sample_z(0, 1, 8, "cpu")
-    path = slerp(z, factor * z, 3)
-    assert torch.allclose(path[0, 1], (1 + factor) / 2 * z[0], atol=1e-4)
+    for factor in (1.0, 3.0):  # between equal directions, without dividing by 0
+        assert torch.allclose(slerp(start, factor * start, 3)[:, 1], (1 + factor) / 2 * start, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["sagan", "paper"])

@@ -247,17 +247,14 @@ def test_gain_and_shift_are_those_of_each_image_s_class_or_of_a_mix_of_classes()
     torch.testing.assert_close(layer(x, between), (layer(x, labels) + layer(x, labels.flip(0))) / 2)
 
 
-def test_every_embedding_of_g_learns_of_each_image_s_class_alone():
-    G, _ = make_settled("paper", CLASSES)
+def test_every_embedding_of_g_and_the_projection_of_d_are_of_each_image_s_class_alone():
+    """The projection: the inner product of D's features and the embedding."""
+    (G, D), features = make_settled("paper", CLASSES), []
     G(torch.randn(2, 16), torch.tensor([3, 1]))[0].sum().backward()
     tables = [layer.weight for layer in G.modules() if isinstance(layer, nn.Embedding)]
     assert len(tables) == 2 * 2 * 3  # gain and shift, two in each block
     for table in tables:
         assert table.grad.abs().sum(1).nonzero().flatten().tolist() == [3]
-
-
-def test_the_projection_is_the_inner_product_of_features_and_the_class_s_embedding():
-    (_, D), features = make_settled("paper", CLASSES), []
     D.linear.register_forward_hook(lambda _, inputs, out: features.extend((inputs[0], out[:, 0])))
     labels = torch.tensor([4, 0, 4])
     logits = D(torch.randn(3, 3, 32, 32), labels)

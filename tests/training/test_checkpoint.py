@@ -55,16 +55,6 @@ def flip_a_bit(path):
     torch.load(path, weights_only=True)  # torch does not notice
 
 
-def test_a_checkpoint_is_loaded_as_it_was_saved_and_its_exports_are_state_dicts(tmp_path):
-    folder = tmp_path / "models" / "v"  # made if it is missing
-    save(folder, 7)
-    assert_is(checkpoint.load(folder, "7"), 7)
-    assert names(folder) == files_of(7)
-    for part in ("G", "D"):
-        (key, value), *others = torch.load(folder / f"7_{part}.pth", weights_only=True).items()
-        assert not others and key == "weight" and torch.equal(value, make_state(7)[part]["weight"])
-
-
 @pytest.mark.parametrize("change", [Path.unlink, flip_a_bit])
 @pytest.mark.parametrize("part", ["G", "D"])
 def test_weights_need_their_files_and_a_full_checkpoint_does_not(tmp_path, part, change):

@@ -87,9 +87,7 @@ options_of_paths = {f"--{name}_path": folders for name in ("sample", "attn", "mo
     is_inside=st.booleans(),
     overwrite=st.booleans(),
 )
-def test_images_are_untouched_wherever_the_results_are(
-    no_figures, tmp_path, names, image_path, paths, is_inside, overwrite
-):
+def test_images_are_untouched_wherever_results_go(no_figures, tmp_path, names, image_path, paths, is_inside, overwrite):
     folder = tmp_path / "case"
     shutil.rmtree(folder, ignore_errors=True)
     files = make_pictures(folder / "pics", [*PICTURES, *names]) | make_pictures(folder / "results" / "v", ["0.png"])

@@ -42,15 +42,12 @@ def test_drawings_and_table_of_sizes_parameters_and_attention_layers(name):
         assert cell(name, f"parameters, size {size}") == f"G {count_parameters(G):,}, D {count_parameters(D):,}"
 
     maps, channels = [], []  # of the attention layers
-    for letter, make, x in (
-        ("G", MODELS[name].Generator, torch.zeros(1, 128)),
-        ("D", MODELS[name].Discriminator, torch.zeros(1, 3, 64, 64)),
-    ):
-        network = make(conv_dim=8)  # an eighth of the default; the maps do not depend on it
+    for part, x in (("Generator", torch.zeros(1, 128)), ("Discriminator", torch.zeros(1, 3, 64, 64))):
+        network = getattr(MODELS[name], part)(conv_dim=8)  # an eighth of the default; the maps do not depend on it
         _, *attention = network(x, return_attention=True)
-        maps.append(f"{letter}: " + ", ".join("×".join(map(str, tensor.shape[1:])) for tensor in attention))
+        maps.append(f"{part[0]}: " + ", ".join("×".join(map(str, tensor.shape[1:])) for tensor in attention))
         boxes = [box for box in trace(network, x) if box.kind == "self-attention"]
-        channels.append(f"{letter}: " + ", ".join(str(8 * box.shape[0]) for box in boxes))
+        channels.append(f"{part[0]}: " + ", ".join(str(8 * box.shape[0]) for box in boxes))
     assert cell(name, "attention maps, queries × keys, at size 64") == "; ".join(maps)
     assert cell(name, "channels C of these feature maps, at size 64") == "; ".join(channels)
 

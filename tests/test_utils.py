@@ -1,4 +1,5 @@
 import mmap
+import os
 import platform
 import subprocess
 import sys
@@ -70,12 +71,18 @@ def test_memory_format_of_convolutions(device, precision):
     assert utils.conv_memory_format(torch.device(device), precision) == expected
 
 
-@pytest.mark.parametrize("failing", ["builtins.open", "os.fsync", "os.replace"])
+FULL = pytest.param("file.write", marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only on Linux"))
+
+
+@pytest.mark.parametrize("failing", ["builtins.open", FULL, "os.fsync", "os.replace"])
 def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
     paths = [tmp_path / "a", tmp_path / "b"]
     utils.write_atomically({path: b"old" for path in paths})
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(failing, Mock(side_effect=OSError(28, "No space left on device")))
+        if failing == "file.write":
+            (tmp_path / "b.tmp").symlink_to("/dev/full")
+        else:
+            patch.setattr(failing, Mock(side_effect=OSError(28, "No space left on device")))
         utils.write_atomically({path: b"new" for path in paths})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
 

@@ -126,10 +126,8 @@ def reference_formula(layer, x):
 
 def paper_formula(layer, x):
     """The result and the map of the paper's layer, written out; with the weights that evaluation mode uses."""
-    query, key, value, last = (
-        (conv.module.weight_bar / conv.sigma())[:, :, 0, 0]
-        for conv in (layer.query_conv, layer.key_conv, layer.value_conv, layer.out_conv)
-    )
+    convs = layer.query_conv, layer.key_conv, layer.value_conv, layer.out_conv
+    query, key, value, last = ((conv.module.weight_bar / conv.sigma())[:, :, 0, 0] for conv in convs)
     batch, _, height, width = x.shape
     projected = [torch.einsum("oc,bchw->bohw", weight, x) for weight in (query, key, value)]
     pooled = [p.reshape(batch, -1, height // 2, 2, width // 2, 2).amax((3, 5)).flatten(2) for p in projected[1:]]

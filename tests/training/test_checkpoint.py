@@ -40,14 +40,6 @@ def assert_is(loaded, step, first=None, full=True):
     assert not full or torch.equal(loaded.state["numbers"], expected["numbers"])
 
 
-def names(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def files_of(*steps):
-    return {f"{step}_{part}.pth" for step in steps for part in ("G", "D", "state")}
-
-
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
@@ -120,16 +112,6 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, write):
     with pytest.raises(UserError, match=name):
         checkpoint.load(tmp_path, name.partition("_")[0])
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
-@pytest.mark.parametrize("part", ["G", "D", "state"])
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_temporary_file(tmp_path, part):
-    save(tmp_path, 1)
-    (tmp_path / f"2_{part}.pth.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"No space left.*--pretrained_model latest"):
-        save(tmp_path, 2)
-    assert names(tmp_path) == files_of(1)
 
 
 def save_until(point, *arguments, **options):
@@ -209,7 +191,7 @@ def test_files_are_flushed_before_they_are_renamed_then_the_folder(tmp_path, mon
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
     warn_once.cache_clear()
-    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError):
+    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError, match="--pretrained_model latest"):
         save(tmp_path, 1, 2)
         write_atomically({tmp_path / "small": b"smaller than a buffer"})
     assert capsys.readouterr().err.count("warning") == is_refusal

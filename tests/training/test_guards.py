@@ -39,9 +39,8 @@ def test_one_warning_after_an_epoch_500_steps_and_20_values(capsys, epoch, value
     for step, r in values:
         check.add(step, r)
     lines = capsys.readouterr().err.splitlines()
-    assert [(f"since step {since}," in line, "--holdout" in line, "--augment" in line) for line in lines] == (
-        [(True, not has_holdout, not has_augment)] if since else []
-    )
+    found = [(f"since step {since}," in line, "--holdout" in line, "--augment" in line) for line in lines]
+    assert found == ([(True, not has_holdout, not has_augment)] if since else [])
 
 
 @pytest.mark.parametrize("values, since", [

@@ -68,13 +68,13 @@ def test_blanks_around_the_commas_of_a_list_are_no_other_configuration():
     assert get_parameters(words) == Config(**lists)
 
 
-def test_output_folders_are_all_that_the_program_writes_to_and_an_unknown_home_is_a_plain_name():
+def test_an_unknown_home_is_a_plain_name_and_output_folders_are_all_that_the_program_writes_to():
+    assert Config(sample_path="~no_such_user/x").sample_folder == Path("~no_such_user/x/sagan_celeb")
+    assert Config(sample_path="~/x").sample_folder == Path.home() / "x/sagan_celeb"
     paths = {f"{name}_path": f"{name}s" for name in ("sample", "attn", "model_save", "log", "cache")}
     config = Config(**paths, version="v")
     assert config.output_folders == [Path(path) for path in (*paths.values(), EXPORT_PATH)]
     assert [folder.parent for folder in config.folders] == config.output_folders[:4]
-    assert Config(sample_path="~no_such_user/x").sample_folder == Path("~no_such_user/x/sagan_celeb")
-    assert Config(sample_path="~/x").sample_folder == Path.home() / "x/sagan_celeb"
 
 
 def test_d_iters_warns_and_names_n_critic(capsys):

@@ -16,7 +16,6 @@ from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
-from training.checkpoint import read_export
 from training.previews import samples_grid
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
@@ -84,9 +83,9 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
     for name in FILES.keys() - formats:
-        read = onnx_file.read_metadata if name == "onnx" else lambda path: read_export(path)[1]
+        module = onnx_file if name == "onnx" else safetensors_file
         with suppress(Exception):  # it is missing or damaged, or its library is missing
-            entries = [read(folder / file) for file in FILES[name]]
+            entries = [module.read_metadata(folder / file) for file in FILES[name]]
             if all(metadata.items() <= of_file.items() for of_file in entries):
                 found[name] = entries[0]
     return found

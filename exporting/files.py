@@ -49,20 +49,21 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
         raise UserError("--format weights needs a checkpoint with a discriminator")
     folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
     others = read_other_formats(folder, formats, metadata)
-    maps = others.get("onnx", {}).get("maps", "").split()
     metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
     if not config.overwrite:
         check_folder(folder, others)
     check_writable(folder)
+    contents = network_files(networks, metadata, formats, with_maps)
+    available = {*formats, *others}
+    maps = others.get("onnx", {}).get("maps", "").split()
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
-    contents = network_files(networks, metadata, formats, with_maps)
     num_images = saved.state["data"].get("training_images") if saved.state else None
     digests = {  # of weights to train from: those that are written now, and those that stay
         name: hashlib.sha256(contents[name] if name in contents else (folder / name).read_bytes()).hexdigest()
-        for name in (FILES["weights"] if "weights" in {*formats, *others} else ())
+        for name in (FILES["weights"] if "weights" in available else ())
     }
-    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps, digests)
+    card = model_card(as_text(config.version), metadata, num_images, metrics, available, maps, digests)
     if config.overwrite or not (folder / "model_card.md").exists():
         contents["model_card.md"] = card.encode("utf-8")
     if config.overwrite or not (folder / "samples.png").exists():

@@ -20,7 +20,6 @@ Writes to --out (./ablation): the results of each run in the usual folders and, 
 by side, and curves. The default metric, hog, needs OpenCV only; with torch-fidelity, add kid, and for faces, faces.
 """
 
-import argparse
 import ctypes
 import io
 import itertools
@@ -318,9 +317,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code: of the first run that did not finish, or 0."""
-    make_output_robust()
-    parser = Parser(usage=f"python {PROGRAM} [--option value] ...", allow_abbrev=False, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
                         help="an option of main.py and the values to compare")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
@@ -338,7 +335,7 @@ def main() -> int:
     for run in runs:
         check_run(run)
     path = out / f"ablation_{'_'.join(names)}"
-    command = shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]])
+    command = shlex.join(["python", PROGRAM, *sys.argv[1:]])
     for number, run in enumerate(runs, start=1):
         if run.is_finished:
             continue

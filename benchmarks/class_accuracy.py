@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_loader import Loader, to_model_range
 from errors import UserError, exit_code
 from main import make_loader
-from parameter import get_parameters, given_options
+from parameter import Parser, get_parameters, given_options
 from tester import Tester
 from training.previews import draw_z
 from training.resuming import check_classes, load_test_checkpoint
 from utils import progress, setup_device
 
+PROGRAM = "benchmarks/class_accuracy.py"
 STEPS, BATCH = 400, 64
 WIDTHS = (3, 16, 32, 64, 64)
 
@@ -80,11 +81,8 @@ def measure(loader: Loader, tester: Tester) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
-    if {"-h", "--help"} & {*sys.argv}:
-        print(__doc__)
-        return 0
-    config = get_parameters(program="benchmarks/class_accuracy.py")
-    saved, config = load_test_checkpoint(config, given_options())
+    _, arguments = Parser(PROGRAM, __doc__).parse_known_args()
+    saved, config = load_test_checkpoint(get_parameters(arguments, PROGRAM), given_options(arguments))
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")
     device = setup_device(config.device)

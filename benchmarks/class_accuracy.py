@@ -31,7 +31,7 @@ STEPS, BATCH = 400, 64
 WIDTHS = (3, 16, 32, 64, 64)
 
 
-def train_classifier(images: Tensor, labels: Tensor, num_classes: int, steps: int = STEPS) -> nn.Module:
+def train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> nn.Module:
     """Train a network that names the classes of images (N, S, S, 3) uint8, with labels (N,); from a fixed seed."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU())
@@ -39,7 +39,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int, steps: in
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * WIDTHS[-1], num_classes))
     network.to(labels.device)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for _ in progress(range(steps), "training the classifier", "step"):
+    for _ in progress(range(STEPS), "training the classifier", "step"):
         rows = torch.randint(len(labels), (BATCH,))
         batch = to_model_range(images[rows.to(images.device)].to(labels.device))
         optimizer.zero_grad()

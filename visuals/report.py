@@ -27,6 +27,7 @@ from datasets.labels import join_names
 from parameter import Config, option_groups, option_text
 from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
+from visuals.figures import read_picture
 from visuals.pages import escape
 
 FRAMES = 30  # steps whose samples the slider shows
@@ -157,10 +158,8 @@ def _frames(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def picture(path: Path, size: tuple[int, int]) -> str:
     """Return a PNG file as the data URI of a JPEG of at most `size` pixels; "" if it is missing or damaged."""
-    try:
-        with Image.open(path, formats=["PNG"]) as file:
-            image = file.convert("RGB")
-    except Exception:  # a damaged file can make Pillow's readers raise nearly anything
+    image = read_picture(path)
+    if image is None:
         return ""
     image.thumbnail(size, Image.Resampling.LANCZOS)
     for quality in QUALITIES:

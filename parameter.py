@@ -382,13 +382,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of a program, given by its path, whose errors are one line."""
 
     def __init__(self, program: str, description: str):
-        super().__init__(
-            prog=f"python {program}",
-            usage="%(prog)s [--option value] ...",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(f"python {program}", "%(prog)s [--option value] ...", description, allow_abbrev=False)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line instead of the usage and a line."""

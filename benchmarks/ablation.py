@@ -101,8 +101,8 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
     every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
     words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
-    words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
-    words.append("--pretrained_model=auto")
+    words += [*arguments, "--pretrained_model=auto"]
+    words += [f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items()]
     runs = []
     for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, values in axes))):
         varied = [f"{name}={value}" for name, value in zip(names, itertools.chain(*values), strict=True)]

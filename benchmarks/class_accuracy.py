@@ -58,13 +58,11 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def measure(loader: Loader, tester: Tester) -> None:
     """Print the table for an opened loader and the tester of a checkpoint of its classes."""
-    held_out = torch.arange(len(loader.labels), device=loader.labels.device) % 10 == 9
-    kept = held_out.logical_not()
-    classifier = train_classifier(
-        loader.images[kept.to(loader.images.device)], loader.labels[kept], len(loader.classes)
-    )
-    images = loader.images[held_out.to(loader.images.device)].to(loader.labels.device)
-    real = accuracy(classifier, to_model_range(images), loader.labels[held_out])
+    images, labels = loader.images, loader.labels
+    held_out = torch.arange(len(labels), device=labels.device) % 10 == 9
+    classifier = train_classifier(images[~held_out.to(images.device)], labels[~held_out], len(loader.classes))
+    images = images[held_out.to(images.device)].to(labels.device)
+    real = accuracy(classifier, to_model_range(images), labels[held_out])
     z = draw_z(tester.config, tester.config.num_samples, tester.device)
     rows = []
     for number, name in enumerate(loader.classes):

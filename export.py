@@ -50,12 +50,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: a value is not allowed, or a package is missing.
     """
-    parser = Parser(
-        usage="python export.py [--option value] ...",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("export.py", __doc__)
     add = partial(parser.add_argument, metavar="")
     add("--format", type=comma_list, default="safetensors,onnx", help=f"{FORMATS.description}; default the first two")
     add("--maps", type=boolean, default=False, help="attention maps as outputs of ONNX; default false")

@@ -365,13 +365,9 @@ def given_options(argv: list[str] | None = None, program: str = "main.py") -> se
 
 
 def _make_parser(program: str) -> "Parser":
-    parser = Parser(
-        usage=f"python {program} [--option value] ...",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Train a self-attention GAN (arXiv 1805.08318). Results are written to ./samples, ./attn, "
-        "./models and ./logs, in a subfolder for each --version.",
-    )
+    parser = Parser(program, "Train a self-attention GAN (arXiv 1805.08318). Results are written to ./samples,\n"
+                             "./attn, ./models and ./logs, in a subfolder for each --version.")  # fmt: skip
+    parser.argument_default = argparse.SUPPRESS
     for title, fields in option_groups().items():
         group = parser.add_argument_group(title)
         for field in fields:
@@ -383,11 +379,15 @@ def _make_parser(program: str) -> "Parser":
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line. `usage` starts with the command, before " ["."""
+    """The parser of a program, given by its path, whose errors are one line."""
+
+    def __init__(self, program: str, description: str):
+        super().__init__(f"python {program}", "%(prog)s [--option value] ...", description, allow_abbrev=False)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line instead of the usage and a line."""
-        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.usage.partition(' [')[0]} --help)\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
 
 
 def boolean(text: str) -> bool:

@@ -218,12 +218,12 @@ class Tester:
 
     def _write_playground(self, z: Tensor, label: Tensor | None) -> Path:
         """Write the grid between four z (4, z_dim) for each class, first for that of `label` (1,). Returns its path."""
-        numbers = [] if label is None else [*dict.fromkeys([label.item(), *self.selected_classes])][:CLASS_ROWS]
-        classes = [(self.classes[number], number) for number in numbers] or [("", None)]
+        numbers = [] if label is None else [*dict.fromkeys([label.item(), *self.selected_classes])]
+        classes = [(self.classes[number], number) for number in numbers[:CLASS_ROWS]] or [("", None)]
         corner = f"the z nearest to {Path(self.config.project).name}" if self.config.project else ""
         playground = generate_playground(self.G, z, self.directions, classes)
         path = self.folder / "playground.html"
-        page = playground_page(playground, f"{self.config.version}, step {self.step}", corner)
+        page = playground_page(playground, f"{self.config.version}, step {self.step}", corner, len(numbers))
         path.write_text(page, encoding="utf-8")
         return path
 

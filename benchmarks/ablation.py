@@ -20,7 +20,6 @@ Writes to --out (./ablation): the results of each run in the usual folders and, 
 by side, and curves. The default metric, hog, needs OpenCV only; with torch-fidelity, add kid, and for faces, faces.
 """
 
-import argparse
 import ctypes
 import io
 import itertools
@@ -83,27 +82,54 @@ class Run(NamedTuple):
         return (self.config.model_folder / f"{self.config.total_step}_state.pth").exists()
 
 
-def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arguments: Sequence[str]) -> list[Run]:
+def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arguments: list[str]) -> list[Run]:
     """Return all runs, seed by seed.
 
     Args:
-        vary: name and values of each option that differs; names and values are joined by "+" where several do at once.
+        vary: see `read_axes`.
         arguments: options of main.py for all runs.
 
     Raises:
         UserError: an option cannot be varied or given, or has fewer than two values.
         SystemExit: main.py does not allow an option or a value, which is said in one line on stderr.
     """
+    given = given_options(arguments, PROGRAM)
+    if set_here := sorted(given & OWN_OPTIONS):
+        raise UserError(f"--{set_here[0]} is set for each run: use --seeds and --out")
+    axes = read_axes(vary, given)
+    names = [name for group, _ in axes for name in group]
+    words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
+    every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
+    words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
+    words += [*arguments, "--pretrained_model=auto"]
+    words += [f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items()]
+    runs = []
+    for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, values in axes))):
+        varied = [f"{name}={value}" for name, value in zip(names, itertools.chain(*values), strict=True)]
+        variant = ",".join(varied)
+        if not NAME.check(version := f"{variant},seed={seed}"):
+            raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
+        own = [*words, *(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
+        runs.append(Run(variant, seed, own, get_parameters(own, PROGRAM)))
+    for group, values in axes:
+        if len({tuple(getattr(run.config, name) for name in group) for run in runs}) < max(2, len(values)):
+            raise UserError(f"--vary {'+'.join(group)} needs two or more different values: --vary attention full none")
+    return runs
+
+
+def read_axes(vary: Sequence[Sequence[str]], given: Set[str]) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the names of the options that each --vary changes, and the values that it gives them together.
+
+    Args:
+        vary: name and values of each; names and values are joined by "+" where several change at once.
+        given: names of the options that are the same for all runs.
+    """
     axes = [(joined.split("+"), [value.split("+") if "+" in joined else [value] for value in values])
             for joined, *values in vary]  # fmt: skip
     names = [name for group, _ in axes for name in group]
-    if unknown := [name for name in names if name not in Config.__dataclass_fields__]:
-        raise UserError(f"--vary {unknown[0]}: there is no such option of main.py")
-    given = given_options([*arguments], PROGRAM)
-    words = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
-    if set_here := sorted(given & OWN_OPTIONS):
-        raise UserError(f"--{set_here[0]} is set for each run: use --seeds and --out")
     for name in names:
+        if name not in Config.__dataclass_fields__:
+            raise UserError(f"--vary {name}: there is no such option of main.py")
         if name in OWN_OPTIONS:
             raise UserError(f"--vary {name}: it is set for each run; use --seeds and --out")
         if name in given or names.count(name) > 1:
@@ -111,26 +137,7 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
     for group, values in axes:
         if wrong := ["+".join(value) for value in values if len(value) != len(group)]:
             raise UserError(f"--vary {'+'.join(group)}: {wrong[0]} must have {len(group)} values, joined by +")
-    every = max(1, get_parameters([*words, *arguments], PROGRAM).total_step // EVALUATIONS)
-    words += [f"--{name}={every}" for name in ("metric_step", "sample_step") if name not in given]
-    words += [*arguments, *(f"--{name}={Path(out) / folder}" for name, folder in FOLDERS.items())]
-    runs = []
-    for seed, values in itertools.product(dict.fromkeys(seeds), itertools.product(*(values for _, values in axes))):
-        varied = [f"{name}={value}" for name, value in zip(names, itertools.chain(*values), strict=True)]
-        variant = ",".join(varied)
-        if not NAME.check(version := f"{variant},seed={seed}"):
-            raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
-        own = [
-            *(f"--{option}" for option in varied),
-            f"--seed={seed}",
-            f"--version={version}",
-            "--pretrained_model=auto",
-        ]
-        runs.append(Run(variant, seed, [*words, *own], get_parameters([*words, *own], PROGRAM)))
-    for group, values in axes:
-        if len({tuple(getattr(run.config, name) for name in group) for run in runs}) < max(2, len(values)):
-            raise UserError(f"--vary {'+'.join(group)} needs two or more different values: --vary attention full none")
-    return runs
+    return axes
 
 
 def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str]) -> list[Run]:
@@ -151,7 +158,7 @@ def limit_minutes(runs: Sequence[Run], minutes: float, out: Path, given: Set[str
         every = max(1, steps // EVALUATIONS)
         values = {"total_step": steps, "metric_step": every, "sample_step": every}
         arguments = run.arguments + [f"--{name}={values[name]}" for name in LENGTH - given]
-        limited.append(Run(run.variant, run.seed, arguments, get_parameters(arguments, PROGRAM), minutes))
+        limited.append(run._replace(arguments=arguments, config=get_parameters(arguments, PROGRAM), minutes=minutes))
     return limited
 
 
@@ -318,9 +325,7 @@ def report(runs: Sequence[Run], path: Path, command: str) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code: of the first run that did not finish, or 0."""
-    make_output_robust()
-    parser = Parser(usage=f"python {PROGRAM} [--option value] ...", allow_abbrev=False, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
                         help="an option of main.py and the values to compare")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default 0 1")
@@ -338,7 +343,7 @@ def main() -> int:
     for run in runs:
         check_run(run)
     path = out / f"ablation_{'_'.join(names)}"
-    command = shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]])
+    command = shlex.join(["python", PROGRAM, *sys.argv[1:]])
     for number, run in enumerate(runs, start=1):
         if run.is_finished:
             continue

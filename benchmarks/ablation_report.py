@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from visuals.curves import import_matplotlib, running_mean, series_style
+from visuals.figures import read_picture
 
 NAMES = {  # of the curves that are compared, in the table and in the figure
     "faces": "face rate",
@@ -83,9 +83,9 @@ def write_figure(path: Path, results: Results, grids: Mapping[tuple[str, int], P
     for row, seed in zip(top.subplots(len(seeds), len(results), squeeze=False), seeds, strict=True):
         for axes, variant in zip(row, results, strict=True):
             axes.axis("off")
-            if (variant, seed) in grids and grids[variant, seed].exists():
+            if (variant, seed) in grids and (grid := read_picture(grids[variant, seed])):
                 axes.set_title(f"{variant}, seed {seed}".replace(",", "\n"), fontsize="small")
-                axes.imshow(Image.open(grids[variant, seed]))
+                axes.imshow(grid)
     lines = {}  # by variant, for the legend
     for axes, name in itertools.zip_longest(bottom.subplots(rows, 2, squeeze=False).flat, shown):
         if name is None:  # an odd number of curves

@@ -20,17 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_loader import Loader, to_model_range
 from errors import UserError, exit_code
 from main import make_loader
-from parameter import get_parameters, given_options
+from parameter import Parser, get_parameters, given_options
 from tester import Tester
 from training.previews import draw_z
 from training.resuming import check_classes, load_test_checkpoint
 from utils import progress, setup_device
 
+PROGRAM = "benchmarks/class_accuracy.py"
 STEPS, BATCH = 400, 64
 WIDTHS = (3, 16, 32, 64, 64)
 
 
-def train_classifier(images: Tensor, labels: Tensor, num_classes: int, steps: int = STEPS) -> nn.Module:
+def train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> nn.Module:
     """Train a network that names the classes of images (N, S, S, 3) uint8, with labels (N,); from a fixed seed."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU())
@@ -38,7 +39,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int, steps: in
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * WIDTHS[-1], num_classes))
     network.to(labels.device)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for _ in progress(range(steps), "training the classifier", "step"):
+    for _ in progress(range(STEPS), "training the classifier", "step"):
         rows = torch.randint(len(labels), (BATCH,))
         batch = to_model_range(images[rows.to(images.device)].to(labels.device))
         optimizer.zero_grad()
@@ -57,13 +58,11 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def measure(loader: Loader, tester: Tester) -> None:
     """Print the table for an opened loader and the tester of a checkpoint of its classes."""
-    held_out = torch.arange(len(loader.labels), device=loader.labels.device) % 10 == 9
-    kept = held_out.logical_not()
-    classifier = train_classifier(
-        loader.images[kept.to(loader.images.device)], loader.labels[kept], len(loader.classes)
-    )
-    images = loader.images[held_out.to(loader.images.device)].to(loader.labels.device)
-    real = accuracy(classifier, to_model_range(images), loader.labels[held_out])
+    images, labels = loader.images, loader.labels
+    held_out = torch.arange(len(labels), device=labels.device) % 10 == 9
+    classifier = train_classifier(images[~held_out.to(images.device)], labels[~held_out], len(loader.classes))
+    images = images[held_out.to(images.device)].to(labels.device)
+    real = accuracy(classifier, to_model_range(images), labels[held_out])
     z = draw_z(tester.config, tester.config.num_samples, tester.device)
     rows = []
     for number, name in enumerate(loader.classes):
@@ -80,11 +79,8 @@ def measure(loader: Loader, tester: Tester) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
-    if {"-h", "--help"} & {*sys.argv}:
-        print(__doc__)
-        return 0
-    config = get_parameters(program="benchmarks/class_accuracy.py")
-    saved, config = load_test_checkpoint(config, given_options())
+    _, arguments = Parser(PROGRAM, __doc__).parse_known_args()
+    saved, config = load_test_checkpoint(get_parameters(arguments, PROGRAM), given_options(arguments))
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")
     device = setup_device(config.device)

@@ -49,8 +49,9 @@ def find_images(
     images, others, unlisted, left_out = [], Counter(), [], []
     for folder, subfolders, names in os.walk(root, onerror=unlisted.append, followlinks=True):
         real = os.path.realpath(folder)
-        if real in excluded | seen:
-            left_out += [folder] if real in excluded else []
+        if real in excluded:
+            left_out.append(folder)
+        if real in excluded or real in seen:
             subfolders.clear()
             continue
         seen.add(real)

@@ -16,7 +16,6 @@ from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
-from training.checkpoint import read_export
 from training.previews import samples_grid
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
@@ -50,20 +49,21 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
         raise UserError("--format weights needs a checkpoint with a discriminator")
     folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
     others = read_other_formats(folder, formats, metadata)
-    maps = others.get("onnx", {}).get("maps", "").split()
     metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
     if not config.overwrite:
         check_folder(folder, others)
     check_writable(folder)
+    contents = network_files(networks, metadata, formats, with_maps)
+    available = {*formats, *others}
+    maps = others.get("onnx", {}).get("maps", "").split()
     if with_maps:
         maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
-    contents = network_files(networks, metadata, formats, with_maps)
     num_images = saved.state["data"].get("training_images") if saved.state else None
     digests = {  # of weights to train from: those that are written now, and those that stay
         name: hashlib.sha256(contents[name] if name in contents else (folder / name).read_bytes()).hexdigest()
-        for name in (FILES["weights"] if "weights" in {*formats, *others} else ())
+        for name in (FILES["weights"] if "weights" in available else ())
     }
-    card = model_card(as_text(config.version), metadata, num_images, metrics, {*formats, *others}, maps, digests)
+    card = model_card(as_text(config.version), metadata, num_images, metrics, available, maps, digests)
     if config.overwrite or not (folder / "model_card.md").exists():
         contents["model_card.md"] = card.encode("utf-8")
     if config.overwrite or not (folder / "samples.png").exists():
@@ -84,9 +84,9 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
     for name in FILES.keys() - formats:
-        read = onnx_file.read_metadata if name == "onnx" else lambda path: read_export(path)[1]
+        module = onnx_file if name == "onnx" else safetensors_file
         with suppress(Exception):  # it is missing or damaged, or its library is missing
-            entries = [read(folder / file) for file in FILES[name]]
+            entries = [module.read_metadata(folder / file) for file in FILES[name]]
             if all(metadata.items() <= of_file.items() for of_file in entries):
                 found[name] = entries[0]
     return found

@@ -114,7 +114,7 @@ def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: C
     """
     dataset = config.dataset if "dataset" in given else (saved.metadata or {"dataset": ""})["dataset"]
     dataset = saved.state["config"]["dataset"] if saved.state else dataset
-    data, terms, _ = DATASETS.get(dataset, DATASETS[""])
+    data, terms, _ = DATASETS[dataset]
     return {
         "content": EXPORT_CONTENT,
         "content_version": EXPORT_VERSION,
@@ -154,8 +154,8 @@ def model_card(
     num_images: int | None,
     metrics: Mapping[str, Any] | None,
     formats: Collection[str],
-    maps: Sequence[str] = (),
-    digests: Mapping[str, str] | None = None,
+    maps: Sequence[str],
+    digests: Mapping[str, str],
 ) -> str:
     """Return the card in Markdown.
 
@@ -166,10 +166,10 @@ def model_card(
         metrics: from `read_metrics`.
         formats: of the files beside the card: "safetensors", "onnx", "weights".
         maps: names of the attention maps that generator.onnx returns.
-        digests: SHA-256 of the files of "weights".
+        digests: SHA-256 of the files of "weights", by name.
     """
     classes = [f"{number}: {_escape(name)}" for number, name in enumerate(json.loads(metadata["classes"]))]
-    _, _, front_matter = DATASETS.get(metadata["dataset"], DATASETS[""])
+    _, _, front_matter = DATASETS[metadata["dataset"]]
     values = metadata | {
         "title": _escape(title),
         "front_matter": front_matter + ("" if classes else "\npipeline_tag: unconditional-image-generation"),
@@ -183,7 +183,7 @@ def model_card(
         "numpy_labels": f', "labels": np.arange(16, dtype=np.int64) % {len(classes)}' if classes else "",
         "torch_labels": f", torch.arange(16) % {len(classes)}" if classes else "",
         "maps": f"\nAttention maps are outputs too: {', '.join(maps)} (B, queries, keys).\n" if maps else "",
-        "digests": "\n".join(f"    {digest}  {name}" for name, digest in (digests or {}).items()),
+        "digests": "\n".join(f"    {digest}  {name}" for name, digest in digests.items()),
     }
     texts = {"onnx": ONNX, "safetensors": TORCH, "weights": WEIGHTS}
     return "".join([CARD, *(text for name, text in texts.items() if name in formats)]).format_map(values)

@@ -7,9 +7,9 @@ onnx, onnxscript and onnxruntime are optional dependencies, imported when they a
 """
 
 import copy
-import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> by
     return content
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of an ONNX file; raises what onnx does where it cannot be read."""
     import onnx
 

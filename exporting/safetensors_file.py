@@ -5,7 +5,9 @@ from them, and numbers of half the size. Such a file has a header of JSON and nu
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -16,6 +18,12 @@ def safetensors_bytes(weights: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Return the content of a file of these weights, which are on the CPU, and metadata."""
     # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
     return save({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt", **metadata})
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a file, of which only the header is read; raises what safetensors does where it cannot."""
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 def weights_bytes(network: nn.Module, metadata: Mapping[str, str]) -> bytes:

@@ -24,7 +24,7 @@ def nearest_images(queries: Tensor, images: Tensor, count: int) -> Nearest:
     Args:
         queries: (K, 3, S, S) in [-1, 1].
         images: (N, S, S, 3) uint8, may be memory-mapped; only `CHUNK` of them are in memory as floats.
-        count: M, number of neighbors to return for each query, at most N.
+        count: M, number of neighbors to return for each query; N if that is less.
     """
     queries = queries.flatten(1).float()  # (K, 3 * S * S)
     distances = []  # (K, CHUNK) each

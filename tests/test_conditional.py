@@ -196,7 +196,7 @@ def test_of_many_classes_eight_are_shown_and_all_have_samples(make, tmp_path):
     for path in (trainer.config.sample_folder / "1_ema.png", tested.folder / "grid.png"):
         assert Image.open(path).height == 2 + 8 * 66
     data = page_data(tested.folder / "playground.html")
-    assert [shown["name"] for shown in data["classes"]] == names[:8]
+    assert [shown["name"] for shown in data["classes"]] == names[:8] and data["allClasses"] == len(names)
     assert sorted(path.parent.name for path in tested.folder.glob("samples/*/00000.png")) == names
 
 

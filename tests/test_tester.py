@@ -171,6 +171,16 @@ def test_weights_alone_and_a_generator_alone_are_enough(trained, make_config):
     assert (trained.config.attn_folder / "500_explorer.html").exists()
 
 
+@pytest.mark.parametrize("part, key", [("ema", "l1.0.module.weight_bar"), ("ema", "last.0.bias"), ("D", "attn1.gamma")])
+def test_weights_that_are_not_finite_are_refused(trained, make_config, part, key):
+    path = trained.config.model_folder / "3_state.pth"
+    state = torch.load(path)
+    state[part][key].fill_(torch.nan)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="checkpoint 3 has weights that are NaN or Inf"):
+        make_tester(make_config(), None)
+
+
 def test_other_images_than_those_of_the_checkpoint_are_pointed_out(trained, make_config, make_trainer, capsys):
     make_tester(make_config(), make_trainer(toy_num=24, version="other").loader)
     assert "24 images; it had 20" in capsys.readouterr().err

@@ -54,7 +54,11 @@ class TestNetworks(NamedTuple):
 
 
 def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetworks:
-    """Return the networks of a checkpoint, with `--use_ema` the EMA generator; `UserError` if it is incomplete."""
+    """Return the networks of a checkpoint, with `--use_ema` the EMA generator.
+
+    Raises:
+        UserError: it is incomplete, or has weights that are not finite.
+    """
     classes = saved_classes(saved)
     is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
     G, D = build_networks(config, len(classes))
@@ -64,7 +68,10 @@ def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetw
         G.load_state_dict(saved.state["ema"] if saved.state and is_ema else saved.G)
         if saved.D is not None:
             D.load_state_dict(saved.D)
-    return TestNetworks(G.eval(), D.eval() if saved.D is not None else None, classes, is_ema)
+    D = D.eval() if saved.D is not None else None
+    if not all(tensor.isfinite().all() for network in (G, D) if network for tensor in network.state_dict().values()):
+        raise UserError(f"checkpoint {saved.step} has weights that are NaN or Inf: use an earlier one")
+    return TestNetworks(G.eval(), D, classes, is_ema)
 
 
 def saved_architecture(saved: checkpoint.Checkpoint) -> dict[str, int | str | bool]:

@@ -16,6 +16,7 @@ import sys
 from array import array
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -61,14 +62,15 @@ def read_curves(folder: Path, step: int) -> dict[str, np.ndarray]:
                     tables.setdefault(tuple(entry), array("d")).extend(array("d", entry.values()))
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue
-    parts: dict[str, list[np.ndarray]] = {}
-    for names, values in tables.items():
-        columns = dict(zip(names, np.array(values).reshape(-1, len(names)).T, strict=True))
-        steps = columns.pop("step")
-        for name, column in columns.items():
-            parts.setdefault(name, []).append(np.stack([steps, column], axis=1)[np.isfinite(column)])
-    curves = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return {name: points[points[:, 0].argsort(kind="stable")] for name, points in curves.items() if len(points)}
+    columns = {names: np.asarray(values).reshape(-1, len(names)).T for names, values in tables.items()}
+    curves = {}
+    for name in dict.fromkeys(chain(*tables)):
+        rows = [table[[names.index("step"), names.index(name)]] for names, table in columns.items() if name in names]
+        points = np.concatenate(rows, axis=1).T
+        points = points[np.isfinite(points[:, 1])]
+        if name != "step" and len(points):
+            curves[name] = points[points[:, 0].argsort(kind="stable")]
+    return curves
 
 
 def import_matplotlib() -> ModuleType:

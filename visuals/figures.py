@@ -6,6 +6,7 @@ Images are tensors (B, 3, S, S) in [-1, 1]; attention maps are (B, N, M), see `v
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,13 +76,19 @@ def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) ->
     palette[0].save(path, format="GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0)
 
 
+def read_picture(path: Path) -> Image.Image | None:
+    """Return a PNG file in RGB; None if it is missing or damaged."""
+    with suppress(Exception), Image.open(path, formats=["PNG"]) as file:  # Pillow's readers raise nearly any type
+        return file.convert("RGB")
+    return None
+
+
 def progress_frames(grids: Mapping[int, Path], width: int = 400) -> list[Image.Image]:
     """Return sample grids, given by step, scaled to one size with the step below each; skip unreadable files."""
     frames = []
     for step, path in grids.items():
-        try:
-            grid = Image.open(path).convert("RGB")
-        except OSError:  # incomplete
+        grid = read_picture(path)
+        if grid is None:
             continue
         height = round(grid.height * width / grid.width)
         frame = Image.new("RGB", (width, height + 24), BACKGROUND)

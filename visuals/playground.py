@@ -88,12 +88,13 @@ def latent_grid(corners: Tensor, side: int) -> Tensor:
     return slerp(top, bottom, side).transpose(0, 1).flatten(0, 1)
 
 
-def playground_page(playground: Playground, title: str, corner: str = "") -> str:
+def playground_page(playground: Playground, title: str, corner: str = "", all_classes: int = 0) -> str:
     """Return the page as HTML.
 
     Args:
         title: plain text.
         corner: what the top left corner is, plain text; "" for a sample.
+        all_classes: how many there are; the page may have fewer.
     """
     side, directions, steps, grids = playground
     entries = [
@@ -108,7 +109,7 @@ def playground_page(playground: Playground, title: str, corner: str = "") -> str
         for grid in grids
     ]
     data = {"side": side, "size": grids[0].pixels.shape[1], "directions": directions, "steps": steps, "reach": REACH,
-            "corner": corner, "classes": entries}  # fmt: skip
+            "corner": corner, "classes": entries, "allClasses": all_classes}  # fmt: skip
     return fill_template("playground", title, data)
 
 

@@ -27,6 +27,7 @@ from datasets.labels import join_names
 from parameter import Config, option_groups, option_text
 from utils import evenly_spaced, files_by_step
 from visuals.curves import line_chart, read_curves
+from visuals.figures import read_picture
 from visuals.pages import escape
 
 FRAMES = 30  # steps whose samples the slider shows
@@ -106,11 +107,11 @@ def report_page(
         facts="".join(f"<li>{escape(fact)}</li>" for fact in [*facts, f"updated {datetime.now():%Y-%m-%d %H:%M}"]),
         step=step,
         total=config.total_step,
-        resume="Train further, with a higher --total_step" if finished else "Resume this run",
+        resume=_prose("Train further, with a higher --total_step" if finished else "Resume this run"),
         charts="".join(_charts(log, best)),
         attention=_attention(config, step),
         options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),
-        command=escape(config.command_line(pretrained_model=str(step))),
+        command=_prose(config.command_line(pretrained_model=str(step))),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 
@@ -138,7 +139,7 @@ def _charts(log: Mapping[str, np.ndarray], best: Mapping[str, Any]) -> Iterator[
     for title, pattern, y_label, note in [*CHARTS, *others]:
         series = {name.rpartition("/")[2]: log[name] for name in log if re.fullmatch(pattern, name)}
         if series:
-            caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+            caption = f"<figcaption>{_prose(note)}</figcaption>" if note else ""
             mark = best["step"] if best.get("metric") in series else None
             chart = line_chart(title, series, y_label=y_label, mark=mark)
             yield f'<figure class="card chart">{chart}{caption}</figure>'
@@ -157,10 +158,8 @@ def _frames(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def picture(path: Path, size: tuple[int, int]) -> str:
     """Return a PNG file as the data URI of a JPEG of at most `size` pixels; "" if it is missing or damaged."""
-    try:
-        with Image.open(path, formats=["PNG"]) as file:
-            image = file.convert("RGB")
-    except Exception:  # a damaged file can make Pillow's readers raise nearly anything
+    image = read_picture(path)
+    if image is None:
         return ""
     image.thumbnail(size, Image.Resampling.LANCZOS)
     for quality in QUALITIES:
@@ -201,6 +200,11 @@ def _option_group(config: Config, title: str, fields: Sequence[Field]) -> str:
         text = escape(option_text(value))
         rows.append(f"<div{' class=changed' * changed}><dt>{field.name}</dt><dd>{text}{default}</dd></div>")
     return f'<div class="card options"><h3>{title}</h3><dl>{"".join(rows)}</dl></div>'
+
+
+def _prose(text: str) -> str:
+    """Escape text for HTML. Browsers would break an option between its dashes."""
+    return re.sub(r"--\w+", r'<span class="option">\g<0></span>', escape(text))
 
 
 def _link(path: Path, start: Path) -> str:

@@ -12,7 +12,7 @@ from parameter import DATASET
 
 
 def card(metrics=None, formats=("safetensors", "onnx"), maps=(), title="cats", num_images=20, **changes):
-    return model_card(title, export_metadata(**changes), num_images, metrics, formats, maps)
+    return model_card(title, export_metadata(**changes), num_images, metrics, formats, maps, {})
 
 
 @pytest.mark.parametrize("dataset, license, hub_name, terms", [

@@ -82,8 +82,10 @@ def test_progress_is_animated_without_damaged_grids_and_other_sizes(tmp_path):
     colors = {1: (9, 9, 9), 2: (200, 30, 40), 30: (30, 200, 40), 31: (30, 40, 200)}
     for step, size in ((1, (40, 80)), (2, (64, 64)), (30, (32, 32)), (31, (32, 32))):
         Image.new("RGB", size, colors[step]).save(tmp_path / f"{step}.png")
-    (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
-    frames = figures.progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 30, 31)}, width=100)
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "4.png").write_bytes(whole[:50])
+    (tmp_path / "5.png").write_bytes(whole[:36] + b"\0IDAT" + whole[41:])  # of length 0: a SyntaxError of Pillow's
+    frames = figures.progress_frames({step: tmp_path / f"{step}.png" for step in (1, 2, 4, 5, 30, 31)}, width=100)
     assert all(frame.size == (100, 124) for frame in frames) and figures.progress_frames({}) == []
     figures.save_animation(tmp_path / "a.gif", frames, seconds=0.2)
     with Image.open(tmp_path / "a.gif") as gif:

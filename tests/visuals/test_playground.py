@@ -69,7 +69,7 @@ class Page(BrowserPage):
 def show(quiet_browser, tmp_path):
     """A function that opens the page of a playground."""
     path = tmp_path / "page.html"
-    return lambda playground, title="title": Page(quiet_browser, path, playground_page(playground, title))
+    return lambda playground, *texts: Page(quiet_browser, path, playground_page(playground, *texts or ["title"]))
 
 
 @torch.no_grad()
@@ -228,7 +228,8 @@ def test_layout_and_names_with_markup(show):
         image, chart, labels = page.find("#image").rect, page.find("#grid").rect, page.find_all("#classes label")
         panels = page.find_all("figure")
         assert (len(labels), len(panels)) == (classes, layers)
-        assert [page.find(part).is_displayed() for part in ("#maps", "#classes")] == [layers > 0, classes > 0]
+        shown = [page.find(part).is_displayed() for part in ("#maps", "#classes", "#more-classes")]
+        assert shown == [layers > 0, classes > 0, False]
         assert chart["width"] > 0.8 * 320 and image["width"] > 0.6 * 320
         assert image["y"] + image["height"] <= chart["y"] <= 700 - chart["height"]  # no finger covers the image
         assert all(panel.rect["y"] > chart["y"] + chart["height"] for panel in panels)
@@ -238,7 +239,8 @@ def test_layout_and_names_with_markup(show):
         assert page.script("return document.querySelector('#image').getBoundingClientRect().top >= 0")
         assert all(label.size["height"] >= 44 for label in labels)
     grids = [CLASS_GRIDS[0]._replace(class_name=MARKUP), *CLASS_GRIDS[1:]]
-    page = show(WITH_CLASSES._replace(grids=grids), MARKUP)
+    page = show(WITH_CLASSES._replace(grids=grids), MARKUP, "", 1200)
+    assert page.find("#more-classes").text == "5 of 1,200 classes are shown; --class_name selects others."
     assert page.browser.title == page.find("h1").text == MARKUP
     assert page.find("#classes span").get_attribute("textContent") == page.state()["class"] == MARKUP
     assert not page.find_all("h1 *, #classes span *")

@@ -51,7 +51,9 @@ def toy_run(finished, empty_run, tmp_path) -> Config:
 
 
 def page_of(config: Config, step: int, machine: str = "cpu in fp32", state: str = "running", best=()) -> str:
-    return report_page(config, machine, (), step, state, dict(best))
+    """The page, without the marks around options."""
+    page = report_page(config, machine, (), step, state, dict(best))
+    return re.sub('<span class="option">(.*?)</span>', r"\1", page)
 
 
 def parts_of(page):
@@ -215,11 +217,13 @@ def test_the_slider_and_the_command(quiet_browser, toy_run):
 def test_nothing_overflows_and_text_contrasts(quiet_browser, toy_run, tmp_path, width, scheme):
     long = dataclasses.replace(toy_run, version="w" * 100, image_path="p" * 200)
     toy_run.log_folder.rename(long.log_folder)
-    text = page_of(long, 4, "m" * 60, "stopped by SIGTERM")
+    text = report_page(long, "m" * 60, (), 4, "stopped by SIGTERM", {})
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     quiet_browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page = BrowserPage(quiet_browser, long.log_folder / "report.html", text)
     page.assert_fits(width)
+    lines = page.script("return [...document.querySelectorAll('.option')].map(option => option.offsetHeight)")
+    assert len(lines) > 10 and 0 < max(lines) < 30  # not broken between dashes
     boxes = page.script(
         "return [...document.querySelectorAll('.chart text, #kinds button')].map(item => {"
         "const inner = item.getBoundingClientRect(), card = item.closest('svg, .card').getBoundingClientRect();"

@@ -185,7 +185,8 @@ class Tester:
         np.save(self.folder / "projection.npy", found.z[0].cpu().numpy())
         names = ["photo", *["held-out"] * len(real)]
         steps = [f"nearest of {draws}", *(f"step {step}" for step in projection.SHOWN_STEPS[1:])]
-        figure = projection_figure(images, found.images, found.rmse, names, steps, f"Photo{kind}: {distance}.")
+        footer = f"Photo{kind}: {distance}.".replace("; ", ";\n")
+        figure = projection_figure(images, found.images, found.rmse, names, steps, footer)
         figure.save(self.folder / "projection.png")
         return found.z[:1], label
 

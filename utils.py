@@ -257,6 +257,6 @@ class _LineStream(io.TextIOBase):
     """Prints what tqdm writes, a bar after each carriage return, as lines on stderr."""
 
     def write(self, text: str) -> int:
-        if bar := text.strip():
+        if bar := text.replace("\x1b[A", "").strip():  # with a second bar tqdm moves the cursor up
             print(bar, file=sys.stderr, flush=True)
         return len(text)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_loader import Loader, to_model_range
-from errors import UserError, exit_code
+from errors import UserError, exit_code, make_output_robust
 from main import make_loader
 from parameter import Parser, get_parameters, given_options
 from tester import Tester
@@ -79,6 +79,7 @@ def measure(loader: Loader, tester: Tester) -> None:
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
+    make_output_robust()
     _, arguments = Parser(PROGRAM, __doc__).parse_known_args()
     saved, config = load_test_checkpoint(get_parameters(arguments, PROGRAM), given_options(arguments))
     if not config.conditional:

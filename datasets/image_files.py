@@ -163,6 +163,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         gray = image.convert(image.mode[0])
         factor = _factor_to_8_bits(gray)
         image = gray.point(lambda value: value * factor).convert("L")
+        image.info.pop("transparency", None)  # a gray of the file's bits
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

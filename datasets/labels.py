@@ -32,7 +32,10 @@ class Labels(NamedTuple):
         if len(self.classes) < 2:
             raise UserError(f"--conditional true needs two classes or more; the only one is {join_names(self.classes)}")
         if few := [f"{name} has {counts[number]}" for number, name in enumerate(self.classes) if counts[number] < 2]:
-            raise UserError(f"--conditional true needs two images or more of each class: {', '.join(few[:LISTED])}")
+            few = ", ".join(few[:LISTED])
+            raise UserError(
+                f"--conditional true needs two images or more of each class: {few}; add images, or remove the class"
+            )
 
     def without(self, items: Sequence[int]) -> "Labels":
         """Return the labels of all items but these."""

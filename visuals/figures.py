@@ -23,7 +23,6 @@ QUERY_COLORS = ((255, 75, 75), (60, 200, 255), (120, 230, 90), (255, 200, 40))  
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)  # dark to bright
 TILE, GAP, CAPTION = 144, 8, 16  # pixels
 CLASS_ROWS = 8  # rows at most of a grid with a row for each class
-NAME_LENGTH = 20  # characters of a class's name in a figure
 TEXT, MUTED, LIGHT, BACKGROUND = (30, 30, 30), (110, 110, 110), (230, 230, 230), (255, 255, 255)
 
 
@@ -64,9 +63,17 @@ def sample_grid(
 
 
 def shorten(name: str) -> str:
-    """Return a name of at most `NAME_LENGTH` characters: the middle of a longer one is replaced by "..."."""
-    start = NAME_LENGTH // 2 - 1
-    return name if len(name) <= NAME_LENGTH else f"{name[:start]}...{name[start + 3 - NAME_LENGTH :]}"
+    r"""Return a class's name as figures show it: the middle is replaced by "..." if it is wider than a tile.
+
+    Characters that the font lacks become \u65e5 etc.: as boxes they would all look the same.
+    """
+    known = import_matplotlib().ft2font.FT2Font(_font_path()).get_charmap()
+    name = "".join(char if ord(char) in known else char.encode("ascii", "backslashreplace").decode() for char in name)
+    shown, left = name, len(name)
+    while _font(12).getlength(shown) > TILE:
+        left -= 1
+        shown = f"{name[: (left + 1) // 2]}...{name[len(name) - left // 2 :]}"
+    return shown
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
@@ -115,7 +122,7 @@ def comparison_figure(
     figure = Image.new("RGB", (lefts[-1] + side + GAP, header + len(images) * height + 18 * lines + GAP), BACKGROUND)
     draw = ImageDraw.Draw(figure)
     for left, title in zip(lefts, titles, strict=False):
-        draw.text((left, 8), title, TEXT, _font(14))
+        draw.text((left, 9), title, TEXT, _font(12))
     for row, names in enumerate(captions):
         top = header + row * height
         for left, pixels, name in zip(lefts, to_pixels(images[row]), names, strict=True):
@@ -133,7 +140,7 @@ def projection_figure(
     Args:
         images: (B, 3, S, S), with `names` below.
         course: (B, K, 3, S, S), with `steps` above and rmse (B, K) below.
-        footer: one line.
+        footer: one or more lines.
     """
     difference = (course[:, -1] - images) / 2
     rows = torch.cat([images[:, None], course, difference[:, None]], 1)
@@ -264,4 +271,8 @@ def _draw_legend(figure: Image.Image, corner: tuple[int, int], unit: str) -> Non
 @lru_cache
 def _font(size: int) -> ImageFont.ImageFont:
     """Return the font that comes with Matplotlib: Pillow's own has no letters beyond ASCII."""
-    return ImageFont.truetype(os.path.join(import_matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return ImageFont.truetype(_font_path(), size)
+
+
+def _font_path() -> str:
+    return os.path.join(import_matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf")

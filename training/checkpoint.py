@@ -142,6 +142,11 @@ def path_of(folder: Path, name: Name) -> Path:
     return _path(folder, name, "state" if has_state(folder, name) else "G")
 
 
+def is_in(folder: Path, path: Path) -> bool:
+    """Return whether a checkpoint's file is in this folder."""
+    return path.resolve().parent == folder.resolve()
+
+
 def peek_best(folder: Path) -> dict[str, Any]:
     """Return the state of the best checkpoint without reading its tensors; {} if it is missing or damaged."""
     return _peek(_path(folder, "best", "state"))

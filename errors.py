@@ -65,7 +65,7 @@ def exit_code(error: BaseException) -> int:
             f"this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a notebook, "
             "the kernel) and run the program first, or as a process of its own (in a notebook, by !python)"
         )
-    elif is_out_of_memory(error):
+    elif _is_out_of_memory(error):
         message = "out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         message = "no more threads can be started: raise ulimit -u, or the container's pids limit"
@@ -95,7 +95,7 @@ def _other_module() -> ModuleType | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, the system or torch could not allocate memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

@@ -80,8 +80,7 @@ class Trainer:
         self.guard = NonFiniteGuard(device)
 
         # The state of the run; a checkpoint must be loaded before the capture of a graph.
-        epoch_steps = len(loader) / config.n_critic
-        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, epoch_steps)
+        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, len(loader) / config.n_critic)
         self.state = TrainingState(
             0, self.G, self.D, self.ema.network, self.g_optimizer, self.d_optimizer, fixed_z, schedule
         )

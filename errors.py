@@ -55,33 +55,29 @@ def make_output_robust() -> None:
 
 def exit_code(error: BaseException) -> int:
     """Print the line that the user needs about an error, and return the exit code; raise the error if it is a bug."""
-    match error:
-        case PeerFailed():
-            return 2
-        case KeyboardInterrupt():  # before the training loop, in which it saves a checkpoint
-            print("interrupted", file=sys.stderr)
-            return 130
-        case RankLost():
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    if isinstance(error, PeerFailed):
+        return 2
+    if isinstance(error, KeyboardInterrupt):  # before the training loop, in which it saves a checkpoint
+        print("interrupted", file=sys.stderr)
+        return 130
     if isinstance(error, ImportError) and (other := _other_module()):
-        print(
-            f"error: this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a "
-            "notebook, the kernel) and run the program first, or as a process of its own (in a notebook, by !python)",
-            file=sys.stderr,
+        message = (
+            f"this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a notebook, "
+            "the kernel) and run the program first, or as a process of its own (in a notebook, by !python)"
         )
-    elif is_out_of_memory(error):
-        print("error: out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim", file=sys.stderr)
+    elif _is_out_of_memory(error):
+        message = "out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        print("error: no more threads can be started: raise ulimit -u, or the container's pids limit", file=sys.stderr)
+        message = "no more threads can be started: raise ulimit -u, or the container's pids limit"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}: free space, or choose other folders (see --help)", file=sys.stderr)
-    elif isinstance(error, (UserError, OSError)):  # OSError: such as a name that is too long
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name may have line breaks
+        message = f"{error.strerror}{where}: free space, or choose other folders (see --help)"
+    elif isinstance(error, (UserError, RankLost, OSError)):  # OSError: such as a name that is too long
+        message = " ".join(str(error).splitlines())  # a file's name may have line breaks
     else:
         raise error
-    return 2
+    print(f"error: {message}", file=sys.stderr)
+    return 1 if isinstance(error, RankLost) else 2
 
 
 def one_line(error: BaseException) -> str:
@@ -99,7 +95,7 @@ def _other_module() -> ModuleType | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether Python, the system or torch could not allocate memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

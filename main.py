@@ -108,10 +108,8 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
 def print_outcome(config: Config, step: int, signal_number: int) -> None:
     """Print how to resume after a signal, otherwise which files to open first."""
     if signal_number:
-        name = signal.Signals(signal_number).name
-        print(f"{name}: checkpoint saved at step {step}. Resume with:" if step else f"{name} before the first step")
-        if step:
-            print(f"  {config.command_line(pretrained_model=str(step))}")
+        resume = f"checkpoint saved at step {step}. Resume with:\n  {config.command_line(pretrained_model=str(step))}"
+        print(signal.Signals(signal_number).name + (f": {resume}" if step else " before the first step"))
         return
     print(f"training finished at step {step}. Open first:")
     explorer = [config.attn_folder / f"{step}_explorer.html"] if config.has_attention else []

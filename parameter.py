@@ -67,10 +67,8 @@ METRIC_RESULTS = {  # the names of what each metric computes, in the log and in 
 }
 DISTANCES = ("fid", "kid", "hog")  # the lower the better
 METRICS = subset_of(*METRIC_RESULTS)
-AUGMENTATIONS = Constraint(
-    lambda value: value == "none" or subset_of("color", "translation", "cutout").check(value),
-    "none, or one or more of color, translation, cutout, separated by commas",
-)
+POLICIES = subset_of("color", "translation", "cutout")
+AUGMENTATIONS = Constraint(lambda value: value == "none" or POLICIES.check(value), f"none, or {POLICIES.description}")
 WIDTH = Constraint(lambda value: 0 < value <= 1024 and value % 8 == 0, "a multiple of 8 from 8 to 1024")
 DATASET = one_of("celeb", "lsun", "cifar10", "folder", "toy")
 DEVICE = matches(r"auto|cpu|cuda(:\d{1,3})?|mps", "auto, cpu, cuda, cuda:N or mps")
@@ -288,9 +286,8 @@ class Config:
     @property
     def output_folders(self) -> list[Path]:
         """Folders that runs with any --version write to."""
-        paths = (self.sample_path, self.attn_path, self.model_save_path, self.log_path, self.cache_path,
-                 EXPORT_PATH)  # fmt: skip
-        return [Path(os.path.expanduser(path)) for path in paths]
+        others = (Path(os.path.expanduser(path)) for path in (self.cache_path, EXPORT_PATH))
+        return [*(folder.parent for folder in self.folders), *others]
 
     @property
     def architecture(self) -> dict[str, int | str | bool]:

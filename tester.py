@@ -80,12 +80,12 @@ class Tester:
         self.config, self.loader, self.device, self.step = config, loader, device, saved.step
         check_metrics(config, device)
         self.G, self.D, self.classes, self.is_ema = load_test_networks(saved, config)
-        if not (saved.state or saved.metadata) and loader is not None:  # weights alone have no names
-            self.classes = loader.classes
-        if loader is not None and saved.state is not None:
-            warn_of_other_images(saved.state["data"], loader.fingerprint)
-        if loader is not None and photo is not None:
-            warn_of_trained_holdout(saved.state and saved.state["data"], loader.fingerprint)
+        if loader is not None:
+            if not (saved.state or saved.metadata):  # weights alone have no names
+                self.classes = loader.classes
+            warn_of_other_images(saved, loader.fingerprint)
+            if photo is not None:
+                warn_of_trained_holdout(saved, loader.fingerprint)
         self.selected_classes = select_classes(config.class_name, self.classes)
         for network in filter(None, (self.G, self.D)):
             network.to(device, memory_format=conv_memory_format(device, "fp32"))

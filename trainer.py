@@ -58,9 +58,8 @@ class Trainer:
         ranks: Ranks = Ranks(),  # noqa: B008  it is immutable
         saved: Checkpoint | None = None,
     ):
-        self.config, self.loader, self.device, self.ranks = config, loader, device, ranks
+        self.config, self.loader, self.device, self.precision, self.ranks = config, loader, device, precision, ranks
         self.shard = ranks.shard(config.batch_size)  # this rank's part of each batch
-        self.precision = precision
         use_graph = can_capture(device, config.cuda_graph, ranks.size)
 
         # Networks
@@ -81,8 +80,7 @@ class Trainer:
         self.guard = NonFiniteGuard(device)
 
         # The state of the run; a checkpoint must be loaded before the capture of a graph.
-        epoch_steps = len(loader) / config.n_critic
-        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, epoch_steps)
+        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, len(loader) / config.n_critic)
         self.state = TrainingState(
             0, self.G, self.D, self.ema.network, self.g_optimizer, self.d_optimizer, fixed_z, schedule
         )
@@ -213,26 +211,25 @@ class Trainer:
             NonFiniteError: the run diverged; by then, all earlier checkpoints are on the disk.
         """
         config, previews, recorder = self.config, self.previews, None
+        machine = f"{self.device} in {self.precision}"
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
             with self.ranks.raise_together():
                 if self.ranks.rank == 0:
-                    machine = f"{self.device} in {self.precision}"
                     recorder = stack.enter_context(Recorder(config, self.step, machine, self.loader))
                     recorder.real_images("real", previews.real_images())
                     if self.augmentations:
                         recorder.real_images("augmented", previews.augmented_images())
             print(
-                f"training {config.model} at {config.imsize}x{config.imsize} on {self.device} in {self.precision}, "
+                f"training {config.model} at {config.imsize}x{config.imsize} on {machine}, "
                 f"world size {self.ranks.size}, global batch {config.batch_size}, {len(self.loader)} batches per epoch"
             )
             return self._loop(recorder, stop)
 
     def _loop(self, recorder: Recorder | None, stop: StopRequest) -> int:
         """Take steps until `total_step`, or a signal to any rank, whose number is returned. Rank 0 has the recorder."""
-        config, ranks, previews = self.config, self.ranks, self.previews
-        epochs = config.model_save_step * len(self.loader) / config.n_critic
-        save_step = max(config.min_save_step, round(epochs))
+        config, ranks = self.config, self.ranks
+        save_step = max(config.min_save_step, round(config.model_save_step * len(self.loader) / config.n_critic))
         intervals = {"log": config.log_step, "checkpoint": save_step, "samples": config.sample_step}
         intervals |= {"attention": config.attn_step} if config.has_attention else {}
         intervals |= {"metrics": config.metric_step} if config.metrics else {}
@@ -241,19 +238,9 @@ class Trainer:
             is_last = self.step == config.total_step
             return {name for name, steps in intervals.items() if self.step % steps == 0 or is_last}
 
-        due = due_now()
-        with ranks.raise_together():  # what a resumed run may lack: a branch its checkpoint, and what follows one
+        with ranks.raise_together():
             if recorder and self.step:
-                is_branch = config.pretrained_file is not None
-                # Such as of the best checkpoint: later ones are removed, and "latest" must find this one.
-                if is_branch or not has_state(config.model_folder, self.step):
-                    recorder.checkpoint(self.step, self._saved_state(), export=is_branch)
-                if is_branch or "samples" in due:
-                    recorder.samples(self.step, previews.samples())
-                if "attention" in due:
-                    recorder.attention(self.step, previews.attention())
-                if "metrics" in due and not recorder.has_scores(self.step):
-                    self._evaluate(recorder, stop)
+                self._record_resumed(recorder, due_now(), stop)
         signal_number = ranks.max(stop.signal_number)
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
@@ -264,31 +251,48 @@ class Trainer:
                 stats = ranks.mean(stats)
             with ranks.raise_together():  # the other ranks wait here for what rank 0 computes
                 if recorder:
-                    recorder.advance(self.step)
-                    if due:
-                        self.guard.check_losses()
-                    if "log" in due:
-                        factor = self.state.schedule.factor(self.step - 1)
-                        recorder.log(self.step, stats | previews.scalars(self.step), factor)
-                    if "checkpoint" in due or recorder.is_save_overdue():  # before all that takes time
-                        recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
-                    if "samples" in due:
-                        recorder.samples(self.step, previews.samples())
-                    # Those of the last step follow the loop.
-                    if "attention" in due and self.step < config.total_step and not stop.signal_number:
-                        recorder.attention(self.step, previews.attention())
-                    if "metrics" in due:
-                        self._evaluate(recorder, stop)
+                    self._record(recorder, due, stats, stop)
             signal_number = ranks.max(stop.signal_number)
 
         with ranks.raise_together():
             if recorder and signal_number and recorder.saved_step != self.step:
                 recorder.checkpoint(self.step, self._saved_state())
             if recorder and config.has_attention and self.step:
-                attention = previews.attention()
+                attention = self.previews.attention()
                 recorder.attention(self.step, attention)
                 recorder.explorer(self.step, attention)
         return signal_number
+
+    def _record_resumed(self, recorder: Recorder, due: set[str], stop: StopRequest) -> None:
+        """Record what the run that is resumed may lack: a branch its checkpoint, and what follows a checkpoint."""
+        is_branch = self.config.pretrained_file is not None
+        # Such as of the best checkpoint: later ones are removed, and "latest" must find this one.
+        if is_branch or not has_state(self.config.model_folder, self.step):
+            recorder.checkpoint(self.step, self._saved_state(), export=is_branch)
+        if is_branch or "samples" in due:
+            recorder.samples(self.step, self.previews.samples())
+        if "attention" in due:
+            recorder.attention(self.step, self.previews.attention())
+        if "metrics" in due and not recorder.has_scores(self.step):
+            self._evaluate(recorder, stop)
+
+    def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopRequest) -> None:
+        """Record a step and what is due after it."""
+        recorder.advance(self.step)
+        if due:
+            self.guard.check_losses()
+        if "log" in due:
+            factor = self.state.schedule.factor(self.step - 1)
+            recorder.log(self.step, stats | self.previews.scalars(self.step), factor)
+        if "checkpoint" in due or recorder.is_save_overdue():  # before all that takes time
+            recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
+        if "samples" in due:
+            recorder.samples(self.step, self.previews.samples())
+        # Those of the last step follow the loop.
+        if "attention" in due and self.step < self.config.total_step and not stop.signal_number:
+            recorder.attention(self.step, self.previews.attention())
+        if "metrics" in due:
+            self._evaluate(recorder, stop)
 
     def _evaluate(self, recorder: Recorder, stop: StopRequest) -> None:
         """Record the metrics of the EMA generator (of G without --use_ema), and the checkpoint if it is the best."""

@@ -46,10 +46,7 @@ def one_core(source: Source, folder: str, size: int) -> float:
     return len(items) / (time.perf_counter() - start)
 
 
-def main() -> None:
-    from data_loader import Loader  # not at the top: worker processes import this file, not torch
-    from datasets.cache import open_cache
-
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", help="folder of images; without it, noise images are written")
     parser.add_argument("--images", type=int, default=20_000, help="number of noise images")
@@ -57,8 +54,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    from data_loader import Loader  # not at the top: worker processes import this file, not torch
+    from datasets.cache import open_cache
+
+    arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         if not arguments.image_path:
             write_images(Path(scratch), arguments.images)

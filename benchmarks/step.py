@@ -58,7 +58,7 @@ class Contender(NamedTuple):
     mode: str
 
 
-def contenders(setting: Setting, only: str = "") -> list[Contender]:
+def contenders(setting: Setting, only: str) -> list[Contender]:
     """Return the contenders in this setting whose fields, joined as in "ours bf16 graph", contain `only`.
 
     The baseline has the networks of sagan at 64x64 only.
@@ -242,10 +242,10 @@ def main() -> None:
             torch.cuda.empty_cache()
         device, model, imsize, batch_size = setting
         print(f"\n{device}, {model}, {imsize}x{imsize}, batch {batch_size}: {work.flop / 1e9:.0f} GFLOP per step\n")
-        found = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
-        add_ratios(found, floors_ms(work, rates))
-        print(table(found), flush=True)
-        records += found
+        rows = measure(setting, contenders(setting, arguments.only), arguments.rounds, warm_up, block)
+        add_ratios(rows, floors_ms(work, rates))
+        print(table(rows), flush=True)
+        records += rows
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1), encoding="utf-8")
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from utils import files_by_step, write_atomically
 
 EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of safetensors files
 UNFOLDED = "not folded"  # "spectral_norm" in that of weights to train from
-Name = int | Literal["best"]  # of a checkpoint: its step, or "best"
+Name = int | str  # of a checkpoint: its step, as digits too, or "best"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def reraise_load_errors(name: Name | str) -> Iterator[None]:
+def reraise_load_errors(name: Name) -> Iterator[None]:
     """Raise `UserError` for parts that are missing or have the wrong shape, while a checkpoint's content is used."""
     try:
         yield
@@ -127,7 +127,7 @@ def reraise_load_errors(name: Name | str) -> Iterator[None]:
         raise UserError(f"checkpoint {name} is incomplete or incompatible: {one_line(error)}") from error
 
 
-def has_state(folder: Path, name: Name | str) -> bool:
+def has_state(folder: Path, name: Name) -> bool:
     """Return whether a checkpoint has its state file."""
     return _path(folder, name, "state").exists()
 
@@ -137,9 +137,14 @@ def has_any(folder: Path) -> bool:
     return bool(list_steps(folder)) or has_state(folder, "best")
 
 
-def path_of(folder: Path, name: Name | str) -> Path:
+def path_of(folder: Path, name: Name) -> Path:
     """Return the file that holds a checkpoint: its state, or the weights of G where there is none."""
     return _path(folder, name, "state" if has_state(folder, name) else "G")
+
+
+def is_in(folder: Path, path: Path) -> bool:
+    """Return whether a checkpoint's file is in this folder."""
+    return path.resolve().parent == folder.resolve()
 
 
 def peek_best(folder: Path) -> dict[str, Any]:
@@ -259,7 +264,7 @@ def _is_there(D_path: Path, needs_D: bool) -> bool:
     return D_path.exists()
 
 
-def _path(folder: Path, name: Name | str, part: str) -> Path:
+def _path(folder: Path, name: Name, part: str) -> Path:
     return folder / f"{name}_{part}.pth"
 
 

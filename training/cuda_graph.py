@@ -48,7 +48,7 @@ class GraphedStep:
             versions of torch do not free the memory of a failed capture.
     """
 
-    def __init__(self, step: Callable[[Inputs], dict[str, Tensor]], device: torch.device, fallback: bool = True):
+    def __init__(self, step: Callable[[Inputs], dict[str, Tensor]], device: torch.device, fallback: bool):
         self.step = step
         self.fallback = fallback
         self.stream = torch.cuda.Stream(device)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from errors import Tolerate
 from parameter import DISTANCES, METRIC_RESULTS, Config
 from training import checkpoint
 from training.background import Background
+from training.checkpoint import Name
 from training.guards import MIN_SAMPLES, CollapseCheck, OverfittingCheck, image_spread
 from training.log import RunLog
 from training.run_folders import init_folders, lock_folders, thin_results
@@ -184,7 +185,7 @@ class Recorder(AbstractContextManager):
         write = self._tolerate("the explorer")(write_explorer)
         self._background.submit(write, self.config.attn_folder, self.config.version, step, samples)
 
-    def checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool = True) -> None:
+    def checkpoint(self, name: Name, state: Mapping[str, Any], export: bool = True) -> None:
         """Save a copy of a state under the number of its step, or as the best one; see `checkpoint.save`."""
         if name == "best":
             state = {**state, "best": self.best}
@@ -211,7 +212,7 @@ class Recorder(AbstractContextManager):
             if self.config.keep_samples:
                 thin_results(folder, f"{name}.png", interval, self.config.keep_samples, step)
 
-    def _write_checkpoint(self, name: int | Literal["best"], state: Mapping[str, Any], export: bool) -> None:
+    def _write_checkpoint(self, name: Name, state: Mapping[str, Any], export: bool) -> None:
         self._log.flush()  # a run that resumes here finds all log entries up to here
         config = self.config
         checkpoint.save(config.model_folder, name, state, export=export, keep_checkpoints=config.keep_checkpoints)

@@ -36,7 +36,7 @@ def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
             return None
         wanted = Path(os.path.expanduser(config.init_from))
         wanted = wanted / "G.safetensors" if wanted.is_dir() else wanted
-        if config.overwrite and wanted.resolve().parent == config.model_folder.resolve():
+        if config.overwrite and checkpoint.is_in(config.model_folder, wanted):
             raise UserError(f"--overwrite true would delete {wanted}: move it, or choose another --version")
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
     saved = dataclasses.replace(saved, is_initial=is_new)
@@ -168,10 +168,10 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
         if saved.state and all(saved.state["data"].get(name) == data[name] for name in ("images", "checksum")):
-            warn_of_trained_holdout(saved.state["data"], data)
+            warn_of_trained_holdout(saved, data)
         return
     if saved.step:  # weights of step 0 are initial ones
-        warn_of_trained_holdout(saved.state and saved.state["data"], data)
+        warn_of_trained_holdout(saved, data)
     if saved.state is None:
         if saved.step:
             warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
@@ -180,7 +180,7 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
     print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
     if saved.step >= config.total_step:
         warn(f"there is nothing to train: step {saved.step} is not below --total_step {config.total_step}")
-    warn_of_other_images(saved.state["data"], data)
+    warn_of_other_images(saved, data)
 
 
 def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
@@ -238,24 +238,28 @@ def _command_line(options: Mapping[str, Any]) -> str:
     return " ".join(f"--{name} {option_text(value)}" for name, value in options.items())
 
 
-def warn_of_other_images(saved: Mapping[str, float], current: Mapping[str, float]) -> None:
-    """Print a warning if the images are not those that a checkpoint was trained with, by `Loader.fingerprint`."""
-    if saved["images"] != current["images"]:
-        warn(f"the dataset has {current['images']:,} images; it had {saved['images']:,} when the checkpoint was saved")
-    elif saved["checksum"] != current["checksum"]:
+def warn_of_other_images(saved: checkpoint.Checkpoint, current: Mapping[str, float]) -> None:
+    """Print a warning if a checkpoint was trained on other images than those with this `Loader.fingerprint`.
+
+    Of weights alone that is not known.
+    """
+    data = saved.state["data"] if saved.state else current
+    if data["images"] != current["images"]:
+        warn(f"the dataset has {current['images']:,} images; it had {data['images']:,} when the checkpoint was saved")
+    elif data["checksum"] != current["checksum"]:
         warn(f"the {current['images']:,} images are not those of the checkpoint")
 
 
-def warn_of_trained_holdout(saved: Mapping[str, float] | None, current: Mapping[str, float]) -> None:
+def warn_of_trained_holdout(saved: checkpoint.Checkpoint, current: Mapping[str, float]) -> None:
     """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
 
-    Added images are no reason: which of the others are held out does not depend on them. `saved` and `current` are
-    `Loader.fingerprint` then and now; None for weights alone, and without "holdout" in checkpoints of older versions.
+    Added images are no reason: which of the others are held out does not depend on them. `current` is
+    `Loader.fingerprint`; that of weights alone is not known, and that of older versions has no "seed" or "holdout".
     """
-    saved = saved or {}
-    same = {key: saved.get(key) == value for key, value in current.items()}
+    data = saved.state["data"] if saved.state else {}
+    same = {key: data.get(key) == value for key, value in current.items()}
     renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
-    if current["holdout"] and (not same["seed"] or current["holdout"] > saved["holdout"] or renamed):
+    if current["holdout"] and (not same["seed"] or current["holdout"] > data["holdout"] or renamed):
         warn(
             "the checkpoint may have been trained on images that are held out now (--holdout, --seed or file names are "
             "not those of the checkpoint, or it is of an older version): do not trust what is said of held-out images"

@@ -71,8 +71,9 @@ def check_folders(config: Config, step: int) -> None:
 
 def _starts_course(config: Config) -> bool:
     """Return whether a run does not continue what its folders have: a new one, or a checkpoint from elsewhere."""
-    file = config.pretrained_file
-    return config.pretrained_model is None or bool(file and file.resolve().parent != config.model_folder.resolve())
+    if config.pretrained_file:
+        return not checkpoint.is_in(config.model_folder, config.pretrained_file)
+    return config.pretrained_model is None
 
 
 def warn_of_small_disk(config: Config, networks: Iterable[nn.Module]) -> None:

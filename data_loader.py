@@ -266,5 +266,5 @@ def _check_size(images: int, batch_size: int, held_out: int = 0) -> None:
     left = images - held_out
     if left < batch_size:
         found = f"--holdout leaves {left} of the {images} images" if held_out else f"the dataset has {images} images"
-        ways = ["lower --holdout"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
+        ways = ["set --holdout 0"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
         raise UserError(f"{found}, fewer than one batch: {' or '.join(ways)}")

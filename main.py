@@ -151,7 +151,9 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
         # Without --metrics, which take no batches, only the first g_num images of one are shown.
         loader = make_loader(replace(config, batch_size=min(config.batch_size, config.g_num)), device)
         check_classes(saved, loader.classes)
-        return loader.open()
+        loader.open()
+        print(f"data: {loader.source.description}")
+        return loader
     except UserError as error:
         if config.metrics:
             raise

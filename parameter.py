@@ -99,7 +99,7 @@ class Config:
         group="Network",
     )  # fmt: skip
     imsize: int = option(64, "height and width of the images in pixels", one_of(32, 64, 128, 256))
-    z_dim: int = option(128, "length of the latent vector z", between(1, 8192))
+    z_dim: int = option(128, "length of the latent vector z", between(2, 8192))
     g_conv_dim: int = option(
         64,
         "channels of the generator's last hidden layer; earlier layers have more (paper at 32: all have four times as "
@@ -314,11 +314,13 @@ class Config:
         changed = dataclasses.replace(self, overwrite=False, **changes)
         size = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
         words = ["python"] if size is None or self.parallel else ["torchrun", f"--nproc_per_node={size}"]
-        words.append(sys.argv[0] if os.path.basename(sys.argv[0]) == "main.py" else "main.py")
+        script = Path(sys.argv[0])
+        words.append(str(script.with_name("main.py")) if script.name in ("main.py", "export.py") else "main.py")
         for field in dataclasses.fields(changed):
             value = getattr(changed, field.name)
             if value != field.default:
-                words += ["--" + field.name, option_text(value)]
+                text = option_text(value)
+                words += [f"--{field.name}={text}"] if text.startswith("-") else [f"--{field.name}", text]
         return shlex.join(words)
 
 

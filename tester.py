@@ -30,7 +30,15 @@ from training.models import checksum
 from training.previews import collect_attention, draw_z, samples_grid, select_classes
 from training.resuming import DATA_OPTIONS, load_test_networks, warn_of_other_images, warn_of_trained_holdout
 from training.run_folders import folder_names, remove_test_results
-from utils import SEED_INTERPOLATION, SEED_SAMPLES, conv_memory_format, evenly_spaced, files_by_step, progress
+from utils import (
+    SEED_INTERPOLATION,
+    SEED_SAMPLES,
+    check_writable,
+    conv_memory_format,
+    evenly_spaced,
+    files_by_step,
+    progress,
+)
 from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
 from visuals.explorer import write_explorer
 from visuals.figures import (
@@ -78,6 +86,9 @@ class Tester:
         photo: Tensor | None = None,
     ):
         self.config, self.loader, self.device, self.step = config, loader, device, saved.step
+        self.folder = config.test_folder(self.step)
+        for folder in (self.folder, config.attn_folder):
+            check_writable(folder)
         check_metrics(config, device)
         self.G, self.D, self.classes, self.is_ema = load_test_networks(saved, config)
         if loader is not None:
@@ -91,7 +102,6 @@ class Tester:
             network.to(device, memory_format=conv_memory_format(device, "fp32"))
         self.photo = None if photo is None else photo.to(device)
         self.directions = latent_directions(self.G.first_layer, DIRECTIONS)
-        self.folder = config.test_folder(self.step)
 
     @torch.no_grad()
     def test(self) -> int:

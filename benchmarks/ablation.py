@@ -108,7 +108,7 @@ def make_runs(vary: Sequence[Sequence[str]], seeds: Sequence[int], out: str, arg
         varied = [f"{name}={value}" for name, value in zip(names, itertools.chain(*values), strict=True)]
         variant = ",".join(varied)
         if not NAME.check(version := f"{variant},seed={seed}"):
-            raise UserError(f"--vary {' '.join(names)}: {version} must be {NAME.description}")
+            raise UserError(f"--vary {' '.join(names)}: results are named {version}, which must be {NAME.description}")
         own = [*words, *(f"--{option}" for option in varied), f"--seed={seed}", f"--version={version}"]
         runs.append(Run(variant, seed, own, get_parameters(own, PROGRAM)))
     for group, values in axes:

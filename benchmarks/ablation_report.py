@@ -31,9 +31,10 @@ NOTE = """\
 Mean over the seeds and, in brackets, the lowest and the highest value, if they differ. Gap of D: its mean logit on
 training images minus that on held-out ones. r: the mean sign of its logits on training images. Both are means over the
 last tenth of the steps, ms per step is a median over all (runs are trained one after the other: compare it on an idle
-machine only), the metrics are of the last step, against real images of the run's own size and folder: where these vary, metrics of
-different variants cannot be compared. Images per CPU second: batch size times steps, n_critic not counted. In the
-curves, lines are means over the seeds and bands reach from the lowest to the highest, at the steps that all seeds have.
+machine only), the metrics are of the last step, against real images of the run's own size and folder: where these vary,
+metrics of different variants cannot be compared. Images per CPU second: batch size times steps, n_critic not counted.
+In the curves, lines are means over the seeds and bands reach from the lowest to the highest, at the steps that all
+seeds have.
 
 Runs of the same seed have the same z and order of images, unless what varies decides these, and start from the same
 weights wherever these have the same name and shape."""

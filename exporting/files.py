@@ -16,7 +16,7 @@ from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
 from parameter import Config
 from spectral import fold_spectral_norm
-from training.previews import samples_grid
+from training.previews import samples_grid, select_classes
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
 
@@ -41,6 +41,7 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
         raise UserError("--project is for main.py --train false")
     saved, config = load_test_checkpoint(config, given)
     networks = load_test_networks(saved, config)
+    select_classes(config.class_name, networks.classes)  # before the files are made, which takes minutes
     print(f"{'EMA ' * networks.is_ema}generator, step {saved.step}")
     metadata = describe(config, saved, networks, given)
     if with_maps and not config.has_attention:

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets.labels import join_names
 from errors import warn
 from parameter import METRIC_RESULTS, Config
 from training.checkpoint import EXPORT_CONTENT, EXPORT_VERSION, Checkpoint
@@ -173,7 +172,7 @@ def model_card(
     values = metadata | {
         "title": _escape(title),
         "front_matter": front_matter + ("" if classes else "\npipeline_tag: unconditional-image-generation"),
-        "class_names": f" and a class ({join_names(classes)})" if classes else "",
+        "class_names": f" and a class ({', '.join(classes)})" if classes else "",
         "network": NETWORKS[metadata["model"]],
         "with": "without" if metadata["attention"] == "none" else "with its",
         "step": f"{int(metadata['step']):,}",

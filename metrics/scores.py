@@ -107,7 +107,7 @@ def compute_scores(
 
     fewest = min(config.metric_num, len(real))
     if fewest < MIN_IMAGES:
-        raise UserError(f"--metrics {config.metrics} needs at least {MIN_IMAGES} images, got {fewest}")
+        raise UserError(f"--metrics {config.metrics} needs at least {MIN_IMAGES} training images, not {fewest}")
     chosen = torch.arange(fewest) * len(real) // fewest  # evenly spaced
     fakes = Images(stoppable(lambda start, count: _pixels_of(generate(start, count))), config.metric_num)
     reals = Images(

@@ -98,7 +98,7 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
     (STATE, {"imsize": 64}, "needs --imsize 32 .not 64"), (WEIGHTS, {"z_dim": 8}, "needs --z_dim 16 .not 8"),
     (WEIGHTS, {"imsize": 64, "model": "paper", "conditional": True}, "--conditional false"),
     ("damaged.safetensors", {}, "damaged or not an export"),
-    ("none.pth", {}, "there is no checkpoint .*none"), ("models", {}, "there is no .*models.G.safetensors"),
+    ("none.pth", {}, "there is no .*none.pth; it takes"), ("models", {}, "there is no .*models.G.safetensors"),
     ("pretrained/cats/D.safetensors", {}, "not be D.safetensors"),
     ("pretrained/alone", {}, "D.safetensors is missing"), ("pretrained/cats/model_card.md", {}, "name must end in"),
 ])  # fmt: skip

@@ -86,11 +86,14 @@ def test_d_iters_warns_and_names_n_critic(capsys):
 
 def test_command_line_and_json_give_the_same_config(monkeypatch):
     """But for overwrite, which is left out."""
-    config = Config(dataset="folder", image_path="my images", hflip=True, g_lr=3e-5, imsize=32, use_ema=False)
+    config = Config(dataset="folder", image_path="my images", hflip=True, g_lr=3e-5, version="-1", use_ema=False)
     for changes in ({}, {"pretrained_model": "latest"}):
         _, _, *words = shlex.split(dataclasses.replace(config, overwrite=True).command_line(**changes))
         assert get_parameters(words) == dataclasses.replace(config, **changes)
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    monkeypatch.setattr(sys, "argv", ["/clone/export.py"])
+    assert Config().command_line() == "python /clone/main.py"
+    monkeypatch.setattr(sys, "argv", ["another.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Config(imsize=32).command_line() == "torchrun --nproc_per_node=8 main.py --imsize 32"
     assert Config(parallel=True).command_line() == "python main.py --parallel true"

@@ -129,7 +129,7 @@ def test_projection_of_a_photo(trained, make_config, make_trainer, monkeypatch, 
         middle = np.asarray(Image.open(tested.folder / "directions.png"))[-(2 + 8 * 34) :, -(2 + 4 * 34) :][2:34, 2:34]
         assert np.abs(middle - found).max() <= 1
         held_out = len(loader._held_out) if loader else 0
-        assert Image.open(tested.folder / "projection.png").height == 34 + (1 + min(held_out, 7)) * 120 + 44
+        assert Image.open(tested.folder / "projection.png").height == 34 + (1 + min(held_out, 7)) * 120 + 3 * 18 + 8
         out, err = capsys.readouterr()
         rmse = float(re.search(r"projection of my photo.png: RMSE ([\d.]+) of pixels in \[-1, 1\]; ", out)[1])
         assert rmse == pytest.approx(np.sqrt((((found - color) / 127.5) ** 2).mean()), abs=0.01)

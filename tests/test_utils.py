@@ -15,6 +15,13 @@ from errors import UserError, warn_once
 from sagan_models import Generator
 
 
+def test_a_log_gets_lines_of_progress_without_cursor_codes(capsys):
+    """tqdm moves the cursor for a second bar."""
+    for text in ("\r a 10%", "\x1b[A", "\r a 20%\x1b[A"):
+        utils.bar_options()["file"].write(text)
+    assert capsys.readouterr().err == "a 10%\na 20%\n"
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A function that makes torch report these devices."""

@@ -1,6 +1,7 @@
 """What is computed of a run's networks to be shown: samples, attention maps, scalars. None of it changes training."""
 
 from collections.abc import Iterable, Sequence
+from unicodedata import normalize
 
 import torch
 from PIL import Image
@@ -133,11 +134,13 @@ def select_classes(class_name: str | None, classes: Sequence[str]) -> list[int]:
         return [*range(len(classes))]
     if not classes:
         raise UserError("--class_name: the networks of this checkpoint have no classes")
-    names = [class_name] if class_name in classes else as_text(class_name).split(",")  # a name may have commas
-    names = [name if name in classes else name.strip() for name in names]
-    if unknown := [name for name in names if name not in classes]:
+    numbers = {normalize("NFC", name): number for number, name in enumerate(classes)}  # macOS decomposes letters
+    class_name = normalize("NFC", as_text(class_name))
+    names = [class_name] if class_name in numbers else class_name.split(",")  # a name may have commas
+    names = [name if name in numbers else name.strip() for name in names]
+    if unknown := [name for name in names if name not in numbers]:
         raise UserError(f"--class_name {unknown[0]}: the checkpoint's classes are {join_names(classes)}")
-    return [classes.index(name) for name in names]
+    return [numbers[name] for name in names]
 
 
 @torch.no_grad()

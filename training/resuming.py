@@ -36,6 +36,11 @@ def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
             return None
         wanted = Path(os.path.expanduser(config.init_from))
         wanted = wanted / "G.safetensors" if wanted.is_dir() else wanted
+        if not wanted.is_file():
+            raise UserError(
+                f"--init_from {config.init_from}: there is no {wanted}; it takes a {{step}}_state.pth, "
+                "a {step}_G.pth with its D beside it, or a folder with G.safetensors and D.safetensors"
+            )
         if config.overwrite and checkpoint.is_in(config.model_folder, wanted):
             raise UserError(f"--overwrite true would delete {wanted}: move it, or choose another --version")
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
@@ -228,9 +233,12 @@ def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[s
     options = {name: trained[name] for name in names if name in trained} | saved_architecture(saved)
     if "dataset" in given and config.dataset != options.get("dataset"):  # its path and crop are of other images
         options = {name: value for name, value in options.items() if name not in data[1:]}
+    if saved.metadata:
+        options["use_ema"] = saved.metadata["ema"] == "true"
     if config.pretrained_file:
-        folders = (folder.name for folder in config.pretrained_file.absolute().parents)
-        options["version"] = next((name for name in folders if name and not name.isdecimal()), config.version)
+        folders = [folder.name for folder in config.pretrained_file.absolute().parents]
+        is_export = config.pretrained_file.suffix == ".safetensors" and folders[0].isdecimal()  # in <version>/<step>
+        options["version"] = folders[is_export] or config.version
     return options
 
 

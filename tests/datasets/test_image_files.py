@@ -135,6 +135,11 @@ def test_deep_grays_are_scaled_by_the_bits_that_they_use(tmp_path, bits, kind, e
     assert_gray(decode_file(str(tmp_path), None, f"deep.{ending}", 64))
 
 
+def test_transparent_gray_of_16_bits_is_left_as_it_is(tmp_path):
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "a.png", transparency=256)
+    assert_gray(decode_file(str(tmp_path), None, "a.png", 64))
+
+
 @pytest.mark.parametrize("brightest, other", [(0.5, 0), (1, 0), (1.3, 0), (1, np.nan), (1, np.inf), (1, -1)])
 def test_float_gray_in_0_to_1_has_the_same_scale_in_every_image_even_beside_values_that_are_no_gray(brightest, other):
     levels = GRAY.astype(np.float32) / 255 * brightest

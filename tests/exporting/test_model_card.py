@@ -34,12 +34,12 @@ def test_the_license_as_people_and_model_hubs_read_it(dataset, license, hub_name
 def test_what_the_card_says_of_the_network():
     metrics = {"images": 2000, "fid": 12.345678}
     plain = card(metrics, ["safetensors"], step="12345", num_images=10000).replace("\n", " ")
-    other = card(None, ["onnx"], model="paper", num_classes=2, attention="none", ema="false", num_images=None)
+    other = card(None, ["onnx"], model="paper", num_classes=9, attention="none", ema="false", num_images=None)
     found = [(word in plain, word in other.replace("\n", " ")) for word in (
         "12,345 steps, EMA weights", "(10,000 images)", "with its attention", "pipeline_tag: unconditional-image-",
         "| fid | 12.35 |", "Of 2,000 images;", "torch.hub",
         "onnxruntime", "no EMA", "faces drawn by the training program. They", "without attention",
-        "and a class (0: class 0, 1: class 1)", "the ResNet of the paper", "Not computed.",
+        "7: class 7, 8: class 8)", "the ResNet of the paper", "Not computed.",
     )]  # fmt: skip
     assert found == [(True, False)] * 7 + [(False, True)] * 7
 

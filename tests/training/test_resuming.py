@@ -98,12 +98,12 @@ def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, c
     assert tested() == of_default | {"architecture": trained.architecture}
 
 
-@pytest.mark.parametrize("name", ["cats/5_state.pth", "cats/12/5_G.pth"])
+@pytest.mark.parametrize("name", ["cats/5_state.pth", "cats/2024/5_G.pth"])
 def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name):
     """So that results of other weights are not among those of the default version."""
     path = tmp_path / name
     shutil.copytree(save(make_config(seed=3), 5), path.parent)
     config = make_config(train=False, pretrained_model=str(path))
     saved, tested = load_test_checkpoint(config, {"train", "pretrained_model"})
-    assert (saved.step, tested.version, saved.state is None) == (5, "cats", path.name == "5_G.pth")
+    assert (saved.step, tested.version, saved.state is None) == (5, path.parent.name, path.name == "5_G.pth")
     assert load_test_checkpoint(config, {"train", "pretrained_model", "version"})[1].version == config.version

@@ -69,6 +69,8 @@ def test_charts_are_files_of_their_own_that_fit_into_one_page():
     assert set(re.findall(r"https?://[^\"]*", text)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     fills = set(re.findall(r"fill: ([^;\"]*)", text))
     assert fills == {"none", "currentColor", COLORS[0]}  # a transparent background
+    ticks = texts_of(line_chart("one step", {"a": np.array([[3, 0.5]])}))
+    assert {"2", "3", "4"} <= {*ticks} and not {"2.5", "2.9", "3.1", "3.5"} & {*ticks}
 
 
 @pytest.mark.parametrize("name", ["$x$", "a_b^c", "<b>", "a & b", 'id="x"', r"\frac{1}{2}", "ä π"])

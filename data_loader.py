@@ -79,7 +79,7 @@ class Loader:
         self.skipped: list[str] = []
         self._epoch: int | None = None  # of `_order` and `_flip`
         self._order = self._flip = torch.empty(0)
-        self._training = self._held_out = torch.empty(0, dtype=torch.long)  # numbers of the images
+        self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
         self._limit, self._held_out_checksum = 0.0, 0
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
@@ -152,7 +152,7 @@ class Loader:
 
         They are in an order that mixes folders. With `classes`, only those of these classes.
         """
-        numbers = self._held_out
+        numbers = torch.from_numpy(self._held_out)
         if classes:
             numbers = numbers[torch.isin(self.labels.cpu()[numbers], torch.tensor(classes))]
         rows = torch.arange(min(count, len(numbers))) + index * count
@@ -173,15 +173,15 @@ class Loader:
 
     def _hold_out(self, count: int, skipped: Container[int]) -> None:
         """Hold out the images whose hash is at most `_limit`: `holdout`, or the lowest hash if that is higher."""
-        self._training = torch.arange(count)
+        self._training = np.arange(count)
         if self.holdout:
             names = [_name(item) for number, item in enumerate(self.source.items) if number not in skipped]
             digests = (blake2b(b"%d/%b" % (self.seed, name), digest_size=8).digest() for name in names)
-            hashes = torch.tensor([int.from_bytes(digest, "big") / 2**64 for digest in digests], dtype=torch.double)
-            self._limit = max(self.holdout, hashes.min().item())
-            self._training, held_out = (hashes > self._limit).nonzero()[:, 0], (hashes <= self._limit).nonzero()[:, 0]
-            self._held_out_checksum = zlib.crc32(b"\n".join(names[number] for number in held_out.tolist()))
-            self._held_out = held_out[hashes[held_out].argsort()]
+            hashes = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+            self._limit = max(self.holdout, float(hashes.min()))
+            self._training, self._held_out = np.flatnonzero(hashes > self._limit), np.flatnonzero(hashes <= self._limit)
+            self._held_out_checksum = zlib.crc32(b"\n".join(names[number] for number in self._held_out))
+            self._held_out = self._held_out[hashes[self._held_out].argsort()]
         _check_size(count, self.batch_size, len(self._held_out))
 
     def _assign_labels(self, labels: Labels) -> None:
@@ -192,8 +192,8 @@ class Loader:
             reason = f"Unreadable: {len(self.skipped):,} images, the first {self.skipped[0]}"
             raise UserError(f"{error}. {reason}") from error
         self.labels = torch.tensor(labels.targets, device=self.device)
-        self.training_labels = self._labels_of(self._training)
-        trained = set(self.training_labels.tolist())
+        self.training_labels = self.labels[torch.from_numpy(self._training).to(self.device)]
+        trained = {labels.targets[index] for index in self._training}
         if untrained := [name for number, name in enumerate(self.classes) if number not in trained]:
             raise UserError(
                 f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "
@@ -217,7 +217,7 @@ class Loader:
     def _shuffle(self, epoch: int) -> None:
         random = np.random.default_rng([self.seed, epoch])
         count = len(self._training)
-        self._order = self._training[random.permutation(count)].to(self.images.device)
+        self._order = torch.from_numpy(self._training[random.permutation(count)]).to(self.images.device)
         self._flip = torch.from_numpy(random.random(count) < 0.5).view(-1, 1, 1, 1).to(self.device)
         self._epoch = epoch
 
@@ -266,5 +266,5 @@ def _check_size(images: int, batch_size: int, held_out: int = 0) -> None:
     left = images - held_out
     if left < batch_size:
         found = f"--holdout leaves {left} of the {images} images" if held_out else f"the dataset has {images} images"
-        ways = ["set --holdout 0"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
+        ways = ["lower --holdout (0: none)"] * bool(held_out) + [f"set --batch_size to {left} or less"] * bool(left)
         raise UserError(f"{found}, fewer than one batch: {' or '.join(ways)}")

@@ -212,7 +212,7 @@ def test_projection_finds_a_class_which_the_playground_shows_first(trained, monk
     assert [entry["name"] for entry in shown] == [CLASSES[2], *CLASSES[:2]]
     assert np.abs(page_pixels(shown[0]["pixels"], 64)[0] - to_pixels(tested.photo)[0]).mean() < 5
     monkeypatch.setattr(trained.loader, "holdout", 0.3)
-    monkeypatch.setattr(trained.loader, "_held_out", torch.arange(7))
+    monkeypatch.setattr(trained.loader, "_held_out", np.arange(7))
     tested = make_tester(trained, num_samples=4, project="a.png", class_name="long")
     with torch.no_grad():
         tested._write_projection(trained.loader.batch(0)[0][:1])

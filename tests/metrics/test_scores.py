@@ -89,7 +89,7 @@ def test_number_of_images(compute):
     fewer_real = compute(generator_of(fake), real[:30], ["fid", "kid", "prc"])  # 64 against all 30
     assert fewer_real["fid"] == pytest.approx(frechet_distance(a, b[:30]), rel=1e-4)
     for images, count in ((real, 9), (real[:9], COUNT)):
-        with pytest.raises(UserError, match="10 images"):
+        with pytest.raises(UserError, match="10 training images"):
             compute(generator_of(fake), images, ["fid"], metric_num=count)
 
 

@@ -112,8 +112,9 @@ def line_chart(title: str, series: Mapping[str, np.ndarray], *, y_label: str = "
         if mark is not None:
             axes.axvline(mark, color=GRAY, linestyle=":")
         axes.margins(x=0.02)
-        if len(steps := np.unique(np.concatenate([*series.values()])[:, 0])) == 1:  # no fractions of a step around it
-            axes.set_xlim(steps[0] - 1, steps[0] + 1)
+        ends = [step for points in series.values() for step in points[[0, -1], 0]]
+        if min(ends) == max(ends):  # no fractions of a step around it
+            axes.set_xlim(ends[0] - 1, ends[0] + 1)
         axes.locator_params(nbins=6)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter("{x:,.7g}")

@@ -62,6 +62,7 @@ def sample_grid(
     return grid
 
 
+@lru_cache
 def shorten(name: str) -> str:
     r"""Return a class's name as figures show it: the middle is replaced by "..." if it is wider than a tile.
 

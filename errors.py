@@ -16,9 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-OUT_OF_MEMORY = re.compile(  # CUDA and MPS; torch's CPU allocator on Windows and elsewhere; cuBLAS, cuDNN
-    r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
-)
+# CUDA and MPS; torch's CPU allocator on Windows and elsewhere; cuBLAS, cuDNN 9
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED")
 
 
 class UserError(Exception):
@@ -69,6 +68,8 @@ def exit_code(error: BaseException) -> int:
         message = "out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         message = "no more threads can be started: raise ulimit -u, or the container's pids limit"
+    elif isinstance(error, RuntimeError) and "no kernel image" in str(error):  # of CUDA, such as for a GTX 1080
+        message = "the installed torch does not support this GPU: install one that does (pytorch.org), or --device cpu"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         message = f"{error.strerror}{where}: free space, or choose other folders (see --help)"
@@ -100,9 +101,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # By message: torch raises different types for CUDA, and plain RuntimeErrors for its libraries, MPS and the CPU.
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    is_from_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or is_from_torch
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -24,9 +24,10 @@ from errors import PeerFailed, RankLost, Tolerate, UserError, exit_code, stop_on
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), 2, "--batch_size"),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), 2, "--batch_size"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, "--batch_size"),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "--batch_size"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), 2, "--batch_size"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), 2, "--batch_size"),
     (RuntimeError("can't start new thread"), 2, "ulimit -u"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore"), 2, "--device cpu"),
     # Bugs
     (RuntimeError("shapes differ"), None, None), (ZeroDivisionError(), None, None), (AssertionError(), None, None),
 ])  # fmt: skip

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -317,11 +318,10 @@ class Config:
         script = Path(sys.argv[0])
         words.append(str(script.with_name("main.py")) if script.name in ("main.py", "export.py") else "main.py")
         for field in dataclasses.fields(changed):
-            value = getattr(changed, field.name)
-            if value != field.default:
+            if (value := getattr(changed, field.name)) != field.default:
                 text = option_text(value)
                 words += [f"--{field.name}={text}"] if text.startswith("-") else [f"--{field.name}", text]
-        return shlex.join(words)
+        return shlex.join(words) if sys.platform != "win32" else subprocess.list2cmdline(words)
 
 
 def option_groups() -> dict[str, list[dataclasses.Field]]:

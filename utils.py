@@ -143,8 +143,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    except (OSError, StopIteration) as error:  # StopIteration: a drive of Windows that is not there
+        raise UserError(f"cannot write to {folder}: {getattr(error, 'strerror', 'no such drive')}") from error
     if not existing.is_dir():
         raise UserError(f"cannot write to {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

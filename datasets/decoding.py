@@ -73,8 +73,8 @@ def decode_chunks(decode: Decode, items: Sequence, size: int, path: Path, num_wo
         return
     others = {*active_children()}
     with _starting_processes():  # multiprocessing's resource tracker
-        # Spawned, because a fork of a process with torch's threads may deadlock.
-        pool = ProcessPoolExecutor(min(num_workers, len(chunks)), get_context("spawn"), initializer=start_worker)
+        # Spawned, because a fork of a process with torch's threads may deadlock. Windows has no pools of more than 61.
+        pool = ProcessPoolExecutor(min(num_workers, len(chunks), 61), get_context("spawn"), initializer=start_worker)
     with pool:
         try:
             with _starting_processes():

@@ -97,6 +97,8 @@ def test_command_line_and_json_give_the_same_config(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Config(imsize=32).command_line() == "torchrun --nproc_per_node=8 main.py --imsize 32"
     assert Config(parallel=True).command_line() == "python main.py --parallel true"
+    monkeypatch.setattr(sys, "platform", "win32")  # single quotes are part of a word in its shell
+    assert Config(version=r"a b", log_path=r"C:\x").command_line().endswith(r'--version "a b" --log_path C:\x')
 
 
 def test_summary_has_every_option_and_its_value():

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -92,6 +93,12 @@ def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
             patch.setattr(failing, Mock(side_effect=OSError(28, "No space left on device")))
         utils.write_atomically({path: b"new" for path in paths})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+
+
+def test_a_drive_of_windows_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(UserError, match="drive"):
+        utils.check_writable(Path("x"))
 
 
 def test_seeds_are_distinct():

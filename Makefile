@@ -1,5 +1,5 @@
 # make demo         train on faces drawn by the program: no data needed, a few minutes on two CPU cores
-# make test         run the tests, a process with one thread on each core
+# make test         run the tests but those of CUDA, a process with one thread on each core
 # make lint         run the linter
 # make bench        measure the figures of benchmarks/README.md on this machine
 # make bench-gpu    run the CUDA tests and benchmarks on an NVIDIA GPU
@@ -15,7 +15,7 @@ demo: .venv/.installed
 		--total_step 400 --sample_step 50 --attn_step 200 --use_tensorboard true
 
 test: .venv/.installed-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not cuda"
 
 lint: .venv/.installed-tests
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(
     assert any(not torch.equal(now.cpu(), tensor) for now, tensor in zip(tensors_of(state), expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 3e-2, marks=OLD)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), pytest.param(torch.bfloat16, 3e-2, marks=OLD)])
 @pytest.mark.parametrize("n, m, d, c", [
     (1024, 1024, 8, 64), (256, 256, 16, 128), (64, 64, 32, 256), (16, 16, 64, 512), (1024, 1024, 4, 32),
     (1024, 1024, 2, 16), (1024, 1024, 1, 8),  # narrow networks; with pooled keys:
@@ -147,7 +147,8 @@ def test_a_checkpoint_is_the_state_of_its_step_and_does_not_wait_for_later_ones(
 ])  # fmt: skip
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_fused_attention_equals_the_explicit_one(monkeypatch, channels_last, n, m, d, c, dtype, tolerance):
-    """In values and gradients, relative to their norms."""
+    """In values and gradients, relative to their norms. From capability 8.0 on, an fp32 product of the fused kernel is
+    three of TF32, with sums rounded towards 0: simulated gradients differ by up to 5e-5, with one by more than 1e-3."""
     monkeypatch.setattr(attention, "FUSED", attention.FUSED[:1])  # without the fallback
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -166,10 +167,11 @@ def test_the_first_step_agrees_with_the_cpu(make_trainer, options):
     cpu, cuda = (make_trainer(**(REAL | options | dict(device=device)), precision="fp32", cuda_graph="false")
                  for device in ("cpu", "cuda"))  # fmt: skip
     (real, _), z = cpu.loader.batch(0), torch.randn(16, 128)
-    for step, inputs in (("d_step", (real, z)), ("g_step", (z,))):
+    # D differs in g_step: Adam's first step has the sign of each gradient, also of those that are 0 but for rounding.
+    for step, inputs, tolerance in (("d_step", (real, z), 1e-4), ("g_step", (z,), 1e-3)):
         stats = getattr(cpu, step)(*inputs), getattr(cuda, step)(*(tensor.cuda() for tensor in inputs))
         expected, actual = ({name: value.item() for name, value in part.items()} for part in stats)
-        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert actual == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("options", [{}, PAPER])

@@ -10,8 +10,8 @@ Writes <export_path>/<version>/<step>/:
   model_card.md           what it is, data and license, metrics, how to load it, as model hubs read it
   samples.png             the grid of --train false
 
-All options of main.py may be given too (python main.py --help) and mean what they mean with --train false, such as
---version, --model_save_path, --use_ema, --num_samples, --class_name and --seed. A format that is missing
+Options of main.py (python main.py --help), but for --metrics and --project, mean what they mean with --train false,
+such as --version, --model_save_path, --use_ema, --num_samples, --class_name and --seed. A format that is missing
 in an earlier export of the same generator is added to it; --overwrite true replaces an earlier export.
 """
 

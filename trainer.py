@@ -150,7 +150,7 @@ class Trainer:
         return {"g_loss": loss.detach()}
 
     def _updates(self, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Make the updates with these inputs: all of D but the last, of G. Draws no numbers, so it can be captured."""
+        """Update D with each of these inputs but the last, G with the last. Draws no numbers: it can be captured."""
         *of_D, of_G = inputs
         for given in of_D:
             stats = self.d_step(**given)

@@ -34,7 +34,7 @@ def augment(images: Tensor, aug_noise: Tensor, policy: Sequence[str]) -> Tensor:
 
 
 def _color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Add up to half a unit, scale distances from gray by 0 to 2, and those from the image's mean by 0.5 to 1.5."""
+    """Add -0.5 to 0.5, scale distances from gray by 0 to 2, and those from the image's mean by 0.5 to 1.5."""
     images = images + (brightness - 0.5)
     images = torch.lerp(images.mean(1, keepdim=True), images, 2 * saturation)
     return torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast + 0.5)

@@ -64,7 +64,7 @@ def numbered(tmp_path):
 @pytest.fixture
 def labelled(numbered):
     """A function that opens a loader of such images in two classes."""
-    labels = Labels(("dark", "light"), [0] * 5 + [1] * 3)
+    labels = Labels(["dark", "light"], torch.tensor([0] * 5 + [1] * 3))
     return lambda *unreadable, conditional=True, **options: numbered(
         range(0, 160, 20), unreadable, lambda: labels, conditional=conditional, **options
     )

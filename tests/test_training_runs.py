@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import D_STATS, assert_same, assert_same_weights, log, page_data, wait_for, weights_of
+from conftest import D_STATS, ROOT, assert_same, assert_same_weights, log, page_data, wait_for, weights_of
 from PIL import Image
 
 import main
@@ -150,6 +150,8 @@ def test_a_run_writes_all_its_files(train, capsys):
     sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
     gammas = {f"gamma/{network}_attn{layer}" for network in "GD" for layer in (1, 2)}
     assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d", "images_per_s", "memory_mib"}
+    page = (ROOT / "docs" / "reading_the_report.md").read_text("utf-8")
+    assert all(f"`{name}`" in page for name in {*lines[0], *spreads[0]} - sigmas - gammas)
     main.print_outcome(config, 5, 0)
     paths = [Path(line.strip()) for line in capsys.readouterr().out.splitlines()[-3:]]
     explorer, grid = config.attn_folder / "5_explorer.html", config.sample_folder / "5_ema.png"

@@ -225,7 +225,8 @@ class Loader:
 def _find_labels(source: Source) -> Labels:
     if source.labels is None:
         raise UserError(f"--conditional true: --dataset {source.name} has no classes")
-    labels = source.labels()
+    classes, targets = source.labels()
+    labels = Labels((*classes,), [*map(int, targets)])  # some of torchvision's datasets have tensors
     labels.check()
     return labels
 

@@ -19,7 +19,7 @@ NAMES = {  # of the curves that are compared, in the table and in the figure
     "precision": "precision",
     "recall": "recall",
     "faces_real": "face rate of real images",
-    "hog_real": "HOG distance of halves of them",
+    "hog_real": "HOG distance of halves of the real images",
     "d_gap": "gap of D",
     "d_sign": "r",
     "ms": "ms per step",

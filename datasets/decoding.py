@@ -31,7 +31,10 @@ def try_decode(decode: Decode, item: Any, size: int) -> Image.Image | str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of very large images and damaged EXIF data; neither matters here
         try:
-            return decode(item, size)
+            image = decode(item, size)
+            if (found := (image.mode, *image.size)) != ("RGB", size, size):
+                raise ValueError(f"decoded to {found}, not to ('RGB', {size}, {size})")
+            return image
         except Exception as error:  # Pillow's readers raise nearly any type for a damaged file
             line = f"{item}: {type(error).__name__}: {error}".replace("\n", "\\n")
             return line.encode("utf-8", "backslashreplace").decode()
@@ -48,11 +51,10 @@ def decode_chunk(decode: Decode, size: int, path: Path, first: int, items: Seque
     """
     images, failures = [], {}
     for number, item in enumerate(items, first):
-        match try_decode(decode, item, size):
-            case str(line):
-                failures[number] = line
-            case image:
-                images.append(np.asarray(image))
+        if isinstance(image := try_decode(decode, item, size), str):
+            failures[number] = image
+        else:
+            images.append(np.asarray(image))
     with open(path, "r+b") as file:
         file.seek(first * size * size * 3)
         file.writelines(images)

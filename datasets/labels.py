@@ -8,7 +8,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -32,15 +32,12 @@ class Labels(NamedTuple):
         if len(self.classes) < 2:
             raise UserError(f"--conditional true needs two classes or more; the only one is {join_names(self.classes)}")
         if few := [f"{name} has {counts[number]}" for number, name in enumerate(self.classes) if counts[number] < 2]:
-            few = ", ".join(few[:LISTED])
-            raise UserError(
-                f"--conditional true needs two images or more of each class: {few}; add images, or remove the class"
-            )
+            needs = f"--conditional true needs two images or more of each class: {', '.join(few[:LISTED])}"
+            raise UserError(f"{needs}; add images, or remove the class")
 
-    def without(self, items: Sequence[int]) -> "Labels":
+    def without(self, items: Container[int]) -> "Labels":
         """Return the labels of all items but these."""
-        left_out = {*items}
-        return Labels(self.classes, [number for item, number in enumerate(self.targets) if item not in left_out])
+        return Labels(self.classes, [number for item, number in enumerate(self.targets) if item not in items])
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: C
     """
     dataset = config.dataset if "dataset" in given else (saved.metadata or {"dataset": ""})["dataset"]
     dataset = saved.state["config"]["dataset"] if saved.state else dataset
-    data, terms, _ = DATASETS[dataset]
+    data, terms, _ = DATASETS.get(dataset, (dataset, *DATASETS["folder"][1:]))
     return {
         "content": EXPORT_CONTENT,
         "content_version": EXPORT_VERSION,
@@ -168,7 +168,7 @@ def model_card(
         digests: SHA-256 of the files of "weights", by name.
     """
     classes = [f"{number}: {_escape(name)}" for number, name in enumerate(json.loads(metadata["classes"]))]
-    _, _, front_matter = DATASETS[metadata["dataset"]]
+    _, _, front_matter = DATASETS.get(metadata["dataset"], DATASETS["folder"])
     values = metadata | {
         "title": _escape(title),
         "front_matter": front_matter + ("" if classes else "\npipeline_tag: unconditional-image-generation"),

@@ -29,7 +29,7 @@ def g_loss(fake_logits: Tensor) -> Tensor:
 class Loss(NamedTuple):
     """The losses of D, in two parts, and of G; `has_penalty` adds the gradient penalty to D's.
 
-    The critic of a loss with a penalty has no zero: the sign of its logits means nothing.
+    Without it, logits of real images are to be above 0 and others below, as `d_sign` is the mean sign of the former.
     """
 
     of_D: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -209,4 +209,4 @@ def test_stopped_and_continued(tmp_path, start_process, monkeypatch, capfd, run_
     assert full[0]["d_loss"] == none[0]["d_loss"]  # attention begins with gamma 0
     written = Path("out/ablation_attention.md").read_text()
     assert f"resuming from step {total - 2}" in printed and written.strip() in printed
-    assert f"total_step {total}" in written and "HOG distance of halves of them" in written
+    assert f"total_step {total}" in written and "HOG distance of halves of the real images" in written

@@ -41,7 +41,7 @@ def test_boolean_words():
     ("--imsize big", "imsize"), ("--batch_size 0", "batch_size"), ("--batch_size 1.5", "batch_size"),
     ("--g_lr 0", "g_lr"), ("--g_lr nan", "g_lr"), ("--d_lr inf", "d_lr"), ("--total_step 0", "total_step"),
     ("--beta1 1", "beta1"), ("--z_dim 0", "z_dim"), ("--g_conv_dim 12", "multiple of 8"),
-    ("--d_conv_dim -8", "multiple of 8"), ("--adv_loss lsgan", "wgan-gp"), ("--dataset imagenet", "toy"),
+    ("--d_conv_dim -8", "multiple of 8"), ("--adv_loss hinged", "wgan-gp"), ("--dataset imagenet", "toy"),
     ("--model biggan", "sagan, paper"), ("--lr_schedule cosine", "linear"), ("--train maybe", "true or false"),
     ("--device gpu", "cuda"), ("--pretrained_model last", "latest"), ("--version a/b", "version"),
     ("--version ..", "version"), (f"--version {101 * 'v'}", "version"), ("--no_such_option 1", "no_such_option"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import D_STATS, assert_same, assert_same_weights, log, page_data, wait_for, weights_of
+from conftest import D_STATS, ROOT, assert_same, assert_same_weights, log, page_data, wait_for, weights_of
 from PIL import Image
 
 import main
@@ -150,13 +150,15 @@ def test_a_run_writes_all_its_files(train, capsys):
     sigmas = {f"sigma/{network}_l{layer}" for network in "GD" for layer in (1, 2, 3)}
     gammas = {f"gamma/{network}_attn{layer}" for network in "GD" for layer in (1, 2)}
     assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d", "images_per_s", "memory_mib"}
+    page = (ROOT / "docs" / "reading_the_report.md").read_text("utf-8")
+    assert all(f"`{name}`" in page for name in {*lines[0], *spreads[0]} - sigmas - gammas)
     main.print_outcome(config, 5, 0)
     paths = [Path(line.strip()) for line in capsys.readouterr().out.splitlines()[-3:]]
     explorer, grid = config.attn_folder / "5_explorer.html", config.sample_folder / "5_ema.png"
     assert paths == [config.log_folder / "report.html", explorer, grid] and all(path.exists() for path in paths)
     (events,) = config.log_folder.glob("events.out.tfevents.*")
-    for tag in ("d_loss", "gamma/G_attn1", "sigma/D_l1", "samples/ema", "attention/D_attn2", "memory_mib"):
-        assert tag.encode() in events.read_bytes()
+    tags = {*lines[0], *spreads[0], "samples/ema", "attention/D_attn2"} - {"step"}
+    assert all(tag.encode() in events.read_bytes() for tag in tags)
     assert json.loads((config.log_folder / "config.json").read_text())["total_step"] == 5
 
 

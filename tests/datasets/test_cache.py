@@ -162,6 +162,12 @@ def test_readable_images_are_stored_in_order_without_gaps(tmp_path, workers):
     assert np.array_equal(images, [decode_most(number, 4) for number in range(600) if number not in skipped])
 
 
+@pytest.mark.parametrize("image", [Image.new("L", (8, 8)), Image.new("RGB", (8, 9)), np.zeros((8, 8, 3), np.uint8)])
+def test_a_source_must_decode_to_rgb_images_of_the_size(tmp_path, image):
+    with pytest.raises(UserError, match=r"first: 0: (ValueError: decoded to|AttributeError: .*ndarray)"):
+        open_cache(Source("own", range(3), lambda *_: image, "1", "3 images"), 8, tmp_path, 0)
+
+
 def test_a_failed_build_leaves_no_cache(numbers, tmp_path):
     numbers.at_first = sys.exit
     with pytest.raises(SystemExit):

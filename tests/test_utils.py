@@ -4,7 +4,6 @@ import platform
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -96,9 +95,9 @@ def test_files_are_written_all_or_none(tmp_path, monkeypatch, failing):
 
 
 def test_a_drive_of_windows_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: False)
     with pytest.raises(UserError, match="drive"):
-        utils.check_writable(Path("x"))
+        utils.check_writable(ROOT)
 
 
 def test_seeds_are_distinct():
@@ -134,9 +133,7 @@ for prepare in (int, utils.tune_malloc, int):  # after it, the first blocks are 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_tuned_malloc_reuses_freed_memory():
-    command = [sys.executable, "-c", PAGE_FAULTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    default, _, tuned = map(int, done.stdout.split())
+    default, _, tuned = map(int, subprocess.check_output([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT).split())
     assert tuned < default / 10
 
 
@@ -150,5 +147,4 @@ def test_files_by_step_in_ascending_order(tmp_path):
 
 def test_evenly_spaced_keeps_the_ends():
     assert utils.evenly_spaced(range(100), 4) == [0, 33, 66, 99]
-    assert utils.evenly_spaced(range(3), 4) == [0, 1, 2]
-    assert utils.evenly_spaced([], 4) == []
+    assert utils.evenly_spaced(range(3), 4) == [0, 1, 2] and utils.evenly_spaced([], 4) == []

@@ -32,8 +32,7 @@ def cell(name: str, row: str) -> str:
 
 @NAMES
 def test_drawings_and_table_of_sizes_parameters_and_attention_layers(name):
-    drawing = (DOCS / f"model_{name}.svg").read_text(encoding="utf-8")
-    assert drawing == draw(name), "run: python docs/draw_models.py"
+    assert (DOCS / f"model_{name}.svg").read_text(encoding="utf-8") == draw(name), "run: python docs/draw_models.py"
     sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.LAYOUTS
     assert cell(name, "sizes") == ", ".join(map(str, sizes))
     for size in (32, 64, 128):

@@ -115,4 +115,5 @@ def test_the_recipes_for_a_loss_a_dataset_and_an_attention_layer(tmp_path):
     for words in (["main.py", *options], ["export.py", "--pretrained_model=latest", "--format=safetensors"]):
         subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
     assert "Trained on gray" in next(tmp_path.glob("exports/*/2/model_card.md")).read_text("utf-8")
-    assert {path.name for path in tmp_path.glob("attn/*/2_G_*.png")} == {f"2_G_attn{layer}.png" for layer in (1, 2, 3)}
+    layers = ("G_attn1", "G_attn2", "G_attn3", "D_attn1", "D_attn2")
+    assert {path.name for path in tmp_path.glob("attn/*/2_*.png")} == {f"2_{layer}.png" for layer in layers}

@@ -8,6 +8,7 @@ import pytest
 from conftest import export_metadata
 
 from exporting.model_card import DATASETS, model_card
+from parameter import DATASET
 
 
 def card(metrics=None, formats=("safetensors", "onnx"), maps=(), title="cats", num_images=20, **changes):
@@ -27,7 +28,7 @@ def test_the_license_as_people_and_model_hubs_read_it(dataset, license, hub_name
     assert (keys["license"], keys["library_name"]) == (license, "pytorch")
     assert ("license_name" in keys) == ("license_link" in keys) == (license == "other")
     assert re.findall(r"datasets:\n- (\S+)\n", front) == [hub_name] * bool(hub_name)
-    assert terms in DATASETS[dataset][1]
+    assert terms in DATASETS[dataset][1] and {*DATASETS} - {""} == {*DATASET.description[7:].split(", ")}
 
 
 def test_what_the_card_says_of_the_network():

@@ -122,7 +122,7 @@ class Config:
     )  # fmt: skip
 
     train: bool = option(True, "train; false: evaluate a checkpoint", group="Training")
-    adv_loss: str = option("hinge", "adversarial loss", one_of("hinge", "wgan-gp"))
+    adv_loss: str = option("hinge", "adversarial loss; hinge: the paper's", one_of("hinge", "wgan-gp"))
     lambda_gp: float = option(10.0, "weight of the gradient penalty of wgan-gp", at_least(0))
     total_step: int = option(1_000_000, "train up to this step; a step is one generator update", at_least(1))
     batch_size: int = option(64, "images per batch, over all processes", at_least(1))

@@ -35,7 +35,7 @@ def test_drawings_and_table_of_sizes_parameters_and_attention_layers(name):
     assert (DOCS / f"model_{name}.svg").read_text(encoding="utf-8") == draw(name), "run: python docs/draw_models.py"
     sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.LAYOUTS
     assert cell(name, "sizes") == ", ".join(map(str, sizes))
-    for size in (32, 64, 128):
+    for size in sizes:
         with torch.device("meta"):
             G, D = MODELS[name].Generator(size), MODELS[name].Discriminator(size)
         assert cell(name, f"parameters, size {size}") == f"G {count_parameters(G):,}, D {count_parameters(D):,}"

@@ -51,8 +51,8 @@ HOLDOUT_NOTE = (
 )
 HOG_NOTE = "hog_real is of two halves of the real images: about twice what images as good as real would get."
 GAMMA_NOTE = (
-    "Gamma scales the attention output that is added to the features; it starts at 0. Its sign has no meaning, as the "
-    "attention output can have either sign. A large gamma does not imply non-local attention: see the attention maps."
+    "Gamma scales the attention output that is added to the features; it is learned, from 0. Its sign has no meaning, "
+    "as the attention output can have either sign. A large gamma does not imply non-local attention: see the maps."
 )
 SIGMA_NOTE = "Largest singular value of each layer's weight before normalization. A jump often precedes collapse."
 CHARTS = (  # title, pattern of the names in the log, y label, note

@@ -231,7 +231,9 @@ def launch(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = run.parse_args(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
-    # By default torchrun ends at a SIGHUP that nohup lets it ignore, and does not pass SIGUSR1 on as a request to stop.
+    # By default torchrun ends at a SIGHUP that nohup lets it ignore, does not pass SIGUSR1 on as a request to stop, and
+    # kills ranks 30 s after a signal, in which some cannot finish their steps and save.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     arguments.signals_to_handle = ",".join(number.name for number in stop_signals())
     try:
         run.run(arguments)

@@ -218,7 +218,7 @@ class Tester:
         """
         sample_grid(torch.stack(columns, 1).flatten(0, 1), len(columns), row_names).save(self.folder / f"{name}.png")
         frames = [sample_grid(column, columns=len(column)) for column in columns]
-        save_animation(self.folder / f"{name}.gif", [*frames, *frames[-2:0:-1]], seconds=0.15)
+        save_animation(self.folder / f"{name}.gif", [*frames, *frames[-2::-1]], seconds=0.15)
 
     def _write_progress(self) -> None:
         """Write an animation of the sample grids that training saved up to this step, all of the same z."""
@@ -270,10 +270,11 @@ class Tester:
         samples = self.G(*self._inputs(NEAREST_SAMPLES))
         found = nearest_images(samples, images, NEAREST_NEIGHBORS)
         neighbors = self.loader.images_at(found.indices.flatten()).unflatten(0, found.indices.shape)
+        neighbors[found.mirrored] = neighbors[found.mirrored].flip(3)
         chosen = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(images))[:64])
         baseline = nearest_images(self.loader.images_at(chosen), images, 2).distances[:, 1]  # [:, 0]: the image itself
         footer = (
-            "Numbers: RMSE of pixels in [-1, 1]. Mean RMSE to the nearest training image:\n"
+            "Numbers: RMSE of pixels in [-1, 1], to a training image or its mirror image. Mean of the nearest:\n"
             f"{found.distances[:, 0].mean():.3f} from these samples, {baseline.mean():.3f} from other training images."
         )
         captions = [["", *(f"{rmse:.3f}" for rmse in row)] for row in found.distances.tolist()]

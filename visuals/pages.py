@@ -63,4 +63,4 @@ def compress_maps(maps: np.ndarray) -> str:
 
 def compress(data: bytes) -> str:
     """Return bytes as the text that `inflate` in shared.js reads."""
-    return base64.b64encode(zlib.compress(data, level=9)).decode("ascii")
+    return base64.b64encode(zlib.compress(data)).decode("ascii")

@@ -23,6 +23,7 @@ from errors import UserError, warn
 from utils import flush_to_disk, progress
 
 FORMAT = 2  # version of the cache format; caches of another version are rebuilt
+CACHE_FILES = ("images.bin", "info.json")  # in this order, a cache that is replaced half way counts as incomplete
 STALE_SECONDS = 3600  # a build that has written nothing for this long is dead
 
 
@@ -101,8 +102,8 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> d
         except OSError:  # there is one, maybe of a process that was faster
             earlier = _read_info(folder, source, size)
             if earlier is None or len(earlier) > len(failures):
-                _remove_cache(folder)
-                os.rename(building, folder)
+                for name in CACHE_FILES:  # not the folder, in which a file manager may have put others
+                    os.replace(building / name, folder / name)
     finally:
         _remove_cache(building)
     return _read_info(folder, source, size)
@@ -111,7 +112,7 @@ def _build_cache(source: Source, size: int, folder: Path, num_workers: int) -> d
 def _remove_cache(folder: Path) -> None:
     """Remove the files of a cache, and its folder if there are no others."""
     with suppress(OSError):  # it is missing, cannot be removed, or has other files
-        for name in ("images.bin", "info.json"):
+        for name in CACHE_FILES:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 

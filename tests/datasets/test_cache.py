@@ -73,7 +73,7 @@ def test_an_existing_cache_is_opened_without_decoding_or_writing(numbers, tmp_pa
         (b"2", b"1"), (b"10", b"9"), (b'"count"', b'"number"'), (b"[]", b'[[99, "no such item"]]'),
         (b"[]", b'[["a", "no number"]]')))
 ])  # fmt: skip
-def test_a_damaged_cache_is_rebuilt_unless_the_user_has_files_in_it(numbers, tmp_path, name, content):
+def test_a_damaged_cache_is_rebuilt_beside_files_of_others(numbers, tmp_path, name, content):
     def damage():
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
 
@@ -84,10 +84,9 @@ def test_a_damaged_cache_is_rebuilt_unless_the_user_has_files_in_it(numbers, tmp
     assert numbers.open() == (ALL, {})
     assert cache_folder(tmp_path) == folder and files_in(folder) == complete
     damage()
-    (folder / "notes.txt").write_text("the user's")
-    with pytest.raises(UserError, match="--cache_path"):
-        numbers.open()
-    assert cache_folder(tmp_path) == folder and files_in(folder) == {"notes.txt": b"the user's"}
+    (folder / ".DS_Store").write_text("a file manager's")
+    assert numbers.open() == (ALL, {})
+    assert cache_folder(tmp_path) == folder and files_in(folder) == complete | {".DS_Store": b"a file manager's"}
 
 
 def test_a_cache_built_meanwhile_by_another_process_is_kept(numbers, tmp_path):

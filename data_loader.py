@@ -160,8 +160,8 @@ class Loader:
         return self.images_at(numbers), self._labels_of(numbers)
 
     def images_of_class(self, label: int, count: int) -> Tensor:
-        """Return the first images of a class, at most `count`, as `images_at`."""
-        return self.images_at((self.labels == label).nonzero()[:count, 0])
+        """Return the first training images of a class, at most `count`, as `images_at`."""
+        return self.images_at(torch.from_numpy(self._training)[(self.training_labels == label).cpu()][:count])
 
     def images_at(self, numbers: Tensor) -> Tensor:
         """Return images by their numbers (B,): (B, 3, S, S) float32 in [-1, 1], on the device."""

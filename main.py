@@ -88,14 +88,18 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
     from metrics.scores import check_metrics
     from trainer import Trainer
     from training import resuming
+    from training.log import check_tensorboard
     from training.run_folders import check_folders, warn_of_small_disk
 
+    with ranks.raise_together():
+        ranks.shard(config.batch_size)  # raises if it cannot be shared
     saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config)
     loader = ranks.rank_zero_first(lambda: make_loader(config, device, precision))
     if saved:
         ranks.on_rank_zero(resuming.check_classes, saved, loader.classes)
     ranks.on_rank_zero(check_folders, config, saved.step if saved else 0)
     ranks.on_rank_zero(check_metrics, config, device)
+    ranks.on_rank_zero(check_tensorboard, config.use_tensorboard)
     ranks.rank_zero_first(loader.open)
     resuming.check_same_images(ranks, loader.fingerprint)
     trainer = Trainer(config, loader, device, precision, ranks, saved)
@@ -128,17 +132,23 @@ def test(config: Config, device: "torch.device") -> int:
     return Tester(config, open_loader_if_any(config, device, saved), saved, device, photo).test()
 
 
-def make_loader(config: Config, device: "torch.device", precision: str = "fp32") -> "Loader":
-    """Return the loader of the training images, not yet opened."""
+def make_loader(
+    config: Config, device: "torch.device", precision: str = "fp32", saved: "Checkpoint | None" = None
+) -> "Loader":
+    """Return the loader of the training images, not yet opened.
+
+    The seed of `saved`, a checkpoint to evaluate, decides which images are held out and which toy faces are drawn.
+    """
     from data_loader import Loader
     from datasets.sources import find_source
     from utils import conv_memory_format
 
+    seed = saved.state["config"]["seed"] if saved and saved.state else config.seed
     source = find_source(config.dataset, config.image_path, config.crop_size, config.download, config.toy_num,
-                         config.seed, attribute=config.attribute, run_folders=config.folders,
+                         seed, attribute=config.attribute, run_folders=config.folders,
                          exclude=config.output_folders)  # fmt: skip
     return Loader(source, config.imsize, config.batch_size, cache_path=config.cache_path, hflip=config.hflip,
-                  num_workers=config.num_workers, seed=config.seed, conditional=config.conditional,
+                  num_workers=config.num_workers, seed=seed, conditional=config.conditional,
                   holdout=config.holdout, device=device,
                   memory_format=conv_memory_format(device, precision))  # fmt: skip
 
@@ -149,7 +159,7 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
 
     try:
         # Without --metrics, which take no batches, only the first g_num images of one are shown.
-        loader = make_loader(replace(config, batch_size=min(config.batch_size, config.g_num)), device)
+        loader = make_loader(replace(config, batch_size=min(config.batch_size, config.g_num)), device, saved=saved)
         check_classes(saved, loader.classes)
         loader.open()
         print(f"data: {loader.source.description}")

@@ -354,7 +354,7 @@ def get_parameters(argv: list[str] | None = None, program: str = "main.py") -> C
     except UserError as error:
         parser.error(str(error))
     if "d_iters" in given:
-        warn(f"--d_iters is ignored, as in the reference; use --n_critic, which is {config.n_critic}")
+        warn(f"--d_iters is ignored, as in the reference; the ratio of updates is that of --n_critic {config.n_critic}")
     return config
 
 

@@ -85,7 +85,7 @@ def main() -> int:
     if not config.conditional:
         raise UserError("the networks of this checkpoint have no classes")
     device = setup_device(config.device)
-    loader = make_loader(config, device).open()
+    loader = make_loader(config, device, saved=saved).open()
     check_classes(saved, loader.classes)
     measure(loader, Tester(config, loader, saved, device))
     return 0

@@ -107,7 +107,7 @@ def test_samples_of_training_are_rows_of_classes(trained):
 
 def test_rows_of_real_images_may_be_short(make):
     trainer = make(total_step=1, toy_num=40)
-    trainer.loader.labels = torch.tensor([1] * 2 + [2] * 3 + [0] * 35)
+    trainer.loader.training_labels = torch.tensor([1] * 2 + [2] * 3 + [0] * 35)
     trainer.previews.fixed_z = torch.randn(12, 16)
     images = trainer.previews.real_images().flatten(1)
     assert (images != images[:, :1]).any(1).unflatten(0, (3, 10)).sum(1).tolist() == [10, 2, 3]  # not black
@@ -264,7 +264,7 @@ def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
 
 def test_evaluation_without_images_of_the_classes(trained, monkeypatch, capsys):
     """Samples need no images; those of other classes are no help."""
-    monkeypatch.setattr(main, "make_loader", lambda *_: SimpleNamespace(classes=("cat", "dog"), open=lambda: None))
+    monkeypatch.setattr(main, "make_loader", lambda *_, **__: SimpleNamespace(classes=("cat", "dog"), open=lambda: None))
     saved = checkpoint.load(trained.config.model_folder, "1")
     assert main.open_loader_if_any(trained.config, CPU, saved) is None
     err = capsys.readouterr().err

@@ -195,8 +195,10 @@ def trained(tmp_path):
     ("", "--overwrite true"), ("--pretrained_model 7", ": 2"), ("--pretrained_model latest --z_dim 8", "--z_dim 16"),
     ("--train false --pretrained_model best", "--pretrained_model best"),
     ("--train false --metrics faces --dataset celeb", "no CelebA"),
+    ("--overwrite true --use_tensorboard true", "tensorboardX cannot be imported"),
 ])  # fmt: skip
-def test_a_mistake_beside_earlier_results_is_one_line(trained, fail, words, token):
+def test_a_mistake_beside_earlier_results_is_one_line(trained, fail, monkeypatch, words, token):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # the import fails
     assert token in fail(*WORDS, *words.split())
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import build_trainer, page_data, page_pixels, toy_config
 from PIL import Image
 
+import main
 import tester
 from data_loader import to_model_range
 from errors import UserError
@@ -184,3 +185,9 @@ def test_weights_that_are_not_finite_are_refused(trained, make_config, part, key
 def test_other_images_than_those_of_the_checkpoint_are_pointed_out(trained, make_config, make_trainer, capsys):
     make_tester(make_config(), make_trainer(toy_num=24, version="other").loader)
     assert "24 images; it had 20" in capsys.readouterr().err
+
+
+def test_another_seed_draws_other_z_for_the_same_images(trained, make_config):
+    saved, config = load_test_checkpoint(make_config(train=False, seed=1), {"seed"})
+    loader = main.make_loader(config, torch.device("cpu"), saved=saved)
+    assert (config.seed, loader.seed, loader.source.fingerprint) == (1, 0, trained.loader.source.fingerprint)

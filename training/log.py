@@ -12,6 +12,15 @@ from errors import Tolerate, UserError
 from utils import flush_to_disk
 
 
+def check_tensorboard(use_tensorboard: bool) -> None:
+    """Raise `UserError` if TensorBoard's files are to be written and tensorboardX cannot be imported."""
+    try:
+        if use_tensorboard:
+            import tensorboardX  # noqa: F401  takes a second
+    except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
+        raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
+
+
 class RunLog(AbstractContextManager):
     """Append to a run's logs, as a context that closes them; first drop the entries after `step`.
 
@@ -22,7 +31,6 @@ class RunLog(AbstractContextManager):
         use_tensorboard: write TensorBoard's event files too.
 
     Raises:
-        UserError: tensorboardX cannot be imported.
         OSError: the folder cannot be written at the start.
     """
 
@@ -33,10 +41,8 @@ class RunLog(AbstractContextManager):
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  a killed run keeps its entries
         self._writer = None
         if use_tensorboard:
-            try:
-                from tensorboardX import SummaryWriter  # takes a second to import
-            except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
-                raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
+            from tensorboardX import SummaryWriter
+
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # marks later entries
             # An error would end tensorboardX's thread, and `add_scalar` would wait for it without end.
             with suppress(AttributeError):  # names that are its own, which another release may change

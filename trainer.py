@@ -26,7 +26,7 @@ from training.models import build_networks
 from training.optimizers import Adam, Schedule
 from training.previews import Previews, draw_z
 from training.recorder import Recorder
-from training.resuming import TrainingState
+from training.resuming import TrainingState, is_holdout_trained
 from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
@@ -72,7 +72,7 @@ class Trainer:
         # Loss, optimizers, random numbers
         self.loss = LOSSES[config.adv_loss]
         self.augmentations = config.augment.split(",") if config.augment != "none" else []
-        betas = config.beta1, config.beta2
+        betas = float(config.beta1), float(config.beta2)  # Adam refuses integers
         self.g_optimizer = Adam(self.G.parameters(), config.g_lr, betas, capturable=use_graph)
         self.d_optimizer = Adam(self.D.parameters(), config.d_lr, betas, capturable=use_graph)
         self.rng = torch.Generator(device)
@@ -86,6 +86,9 @@ class Trainer:
         )
         if saved:
             self.state.load(saved)
+        self.data = dict(loader.fingerprint)
+        if saved and is_holdout_trained(saved, self.data):
+            del self.data["seed"]  # as older versions: it is warned of again at each resume
         self.updates = self._updates
         if use_graph:
             self.updates = GraphedStep(self._updates, device, fallback=config.cuda_graph == "auto")
@@ -273,7 +276,7 @@ class Trainer:
             recorder.samples(self.step, self.previews.samples())
         if "attention" in due:
             recorder.attention(self.step, self.previews.attention())
-        if "metrics" in due and not recorder.has_scores(self.step):
+        if "metrics" in due:
             self._evaluate(recorder, stop)
 
     def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopRequest) -> None:
@@ -314,5 +317,4 @@ class Trainer:
         """
         state = self.state.state_dict()
         self.guard.check(state)
-        data, classes = self.loader.fingerprint, list(self.loader.classes)
-        return state | {"config": vars(self.config), "data": data, "classes": classes}
+        return state | {"config": vars(self.config), "data": self.data, "classes": list(self.loader.classes)}

@@ -88,9 +88,9 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
     fresh = make_trainer()
     assert trainer.step == 0 and not trainer.g_optimizer.state and not trainer.d_optimizer.state
     assert trainer.state.schedule.start_step == 0 and torch.equal(trainer.state.fixed_z, fresh.state.fixed_z)
-    assert trainer.train() == 0 and trainer.step == 3
+    assert trainer.train() == 0 and trainer.step == 3 and capsys.readouterr()
     resumed = make_trainer(init_from="/gone.pth", holdout=0.2, pretrained_model="auto")
-    assert resumed.step == 3
+    assert resumed.step == 3 and ("held out now" in capsys.readouterr().err) == (name == STATE)
     assert_same(weights_of(resumed), weights_of(trainer))
 
 

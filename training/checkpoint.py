@@ -75,9 +75,12 @@ def save(folder: Path, name: Name, state: Mapping[str, Any], *, export: bool = T
         if name != "best":
             _prune(folder, name, keep_checkpoints)
     except OSError as error:
+        again = "start again with --overwrite true"
+        if has_any(folder):
+            again = "resume with --pretrained_model latest, as earlier checkpoints are intact"
         raise UserError(
-            f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Earlier checkpoints are intact: "
-            "free space or permit writing, then resume with --pretrained_model latest"
+            f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Free space or permit writing, "
+            f"then {again}"
         ) from error
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_loader import Loader
 from errors import Tolerate
-from parameter import DISTANCES, METRIC_RESULTS, Config
+from parameter import DISTANCES, Config
 from training import checkpoint
 from training.background import Background
 from training.checkpoint import Name
@@ -128,7 +128,8 @@ class Recorder(AbstractContextManager):
         """
         self._log.scalars(step, scores)
         self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
-        config, metric = self.config, self._distance
+        config = self.config
+        metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
         protocol = {"metric": metric, "images": config.metric_num, "ema": config.use_ema}
         protocol["data"] = self.loader.fingerprint["checksum"]
         if metric is None or not math.isfinite(scores[metric]):
@@ -138,21 +139,8 @@ class Recorder(AbstractContextManager):
         self.best = protocol | {"step": step, "score": scores[metric]}
         return True
 
-    def has_scores(self, step: int) -> bool:
-        """Return whether the log has metrics of a step and, if they are the best, its checkpoint is saved as such."""
-        score = self._logged(step, self._distance or METRIC_RESULTS[self.config.metrics.split(",")[0]][0])
-        if score is None or self._distance is None or self.best.get("step") == step:
-            return score is not None
-        return score >= self.best.get("score", math.inf)
-
-    @property
-    def _distance(self) -> str | None:
-        """The metric by which a checkpoint is the best."""
-        return next((name for name in self.config.metrics.split(",") if name in DISTANCES), None)
-
-    def _logged(self, step: int, name: str) -> float | None:
-        curve = read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))
-        return dict(curve.tolist()).get(step)
+    def _has_logged(self, step: int, name: str) -> bool:
+        return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
 
     def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
@@ -169,7 +157,7 @@ class Recorder(AbstractContextManager):
         if all(map(math.isfinite, spreads.values())):
             if len(images["ema"]) >= MIN_SAMPLES:
                 self._collapse.add(step, **spreads)
-            if step > self._start or self._logged(step, "spread") is None:  # the run before may have logged this step
+            if step > self._start or not self._has_logged(step, "spread"):  # the run before may have
                 self._log.scalars(step, spreads)
 
     @functools.cached_property

@@ -170,22 +170,19 @@ class TrainingState:
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
     """Print what a run resumes or starts from, and which options and images differ; `data` is `Loader.fingerprint`."""
+    warn_of_trained_holdout(saved, data)
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
-        if saved.state and all(saved.state["data"].get(name) == data[name] for name in ("images", "checksum")):
-            warn_of_trained_holdout(saved, data)
         return
-    if saved.step:  # weights of step 0 are initial ones
-        warn_of_trained_holdout(saved, data)
     if saved.state is None:
-        if saved.step:
-            warn(f"checkpoint {saved.step} has weights only: optimizers and EMA are reinitialized")
-        return
-    changes = changed_options(saved.state["config"], config)
-    print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
+        warn(f"{config.pretrained_file or 'the checkpoint'} has weights only, taken as those of step {saved.step}: "
+             "optimizers and EMA are reinitialized")  # fmt: skip
+    else:
+        changes = changed_options(saved.state["config"], config)
+        print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
+        warn_of_other_images(saved, data)
     if saved.step >= config.total_step:
         warn(f"there is nothing to train: step {saved.step} is not below --total_step {config.total_step}")
-    warn_of_other_images(saved, data)
 
 
 def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
@@ -258,16 +255,24 @@ def warn_of_other_images(saved: checkpoint.Checkpoint, current: Mapping[str, flo
         warn(f"the {current['images']:,} images are not those of the checkpoint")
 
 
-def warn_of_trained_holdout(saved: checkpoint.Checkpoint, current: Mapping[str, float]) -> None:
-    """Print a warning if a checkpoint was, or may have been, trained on images that are held out now.
+def is_holdout_trained(saved: checkpoint.Checkpoint, current: Mapping[str, float]) -> bool:
+    """Return whether a checkpoint was, or may have been, trained on images that are held out now.
 
     Added images are no reason: which of the others are held out does not depend on them. `current` is
-    `Loader.fingerprint`; that of weights alone is not known, and that of older versions has no "seed" or "holdout".
+    `Loader.fingerprint`. That of weights alone is not known; that of older versions has no "seed" or "holdout", and
+    neither has that of a run for which this was true.
     """
     data = saved.state["data"] if saved.state else {}
     same = {key: data.get(key) == value for key, value in current.items()}
+    if saved.is_initial and not (same["images"] and same["checksum"]):  # weights of other images
+        return False
     renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
-    if current["holdout"] and (not same["seed"] or current["holdout"] > data["holdout"] or renamed):
+    return current["holdout"] > 0 and (not same["seed"] or current["holdout"] > data["holdout"] or renamed)
+
+
+def warn_of_trained_holdout(saved: checkpoint.Checkpoint, current: Mapping[str, float]) -> None:
+    """Print a warning if `is_holdout_trained`."""
+    if is_holdout_trained(saved, current):
         warn(
             "the checkpoint may have been trained on images that are held out now (--holdout, --seed or file names are "
             "not those of the checkpoint, or it is of an older version): do not trust what is said of held-out images"

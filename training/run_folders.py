@@ -38,6 +38,12 @@ def check_folders(config: Config, step: int) -> None:
     """
     for folder in config.folders:
         check_writable(folder)
+    file, own = config.pretrained_file, (checkpoint.path_of(config.model_folder, step).name, "best_state.pth")
+    if file and not _starts_course(config) and file.name not in own and checkpoint.has_any(config.model_folder):
+        raise UserError(
+            f"to go on from {file} would replace checkpoints of --version {config.version}: choose another --version, "
+            "or give the step of a checkpoint"
+        )
     if config.overwrite or config.pretrained_model == "latest":
         return
     if config.pretrained_model == "auto":

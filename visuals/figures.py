@@ -69,7 +69,7 @@ def shorten(name: str) -> str:
     Characters that the font lacks become \u65e5 etc.: as boxes they would all look the same.
     """
     known = import_matplotlib().ft2font.FT2Font(_font_path()).get_charmap()
-    name = "".join(char if ord(char) in known else char.encode("ascii", "backslashreplace").decode() for char in name)
+    name = "".join(char if char.isprintable() and ord(char) in known else ascii(char)[1:-1] for char in name)
     shown, left = name, len(name)
     while _font(12).getlength(shown) > TILE:
         left -= 1

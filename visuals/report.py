@@ -88,6 +88,8 @@ def report_page(
         best: "step", "metric" and "score" of the best checkpoint; {} if there is none.
     """
     log = read_curves(config.log_folder, step)
+    if best and best["step"] > step:  # of a run that was resumed from an earlier step
+        best = {}
     data = {
         "frames": _frames(config.sample_folder, step),
         "real": picture(config.sample_folder / "real.png", SAMPLE_SIZE),
@@ -99,7 +101,7 @@ def report_page(
     facts += [f"batch {config.batch_size}", f"on {machine}"]
     facts += [f"classes {join_names(classes)}"] if classes else []
     facts += _speed(config, step, log, is_running=state == "running" and not finished)
-    if best and best["step"] <= step:
+    if best:
         facts.append(f"best checkpoint: step {best['step']:,}, {best['metric']} {best['score']:.4g}")
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(config.version),
@@ -111,7 +113,8 @@ def report_page(
         charts="".join(_charts(log, best)),
         attention=_attention(config, step),
         options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),
-        command=_prose(config.command_line(pretrained_model=str(step))),
+        # While the run goes on, newer checkpoints follow that of this page.
+        command=_prose(config.command_line(pretrained_model="latest" if state == "running" and not finished else str(step))),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 

@@ -54,6 +54,9 @@ def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
         check_folders(make_config(pretrained_model=wanted, **options), step)
 
     check()
+    for name in ("2_G.pth", "best_G.pth", "mean_state.pth"):  # would replace 2_state.pth, or start at step 0
+        with pytest.raises(UserError, match="would replace checkpoints"):
+            check(str(state.with_name(name)), overwrite=True)
     for later in (config.sample_folder / "test_3", config.model_folder / "3_G.pth"):
         later.touch()
         for wanted in ("2", str(state), str(tmp_path / "model_save_path/../model_save_path/sagan_celeb/2_state.pth")):

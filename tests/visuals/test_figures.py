@@ -75,7 +75,7 @@ def test_figures_show_maps_of_g_on_generated_and_of_d_on_real_images_and_the_cla
     rows, columns = np.nonzero((np.asarray(plain) != drawn["D_attn1"]).any(axis=2))
     below = 58 + TILE + CAPTION + GAP + TILE  # the second image
     assert below <= rows.min() and rows.max() < below + CAPTION and columns.max() < GAP + TILE
-    assert figures.shorten("Größe, x" * 2) == "Größe, x" * 2 and figures.shorten("犬") == "\\u72ac"
+    assert figures.shorten("Größe, x" * 2) == "Größe, x" * 2 and figures.shorten("犬\n") == "\\u72ac\\n"
     for letter, most in (("i", 50), ("W", 15)):
         start, dots, end = figures.shorten(letter * 60).partition("...")
         assert dots and 0 <= len(start) - len(end) <= 1 and most / 2 < len(start + end) <= most

@@ -136,6 +136,8 @@ def test_charts_of_a_log(empty_run):
     assert parts_of(page)[1] == ["FID", "Face rate", "reach", "new"] and "G_attn2  0.4" in page
     assert "<li>best checkpoint: step 10, fid 80</li>" in page
     assert page.count(GRAY) == 1 and "best checkpoint" not in page_of(empty_run, 20)
+    later = page_of(empty_run, 20, best={"step": 30, "metric": "fid", "score": 70})  # before it was resumed
+    assert GRAY not in later and "best checkpoint" not in later
 
 
 @pytest.mark.parametrize("size, shown", [((1120, 560), (560, 280)), ((64, 64), (64, 64)), ((60, 70_000), (1, 560))])

@@ -24,7 +24,7 @@ IMAGE_SIZES = (32, 64, 128, 256)
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all positions of a feature map (paper section 3).
+    """Self-attention over all positions of a feature map (the paper's equations 1 to 3).
 
     ``out = gamma * (v A^T) + x`` with ``A = softmax(q^T k)`` over the keys, not scaled by sqrt(d). gamma is learned and
     starts at 0, so that the layer starts as the identity.

@@ -1,4 +1,4 @@
-"""Devices, precision, memory, seeds, atomic writes, files named by step, progress bars."""
+"""Devices, precision, memory, seeds, pixels, modes of networks, atomic writes, files named by step, progress bars."""
 
 import ctypes
 import errno

@@ -41,7 +41,7 @@ LOSSES = {"hinge": Loss(hinge_d_loss, g_loss), "wgan-gp": Loss(wasserstein_d_los
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """Gradient penalty ``mean((|grad D(x)| - 1)^2)`` (Gulrajani et al., arXiv 1704.00028).
+    """Gradient penalty ``mean((|grad D(x)| - 1)^2)`` (Gulrajani et al., arXiv 1704.00028, equation 3).
 
     Args:
         critic: maps images (B, C, H, W) to logits (B,); must support double backward.

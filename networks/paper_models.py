@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 class PooledAttention(nn.Module):
-    """Self-attention over all positions of a feature map, with keys and values max-pooled 2x2 and without biases.
+    """Self-attention (the paper's equations 1 to 3) with keys and values max-pooled 2x2 and without biases.
 
     ``out = gamma * out_conv(v A^T) + x`` with ``A = softmax(q^T k)`` over the keys, not scaled by sqrt(d). gamma is
     learned and starts at 0, so that the layer starts as the identity.

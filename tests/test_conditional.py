@@ -264,7 +264,8 @@ def test_metrics_draw_classes_by_frequency(make_config, monkeypatch):
 
 def test_evaluation_without_images_of_the_classes(trained, monkeypatch, capsys):
     """Samples need no images; those of other classes are no help."""
-    monkeypatch.setattr(main, "make_loader", lambda *_, **__: SimpleNamespace(classes=("cat", "dog"), open=lambda: None))
+    loader = SimpleNamespace(classes=("cat", "dog"), open=lambda: None)
+    monkeypatch.setattr(main, "make_loader", lambda *_, **__: loader)
     saved = checkpoint.load(trained.config.model_folder, "1")
     assert main.open_loader_if_any(trained.config, CPU, saved) is None
     err = capsys.readouterr().err

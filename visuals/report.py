@@ -96,11 +96,12 @@ def report_page(
         "folder": _link(config.sample_folder, config.log_folder),
     }
     finished = step >= config.total_step
+    is_running = state == "running" and not finished
     percent = min(100, math.floor(1000 * step / config.total_step) / 10)  # rounded down: 100% is the end
     facts = [f"step {step:,} of {config.total_step:,} ({percent:g}%)", f"{config.imsize}×{config.imsize}"]
     facts += [f"batch {config.batch_size}", f"on {machine}"]
     facts += [f"classes {join_names(classes)}"] if classes else []
-    facts += _speed(config, step, log, is_running=state == "running" and not finished)
+    facts += _speed(config, step, log, is_running)
     if best:
         facts.append(f"best checkpoint: step {best['step']:,}, {best['metric']} {best['score']:.4g}")
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
@@ -114,7 +115,7 @@ def report_page(
         attention=_attention(config, step),
         options="".join(_option_group(config, title, fields) for title, fields in option_groups().items()),
         # While the run goes on, newer checkpoints follow that of this page.
-        command=_prose(config.command_line(pretrained_model="latest" if state == "running" and not finished else str(step))),
+        command=_prose(config.command_line(pretrained_model="latest" if is_running else str(step))),
         data=json.dumps(data),  # URLs and numbers: no text in it can end the script
     )
 

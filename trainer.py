@@ -86,9 +86,7 @@ class Trainer:
         )
         if saved:
             self.state.load(saved)
-        self.data = dict(loader.fingerprint)
-        if saved and is_holdout_trained(saved, self.data):
-            del self.data["seed"]  # as older versions: it is warned of again at each resume
+        self.holdout_is_trained = saved is not None and is_holdout_trained(saved, loader.fingerprint)
         self.updates = self._updates
         if use_graph:
             self.updates = GraphedStep(self._updates, device, fallback=config.cuda_graph == "auto")
@@ -317,4 +315,7 @@ class Trainer:
         """
         state = self.state.state_dict()
         self.guard.check(state)
-        return state | {"config": vars(self.config), "data": self.data, "classes": list(self.loader.classes)}
+        data, classes = dict(self.loader.fingerprint), list(self.loader.classes)
+        if self.holdout_is_trained:
+            del data["seed"]  # as in older versions: each resume warns again
+        return state | {"config": vars(self.config), "data": data, "classes": classes}

@@ -142,7 +142,7 @@ def train_in(folder: Path, *words: str) -> None:
 @pytest.fixture
 def fewer_images(monkeypatch):
     """An evaluation of few images."""
-    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 16)
+    monkeypatch.setattr(tester, "SUMMARY_IMAGES", 64)  # two batches
     monkeypatch.setattr(playground, "MAX_SIDE", 4)
     monkeypatch.setattr(playground, "MAX_STEPS", 1)
 

@@ -25,6 +25,7 @@ def test_a_batch_is_a_function_of_seed_and_position_and_an_epoch_has_no_image_tw
         assert torch.equal(at_random.batch(position)[0], batches[position])
         assert torch.equal(at_random.batch(position, slice(1, 3))[0], batches[position][1:3])
     assert not torch.equal(toy(seed=1).batch(5)[0], batches[5])
+    assert in_order._order.tolist() == [8, 2, 1, 0, 5, 6, 7, 4, 3, 9]  # of epoch 2, as in later versions
 
 
 def test_the_cache_is_built_by_open_and_by_nothing_else_and_without_a_warning(tmp_path, recwarn):
@@ -41,7 +42,7 @@ def test_hflip_flips_about_half_of_the_images_reproducibly(toy):
                       for hflip in (False, True))  # fmt: skip
     assert all(torch.equal(other, image) or torch.equal(other, image.flip(2))
                for image, other in zip(plain, flipped, strict=True))  # fmt: skip
-    assert 20 < sum(not torch.equal(*pair) for pair in zip(plain, flipped, strict=True)) < 60
+    assert 32 < sum(not torch.equal(*pair) for pair in zip(plain, flipped, strict=True)) < 48
     assert torch.equal(toy(hflip=True).batch(7)[0], torch.stack(flipped[28:32]))
 
 

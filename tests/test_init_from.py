@@ -85,7 +85,8 @@ def test_a_run_starts_from_weights_and_resumes_without_them(runs, make_trainer, 
     assert err.count("\n") == err.count("trained on images that are held out now") == (name == STATE)
     for ours, theirs in zip(weights_of(trainer), (G, D, ema), strict=True):
         assert_same(ours, theirs)
-    fresh = make_trainer()
+    fresh = make_trainer(init_from=str(runs / name), holdout=0.2, toy_num=24)
+    assert "held out" not in capsys.readouterr().err  # other images
     assert trainer.step == 0 and not trainer.g_optimizer.state and not trainer.d_optimizer.state
     assert trainer.state.schedule.start_step == 0 and torch.equal(trainer.state.fixed_z, fresh.state.fixed_z)
     assert trainer.train() == 0 and trainer.step == 3 and capsys.readouterr()

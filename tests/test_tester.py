@@ -15,6 +15,7 @@ import tester
 from data_loader import to_model_range
 from errors import UserError
 from metrics import projection
+from metrics.nearest import nearest_images
 from networks.latents import latent_directions
 from training import recorder
 from training.resuming import load_test_checkpoint
@@ -61,15 +62,17 @@ def test_output_names_every_file_and_those_of_an_earlier_test_go(trained, make_c
     explorer = trained.config.attn_folder / "3_explorer.html"
     assert {path.name for path in tested.folder.iterdir()} == FILES
     assert len(list((tested.folder / "samples").iterdir())) == 6
-    assert explorer.stat().st_size > 10_000
+    assert [image["group"] for image in page_data(explorer)["images"]] == ["generated"] * 5 + ["real"] * 4
     out = capsys.readouterr().out
     assert "EMA" in out and "G attn1" in out and all(name in out for name in FILES)
     pages = [explorer, tested.folder / "playground.html", tested.folder / "grid.png"]
     assert [line.strip() for line in out.splitlines()[-3:]] == [*map(str, pages)]
 
 
-def test_contents_of_the_files(trained, make_config):
-    tested, norms = make_tester(make_config(num_samples=5), trained.loader), []
+def test_contents_of_the_files(trained, make_config, monkeypatch):
+    tested, norms, drawn = make_tester(make_config(num_samples=5), trained.loader), [], []
+    draw = tester.comparison_figure
+    monkeypatch.setattr(tester, "comparison_figure", lambda *parts: drawn.append(parts) or draw(*parts))
     shutil.copy(trained.config.sample_folder / "3_ema.png", trained.config.sample_folder / "4_ema.png")  # a later step
     hook = tested.G.register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=1)))
     tested.test()
@@ -87,13 +90,20 @@ def test_contents_of_the_files(trained, make_config):
         pixels = np.array(Image.open(tested.folder / "samples" / f"{index:05}.png"))
         assert torch.allclose(to_model_range(torch.from_numpy(pixels)[None])[0], image, atol=0.011)  # 256 levels
         assert index not in corners or np.abs(tiles[corners[index]] - pixels).max() <= 1  # rounding of other batches
+    ((images, _, captions, footer),) = drawn  # of nearest.png
+    distances = (images[:, :1] - images[:, 1:]).square().mean((2, 3, 4)).sqrt()
+    assert captions == [["", *(f"{value:.3f}" for value in row)] for row in distances.tolist()]
+    others = nearest_images(to_model_range(trained.loader.images), trained.loader.images, 2).distances[:, 1].mean()
+    assert footer.endswith(f"{others:.3f} from other training images.")
     numbers = json.loads((tested.folder / "attention.json").read_text())
     with torch.no_grad():
         maps = tested.G(tested._inputs(tester.SUMMARY_IMAGES)[0], return_attention=True)[1]
-    assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-4)
-    assert (numbers["G attn1"]["side"], numbers["G attn1"]["key_side"]) == (8, 8)
+    assert numbers["G attn1"]["distance"] == pytest.approx(attention_stats(maps).distance, rel=1e-6)
+    layer = numbers["G attn1"]
+    assert [layer["side"], layer["key_side"], layer["uniform"]["effective_positions"]] == pytest.approx([8, 8, 64])
     assert Image.open(tested.folder / "interpolation.png").size == (10 * 34 + 2, 5 * 34 + 2)
-    assert Image.open(tested.folder / "progress.gif").n_frames == 3
+    frames = [Image.open(tested.folder / f"{name}.gif").n_frames for name in ("progress", "interpolation")]
+    assert frames == [3, 19]  # the latter there and back
     check_directions(tested, data)
 
 
@@ -160,7 +170,7 @@ def test_weights_alone_and_a_generator_alone_are_enough(trained, make_config):
     folder = trained.config.model_folder
     (folder / "3_state.pth").unlink()
     tested = make_tester(make_config(), None)
-    assert torch.equal(tested.G.last[0].weight, trained.G.last[0].weight)
+    assert torch.equal(tested.G.last[0].weight, trained.G.last[0].weight) and not tested.is_ema
     assert tested.test() == 0
     assert {path.name for path in tested.folder.iterdir()} == FILES - {"nearest.png"}
     (folder / "3_G.pth").rename(folder / "500_G.pth")

@@ -10,13 +10,15 @@ from sagan_models import SelfAttention
 
 
 def test_each_step_updates_its_network_alone_and_computes_no_gradient_that_nobody_uses(make_trainer):
-    trainer = make_trainer()
+    trainer, dtypes = make_trainer(precision="bf16"), []
+    for network in (trainer.G, trainer.D):
+        network.last.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
     G, D = ([*network.parameters()] for network in (trainer.G, trainer.D))
 
     def changed_by(step):
         before = copy.deepcopy((G, D))
         stats = step()
-        assert all(value.ndim == 0 and not value.requires_grad for value in stats.values())
+        assert {(value.ndim, value.dtype, value.requires_grad) for value in stats.values()} == {(0, torch.float, False)}
         return [not all(map(torch.equal, *pair)) for pair in zip(before, (G, D), strict=True)], set(stats)
 
     real, _ = trainer.loader.batch(0)
@@ -25,25 +27,26 @@ def test_each_step_updates_its_network_alone_and_computes_no_gradient_that_nobod
     before = [parameter.grad.clone() for parameter in D]
     assert changed_by(lambda: trainer.g_step(torch.randn(4, 16))) == ([True, False], {"g_loss"})
     assert_same([parameter.grad for parameter in D], before)
-    assert all(parameter.requires_grad for parameter in D)
+    assert all(parameter.requires_grad for parameter in D) and dtypes == [torch.bfloat16] * 5
 
 
 @pytest.mark.parametrize("g_lr, d_lr, betas", [(1e-4, 4e-4, (0.0, 0.9)), (3e-3, 1e-3, (0.5, 0.999))])
 def test_the_step_equals_a_textbook_step(make_trainer, g_lr, d_lr, betas):
     """Two steps: the first update of Adam is the same for any betas."""
     ours, plain = (make_trainer(g_lr=g_lr, d_lr=d_lr, beta1=betas[0], beta2=betas[1]) for _ in range(2))
+    for trainer in (ours, plain):  # logits of real images below 0, of others above
+        trainer.D.last[0].bias.data += 0.08
     d_optimizer = torch.optim.Adam(plain.D.parameters(), d_lr, betas)
     g_optimizer = torch.optim.Adam(plain.G.parameters(), g_lr, betas)
     for real in (ours.loader.batch(0)[0], ours.loader.batch(1)[0]):
         z, z2 = torch.randn(2, 4, 16)
         stats = ours.d_step(real, z) | ours.g_step(z2)
 
-        expected = {
-            "d_loss_real": torch.relu(1 - plain.D(real)).mean(),
-            "d_loss_fake": torch.relu(1 + plain.D(plain.G(z).detach())).mean(),
-        }
+        on_real, on_fake = plain.D(real), plain.D(plain.G(z).detach())
+        losses = {"d_loss_real": torch.relu(1 - on_real).mean(), "d_loss_fake": torch.relu(1 + on_fake).mean()}
+        expected = losses | {"d_fake": on_fake.mean(), "d_sign": on_real.sign().mean()}
         d_optimizer.zero_grad()
-        sum(expected.values()).backward()
+        sum(losses.values()).backward()
         d_optimizer.step()
         expected["g_loss"] = -plain.D(plain.G(z2)).mean()
         g_optimizer.zero_grad()

@@ -174,10 +174,10 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
     if saved.is_initial:
         print(f"starting from the weights of {config.init_from} (step {saved.step})")
         return
-    if saved.state is None:
+    if saved.state is None and (saved.step or config.pretrained_file):  # not initial weights, "0"
         warn(f"{config.pretrained_file or 'the checkpoint'} has weights only, taken as those of step {saved.step}: "
              "optimizers and EMA are reinitialized")  # fmt: skip
-    else:
+    elif saved.state is not None:
         changes = changed_options(saved.state["config"], config)
         print(f"resuming from step {saved.step}" + (f"; changed options: {', '.join(changes)}" if changes else ""))
         warn_of_other_images(saved, data)
@@ -264,7 +264,8 @@ def is_holdout_trained(saved: checkpoint.Checkpoint, current: Mapping[str, float
     """
     data = saved.state["data"] if saved.state else {}
     same = {key: data.get(key) == value for key, value in current.items()}
-    if saved.is_initial and not (same["images"] and same["checksum"]):  # weights of other images
+    is_of_others = saved.is_initial and not (same["images"] and same["checksum"])
+    if is_of_others or not (saved.state or saved.step):  # weights of step 0 are initial ones
         return False
     renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
     return current["holdout"] > 0 and (not same["seed"] or current["holdout"] > data["holdout"] or renamed)

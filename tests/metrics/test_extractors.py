@@ -33,14 +33,14 @@ def test_each_extractor_reads_all_images_which_the_progress_bar_counts():
      "torch-fidelity>=0.4"),
     ("metrics.opencv", ("cv2", "cv2.CascadeClassifier"), "faces,hog", "opencv-python-headless<5"),
 ])  # fmt: skip
-def test_a_library_that_is_missing_or_of_another_version(module, missing, names, package, monkeypatch):
+def test_a_library_that_is_missing_or_of_another_version(module, missing, names, package, monkeypatch, make_trainer):
     pytest.importorskip("cv2")
     monkeypatch.delitem(sys.modules, module, raising=False)
     library, attribute = missing
     for remove in (lambda: monkeypatch.delattr(attribute), lambda: monkeypatch.setitem(sys.modules, library, None)):
         remove()
         with pytest.raises(UserError, match=f"--metrics {names} needs {package}"):
-            check(names)
+            make_trainer(metrics=names)
 
 
 def test_weights_are_downloaded_once_and_whole_or_an_error_says_where_to_put_them(tmp_path, monkeypatch):

@@ -26,15 +26,15 @@ def scores_of(fake: torch.Tensor, real: torch.Tensor, cache_path, name: str) -> 
 
 
 def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_is_cached(tmp_path):
-    numbers = [4, 6, 19, 22, 27, 30, 36, 43, 44, 45, 48, 56]
-    faces = draw_faces(numbers, 64).repeat(1, 2, 2, 1)  # four in an image
+    faces = draw_faces(range(60), 64).repeat(1, 2, 2, 1)  # four in an image
+    a_face = 1.01 / 60  # that other versions of OpenCV and Pillow may find or not
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    fake = torch.cat([faces[:9], noise[:3]])
-    assert scores_of(fake, faces, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
-    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
+    fake = torch.cat([faces[:45], noise[:15]])
+    for real in (faces, noise):
+        assert scores_of(fake, real, tmp_path, "faces") == pytest.approx({"faces": 14 / 60, "faces_real": 20 / 60}, abs=a_face)
     for path in (tmp_path / "metrics").iterdir():
         path.write_bytes(b"")  # cut off: computed again
-    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 0}
+    assert scores_of(fake, noise, tmp_path, "faces") == pytest.approx({"faces": 14 / 60, "faces_real": 0}, abs=a_face)
 
 
 def test_frechet_distance_equals_that_of_a_matrix_square_root():
@@ -51,10 +51,10 @@ def test_frechet_distance_equals_that_of_a_matrix_square_root():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("size", [32, 128])
-def test_hog_sees_shapes_in_gray_but_not_brightness(size, tmp_path):
+@pytest.mark.parametrize("size, hog, hog_real", [(32, 1.072, 3.596), (128, 0.8185, 2.566)])  # as in later versions
+def test_hog_sees_shapes_in_gray_but_not_brightness(size, hog, hog_real, tmp_path):
     """The distance of faces to other faces, or darker ones, is far below that of squares."""
-    faces = draw_faces(range(120), size)
+    faces = draw_faces(range(264), size)
     real, others = faces[::2], faces[1::2]
     flat = torch.full_like(others, 100)
     squares, unseen = flat.clone(), flat.clone()  # unseen: of a color of the same gray
@@ -64,4 +64,4 @@ def test_hog_sees_shapes_in_gray_but_not_brightness(size, tmp_path):
     scores = [scores_of(fake, real, tmp_path, "hog") for fake in (others, (others * 0.5).byte(), squares, unseen, flat)]
     near, dark, far, unseen, flat = (score["hog"] for score in scores)
     assert max(near, dark) < 0.15 * far and unseen == flat
-    assert 0 < scores[0]["hog_real"] == scores[2]["hog_real"] < 0.5 * far
+    assert [near, *(score["hog_real"] for score in scores)] == pytest.approx([hog] + [hog_real] * 5, rel=0.02)

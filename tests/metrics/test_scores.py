@@ -86,8 +86,8 @@ def test_number_of_images(compute):
         few = compute(generator_of(fake), real, ["fid", "kid"], metric_num=count)
         chosen = b[[index * COUNT // count for index in range(count)]]
         assert few["fid"] == pytest.approx(frechet_distance(a[:count], chosen), rel=1e-4)
-    fewer_real = compute(generator_of(fake), real[:30], ["fid", "kid", "prc"])  # 64 against all 30
-    assert fewer_real["fid"] == pytest.approx(frechet_distance(a, b[:30]), rel=1e-4)
+    fewer_real = compute(generator_of(fake), real[:40], ["fid", "kid", "prc"])  # 64 against all 40
+    assert fewer_real["fid"] == pytest.approx(frechet_distance(a, b[:40]), rel=1e-4)
     for images, count in ((real, 9), (real[:9], COUNT)):
         with pytest.raises(UserError, match="10 training images"):
             compute(generator_of(fake), images, ["fid"], metric_num=count)
@@ -98,7 +98,7 @@ def test_features_of_real_images_are_cached_or_a_warning_says_that_they_cannot_b
     first = compute(fake, images_of(0), names)
     black = torch.zeros(COUNT, SIZE, SIZE, 3, dtype=torch.uint8)
     assert compute(fake, black, names) == first
-    assert compute(fake, black, names, fingerprint="other") != first
+    assert compute(fake, black, names, fingerprint="other") != first != compute(fake, black[:, ::2, ::2], names)
     for path in (tmp_path / "cache" / "metrics").iterdir():
         path.write_bytes(path.read_bytes()[:100])  # cut off: computed again
     assert compute(fake, images_of(0), names) == first
@@ -113,7 +113,7 @@ def test_rng_state_and_backend_flags_are_restored(compute, monkeypatch):
     flags = (cudnn, "benchmark"), (cudnn, "allow_tf32"), (matmul, "allow_tf32")
 
     def generate(start, count):
-        assert not any(getattr(*flag) for flag in flags) and not torch.is_grad_enabled()
+        assert not any((*(getattr(*flag) for flag in flags), torch.is_grad_enabled(), not cudnn.deterministic))
         return torch.rand(count, 3, SIZE, SIZE) * 2 - 1
 
     def state() -> list:

@@ -90,17 +90,18 @@ def test_weights_of_the_paper_s_networks_are_xavier_uniform_and_biases_0():
                 assert bias is None or not bias.any(), name
 
 
-@pytest.mark.parametrize("model, size, weights, sides", [  # weights of G and D, sides of the maps that attend
-    ("sagan", 32, (19_419, 12_855), ((8, 16), (8, 4))), ("sagan", 256, (772_325, 806_235), ((16, 32), (8, 4))),
-    ("paper", 32, (69_956, 17_362), ((16,), (16,))), ("paper", 128, (507_364, 601_818), ((32,), (32,))),
+@pytest.mark.parametrize("model, size, weights, sides, kept", [  # sides of maps; blocks of D that keep the size
+    ("sagan", 32, (19_419, 12_855), ((8, 16), (8, 4)), 0), ("sagan", 256, (772_325, 806_235), ((16, 32), (8, 4)), 0),
+    ("paper", 32, (69_956, 17_362), ((16,), (16,)), 2), ("paper", 128, (507_364, 601_818), ((32,), (32,)), 1),
 ])  # fmt: skip
-def test_sizes(model, size, weights, sides):
+def test_sizes(model, size, weights, sides, kept):
     xs, shapes = (torch.randn(2, 16), torch.randn(2, 3, size, size)), ((3, size, size), ())
     for network, x, shape, count, attending in zip(make(model, size=size), xs, shapes, weights, sides, strict=True):
         assert sum(parameter.numel() for parameter in network.parameters()) == count
         out, *maps = network(x, return_attention=True)
         assert out.shape == (2, *shape) and network.eval()(x[:1]).shape == (1, *shape)
         assert [m.shape for m in maps] == [(2, n**2, n**2 // (4 if model == "paper" else 1)) for n in attending]
+    assert sum(getattr(layer, "keeps_size", False) for layer in network.children()) == kept
 
 
 @pytest.mark.parametrize("model", MODELS)

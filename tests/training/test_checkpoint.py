@@ -91,8 +91,8 @@ def test_a_damaged_checkpoint_is_one_line_and_latest_falls_back_from_it(tmp_path
 def test_weights_of_the_references_parallel_and_of_torchs_format_before_zip(tmp_path):
     for part, weights in (("G", make_state(1)["G"]), ("D", make_state(1)["D"])):
         prefixed = {f"module.{key}": value for key, value in weights.items()}
-        torch.save(prefixed, tmp_path / f"1_{part}.pth", _use_new_zipfile_serialization=False)
-    assert_is(checkpoint.load(tmp_path, "1"), 1, full=False)
+        torch.save(prefixed, tmp_path / f"mine_{part}.pth", _use_new_zipfile_serialization=False)
+    assert_is(checkpoint.load(tmp_path, tmp_path / "mine_G.pth"), 0, first=1, full=False)
 
 
 class Bomb:

@@ -8,8 +8,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from training.log import RunLog
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 4', '{"step": 40}', "no json\n", "[40]\n", '{"d_loss": 1}\n'])
-@pytest.mark.parametrize("step, left", [(0, 0), (20, 2), (100, 3)])
+@pytest.mark.parametrize("step, left, end", [(0, 0, ""), (20, 2, ""), *((100, 3, end) for end in (
+    "", '{"step": 4', '{"step": 40}', "no json\n", "[40]\n", '{"d_loss": 1}\n'))])  # fmt: skip
 def test_a_resumed_run_drops_later_entries_and_a_damaged_or_incomplete_line(tmp_path, end, step, left):
     values = {"d_loss": 0.10000000149011612}  # as many digits as a float32 has are written
     with RunLog(tmp_path, 0, use_tensorboard=False) as run_log:

@@ -84,7 +84,7 @@ def test_progress_is_a_bar_in_a_terminal_and_else_whole_lines(start, monkeypatch
     text, steps = err.getvalue(), (2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 40)
     is_narrow = is_terminal and columns == 80
     assert ("\r" in text) == is_terminal and ("|" in text) == (is_terminal and not is_narrow)
-    for number in ("D 1.50", "G 0.50", "D(x) 1.00", "D(G(z)) -1.00", "img/s", *["gamma 0.250"] * (not is_narrow)):
+    for number in ("D 1.50", "G 0.50", "D(x) 1.00", "D(G(z)) -1.00", " 1 img/s", *["gamma 0.250"] * (not is_narrow)):
         assert number in text.splitlines()[-1]
     assert is_terminal or re.findall(r"^step (\d+)/40 .*\n", text, re.M) == [*map(str, steps)]
 
@@ -97,3 +97,5 @@ def test_a_checkpoint_is_overdue_after_save_minutes(start, monkeypatch, minutes,
         for seconds, expected in zip((29, 31, 600), overdue, strict=True):
             now = 1000.0 + seconds
             assert recorder.is_save_overdue() == expected
+        recorder.checkpoint(1, STATE | {"step": 1})
+        assert not recorder.is_save_overdue()

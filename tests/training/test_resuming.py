@@ -78,10 +78,11 @@ def test_a_run_that_diverged_names_the_last_checkpoint(make_config):
 
 
 def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, capsys):
-    trained = make_config(dataset="folder", image_path="/pics", crop_size=40, seed=3, batch_size=16)
+    trained = make_config(dataset="folder", image_path="/pics", crop_size=40, seed=3, batch_size=16, train=False,
+                          attribute="Smiling")  # fmt: skip
     folder = save(trained, 5)
     default = Config(train=False, model_save_path=trained.model_save_path)
-    names = ("architecture", "dataset", "image_path", "crop_size", "seed", "batch_size")
+    names = ("architecture", "dataset", "image_path", "crop_size", "attribute", "seed", "batch_size")
     of_default, of_trained = ({name: getattr(config, name) for name in names} for config in (default, trained))
 
     def tested(**given):
@@ -93,7 +94,8 @@ def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, c
 
     assert tested() == of_trained
     assert tested(image_path="/moved", seed=4) == of_trained | {"image_path": "/moved", "seed": 4}
-    assert tested(dataset="toy") == of_trained | {"dataset": "toy", "image_path": "./data", "crop_size": None}
+    other = {"dataset": "toy", "image_path": "./data", "crop_size": None, "attribute": None}
+    assert tested(dataset="toy") == of_trained | other
     (folder / "5_state.pth").unlink()  # the weights alone tell the sizes
     assert tested() == of_default | {"architecture": trained.architecture}
 

@@ -31,7 +31,8 @@ def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_i
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     fake = torch.cat([faces[:45], noise[:15]])
     for real in (faces, noise):
-        assert scores_of(fake, real, tmp_path, "faces") == pytest.approx({"faces": 14 / 60, "faces_real": 20 / 60}, abs=a_face)
+        rates = {"faces": 14 / 60, "faces_real": 20 / 60}
+        assert scores_of(fake, real, tmp_path, "faces") == pytest.approx(rates, abs=a_face)
     for path in (tmp_path / "metrics").iterdir():
         path.write_bytes(b"")  # cut off: computed again
     assert scores_of(fake, noise, tmp_path, "faces") == pytest.approx({"faces": 14 / 60, "faces_real": 0}, abs=a_face)

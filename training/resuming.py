@@ -259,8 +259,8 @@ def is_holdout_trained(saved: checkpoint.Checkpoint, current: Mapping[str, float
     """Return whether a checkpoint was, or may have been, trained on images that are held out now.
 
     Added images are no reason: which of the others are held out does not depend on them. `current` is
-    `Loader.fingerprint`. That of weights alone is not known; that of older versions has no "seed" or "holdout", and
-    neither has that of a run for which this was true.
+    `Loader.fingerprint`. That of weights alone is not known; that of older versions has no "seed" or "holdout", and a
+    run for which this is true saves its own without "seed".
     """
     data = saved.state["data"] if saved.state else {}
     same = {key: data.get(key) == value for key, value in current.items()}

@@ -107,6 +107,8 @@ def test_held_out_images_are_in_no_batch_and_the_others_in_all_epochs(labelled):
         images = torch.cat([loader.batch(3 * epoch + index)[0] for index in range(3)])
         assert sorted(gray_levels(images)) == sorted({*range(0, 160, 20)} - {*gray_levels(held_out)})
     assert sorted(loader.training_labels.tolist() + labels.tolist()) == loader.labels.tolist()
+    of_classes = [level for label in (0, 1) for level in gray_levels(loader.images_of_class(label, 9))]
+    assert of_classes == sorted({*range(0, 160, 20)} - {*gray_levels(held_out)})
 
 
 def test_held_out_images_are_of_all_classes_in_turn_or_of_given_ones(numbered):

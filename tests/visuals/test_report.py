@@ -137,7 +137,8 @@ def test_charts_of_a_log(empty_run):
     assert "<li>best checkpoint: step 10, fid 80</li>" in page
     assert page.count(GRAY) == 1 and "best checkpoint" not in page_of(empty_run, 20)
     later = page_of(empty_run, 20, best={"step": 30, "metric": "fid", "score": 70})  # before it was resumed
-    assert GRAY not in later and "best checkpoint" not in later
+    assert GRAY not in later and "best checkpoint" not in later and "--pretrained_model latest" in later
+    assert "--pretrained_model 20" in page_of(empty_run, 20, state="stopped")
 
 
 @pytest.mark.parametrize("size, shown", [((1120, 560), (560, 280)), ((64, 64), (64, 64)), ((60, 70_000), (1, 560))])

@@ -289,8 +289,7 @@ class Trainer:
             recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
         if "samples" in due:
             recorder.samples(self.step, self.previews.samples())
-        # Those of the last step follow the loop.
-        if "attention" in due and self.step < self.config.total_step and not stop.signal_number:
+        if "attention" in due and self.step < self.config.total_step and not stop.signal_number:  # else after the loop
             recorder.attention(self.step, self.previews.attention())
         if "metrics" in due:
             self._evaluate(recorder, stop)

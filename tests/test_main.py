@@ -49,7 +49,10 @@ def test_a_run_from_images_to_samples_and_resumed(tmp_path):
     for network, name in ((Generator(), "2_G.pth"), (Discriminator(), "2_D.pth")):
         network.load_state_dict(torch.load(tmp_path / "models/sagan_celeb" / name, weights_only=True), strict=True)
 
+    (images,) = tmp_path.glob("cache/*/images.bin")
+    built = images.stat().st_mtime_ns
     run(*words, "--total_step", "3", "--pretrained_model", "auto")
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/images.bin")] == [built]  # it was opened
     assert [json.loads(line)["step"] for line in log_lines(tmp_path / LOGS)] == [1, 1, 2, 2, 3, 3]  # and samples
     run("--train", "false")
     assert (tmp_path / "samples/sagan_celeb/test_3/grid.png").exists()

@@ -88,8 +88,7 @@ def report_page(
         best: "step", "metric" and "score" of the best checkpoint; {} if there is none.
     """
     log = read_curves(config.log_folder, step)
-    if best and best["step"] > step:  # of a run that was resumed from an earlier step
-        best = {}
+    best = best if best.get("step", 0) <= step else {}  # it is later where the run was resumed from an earlier step
     data = {
         "frames": _frames(config.sample_folder, step),
         "real": picture(config.sample_folder / "real.png", SAMPLE_SIZE),

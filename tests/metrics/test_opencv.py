@@ -26,16 +26,17 @@ def scores_of(fake: torch.Tensor, real: torch.Tensor, cache_path, name: str) -> 
 
 
 def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_is_cached(tmp_path):
-    faces = draw_faces(range(60), 64).repeat(1, 2, 2, 1)  # four in an image
-    a_face = 1.01 / 60  # that other versions of OpenCV and Pillow may find or not
+    drawn = draw_faces(range(60), 64).repeat(1, 2, 2, 1)  # four in an image
+    faces = drawn[[4, 6, 19, 22, 27, 30, 36, 43, 44, 45, 48, 56]]
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    fake = torch.cat([faces[:45], noise[:15]])
-    for real in (faces, noise):
-        rates = {"faces": 14 / 60, "faces_real": 20 / 60}
-        assert scores_of(fake, real, tmp_path, "faces") == pytest.approx(rates, abs=a_face)
+    fake = torch.cat([faces[:9], noise[:3]])
+    assert scores_of(fake, faces, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
+    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
     for path in (tmp_path / "metrics").iterdir():
         path.write_bytes(b"")  # cut off: computed again
-    assert scores_of(fake, noise, tmp_path, "faces") == pytest.approx({"faces": 14 / 60, "faces_real": 0}, abs=a_face)
+    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 0}
+    # As in later versions; another OpenCV or Pillow may find one more or less.
+    assert scores_of(drawn, noise, tmp_path, "faces")["faces"] == pytest.approx(20 / 60, abs=1.01 / 60)
 
 
 def test_frechet_distance_equals_that_of_a_matrix_square_root():
@@ -65,4 +66,5 @@ def test_hog_sees_shapes_in_gray_but_not_brightness(size, hog, hog_real, tmp_pat
     scores = [scores_of(fake, real, tmp_path, "hog") for fake in (others, (others * 0.5).byte(), squares, unseen, flat)]
     near, dark, far, unseen, flat = (score["hog"] for score in scores)
     assert max(near, dark) < 0.15 * far and unseen == flat
-    assert [near, *(score["hog_real"] for score in scores)] == pytest.approx([hog] + [hog_real] * 5, rel=0.02)
+    assert 0 < scores[0]["hog_real"] == scores[2]["hog_real"] < 0.5 * far
+    assert [near, scores[0]["hog_real"]] == pytest.approx([hog, hog_real], rel=0.02)

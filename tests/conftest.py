@@ -14,6 +14,7 @@ import zlib
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS, Tolerate, stop_signals
 from exporting.safetensors_file import safetensors_bytes
+from metrics.scores import compute_scores
 from parameter import Config
 from spectral import fold_spectral_norm
 from trainer import Trainer
@@ -80,6 +82,24 @@ def small_extractor(monkeypatch):
     use_small_extractor(monkeypatch)
 
 
+def generator_of(images: torch.Tensor):
+    """A generator that returns these images (N, S, S, 3) uint8."""
+    floats = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return lambda start, count: floats[start : start + count]
+
+
+@pytest.fixture
+def compute(tmp_path):
+    """`compute_scores` of a generator and real images, with a cache in a temporary folder."""
+
+    def run(generate, real, names, fingerprint="real", **changes) -> dict[str, float]:
+        options = {"metric_num": 64, "batch_size": 16, "cache_path": str(tmp_path / "cache")} | changes
+        loader = Namespace(images=real, device=torch.device("cpu"), source=Namespace(name="", fingerprint=fingerprint))
+        return compute_scores(Namespace(metrics=",".join(names), **options), generate, loader)
+
+    return run
+
+
 def toy_config(folder: Path, **changes) -> Config:
     """The configuration of a small toy run of three steps, which writes below a folder."""
     paths = {f"{name}_path": str(folder / f"{name}_path") for name in ("cache", "sample", "attn", "model_save", "log")}
@@ -112,8 +132,8 @@ def build_trainer(config: Config, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B
     return main.make_trainer(config, device, precision, ranks)
 
 
-def run_main(folder: Path, *words: str) -> tuple[int, str, str]:
-    """Run main.py with these words in a folder, in this process; return its exit code, its output and its errors.
+def run_main(folder: Path, *words: str, program=main) -> tuple[int, str, str]:
+    """Run main.py or another program in a folder, in this process; return its exit code, its output and its errors.
 
     As in a notebook: the streams have neither `reconfigure` nor a terminal.
     """
@@ -121,9 +141,9 @@ def run_main(folder: Path, *words: str) -> tuple[int, str, str]:
     handlers = [signal.getsignal(name) for name in stop_signals()]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["main.py", *words])
+        patch.setattr(sys, "argv", [f"{program.__name__}.py", *words])
         try:
-            code = main.main()
+            code = program.main()
         except SystemExit as error:
             code = error.code
     assert [signal.getsignal(name) for name in stop_signals()] == handlers

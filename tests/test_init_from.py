@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,7 @@ def runs(tmp_path_factory):
     """A folder with the run "cats", its exported weights in pretrained/cats, and G's of them in pretrained/alone."""
     folder = tmp_path_factory.mktemp("runs")
     train_in(folder, *WORDS, *shlex.split(f"--version cats --total_step {STEPS} --g_lr 0.01 --d_lr 0.01"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", shlex.split("export.py --version cats --format weights --export_path out"))
-        assert export.main() == 0
+    assert run_main(folder, *shlex.split("--version cats --format weights --export_path out"), program=export)[0] == 0
     shutil.copytree(folder / f"out/cats/{STEPS}", folder / "pretrained/cats")
     (folder / "pretrained/alone").mkdir()
     shutil.copy(folder / WEIGHTS, folder / "pretrained/alone")
@@ -150,14 +146,14 @@ def test_weights_of_the_repository_by_name(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("name, line", [("alone/G", "needs a checkpoint with a discriminator"), ("cats/G", "")])
-def test_an_export_of_the_weights(runs, tmp_path, monkeypatch, capsys, name, line):
+def test_an_export_of_the_weights(runs, tmp_path, name, line):
     """Of the same files, if D is there, to which a format can be added."""
     for format in ("weights", "safetensors"):
         path = str(runs / "pretrained" / f"{name}.safetensors")
-        monkeypatch.setattr(sys, "argv", ["export.py", "--export_path", str(tmp_path), "--pretrained_model", path,
-                                          "--format", format])  # fmt: skip
-        assert export.main() == (2 if line and format == "weights" else 0)
-        assert line in capsys.readouterr().err or format == "safetensors"
+        words = ["--export_path", str(tmp_path), "--pretrained_model", path, "--format", format]
+        code, _, err = run_main(runs, *words, program=export)
+        assert code == (2 if line and format == "weights" else 0)
+        assert line in err or format == "safetensors"
     folder = tmp_path / Path(name).parent / str(STEPS)
     for file in folder.glob("?.safetensors"):
         ours, (theirs, metadata) = read_export(file), read_export(runs / "pretrained/cats" / file.name)

@@ -7,7 +7,6 @@ from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
-RESULTS = (".git", ".venv", "cache", "samples", "attn", "models", "logs", "exports", "ablation")
 
 
 @pytest.fixture
@@ -22,7 +21,8 @@ def test_it_is_saved_without_outputs(notebook):
 
 @pytest.mark.slow
 def test_every_cell_runs_in_a_clone(tmp_path, notebook):
-    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(*RESULTS))
+    results = (".git", ".venv", "cache", "samples", "attn", "models", "logs", "exports", "ablation")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(*results))
     (options,) = (cell for cell in notebook.cells if "STEPS = 400" in cell.source)
     for old, new in (("STEPS = 400", "STEPS = 2"), ("--dataset toy ", "--dataset toy --toy_num 40 --num_samples 4 ")):
         options.source = options.source.replace(old, new)

@@ -1,12 +1,10 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+from conftest import generator_of
 from PIL import ImageFilter
 
 from datasets.toy_faces import draw_face
-from metrics.scores import compute_scores
 
 pytest.importorskip("cv2")
 from metrics.opencv import frechet_distance
@@ -18,25 +16,19 @@ def draw_faces(numbers, size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(images))
 
 
-def scores_of(fake: torch.Tensor, real: torch.Tensor, cache_path, name: str) -> dict[str, float]:
-    floats, source = fake.permute(0, 3, 1, 2).float() / 127.5 - 1, SimpleNamespace(name="", fingerprint="real")
-    config = SimpleNamespace(metrics=name, metric_num=len(fake), batch_size=6, cache_path=str(cache_path))
-    loader = SimpleNamespace(images=real, device=torch.device("cpu"), source=source)
-    return compute_scores(config, lambda start, count: floats[start : start + count], loader)
-
-
-def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_is_cached(tmp_path):
+def test_faces_are_found_in_faces_and_not_in_noise_and_the_rate_of_real_images_is_cached(compute, tmp_path):
     drawn = draw_faces(range(60), 64).repeat(1, 2, 2, 1)  # four in an image
     faces = drawn[[4, 6, 19, 22, 27, 30, 36, 43, 44, 45, 48, 56]]
     noise = torch.randint(0, 256, faces.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     fake = torch.cat([faces[:9], noise[:3]])
-    assert scores_of(fake, faces, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
-    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 1}
+    assert compute(generator_of(fake), faces, ["faces"], metric_num=12) == {"faces": 0.75, "faces_real": 1}
+    assert compute(generator_of(fake), noise, ["faces"], metric_num=12) == {"faces": 0.75, "faces_real": 1}
     for path in (tmp_path / "metrics").iterdir():
         path.write_bytes(b"")  # cut off: computed again
-    assert scores_of(fake, noise, tmp_path, "faces") == {"faces": 0.75, "faces_real": 0}
+    assert compute(generator_of(fake), noise, ["faces"], metric_num=12) == {"faces": 0.75, "faces_real": 0}
     # As in later versions; another OpenCV or Pillow may find one more or less.
-    assert scores_of(drawn, noise, tmp_path, "faces")["faces"] == pytest.approx(20 / 60, abs=1.01 / 60)
+    rate = compute(generator_of(drawn), noise, ["faces"], metric_num=60)["faces"]
+    assert rate == pytest.approx(20 / 60, abs=1.01 / 60)
 
 
 def test_frechet_distance_equals_that_of_a_matrix_square_root():
@@ -54,7 +46,7 @@ def test_frechet_distance_equals_that_of_a_matrix_square_root():
 
 
 @pytest.mark.parametrize("size, hog, hog_real", [(32, 1.072, 3.596), (128, 0.8185, 2.566)])  # as in later versions
-def test_hog_sees_shapes_in_gray_but_not_brightness(size, hog, hog_real, tmp_path):
+def test_hog_sees_shapes_in_gray_but_not_brightness(size, hog, hog_real, compute):
     """The distance of faces to other faces, or darker ones, is far below that of squares."""
     faces = draw_faces(range(264), size)
     real, others = faces[::2], faces[1::2]
@@ -63,7 +55,8 @@ def test_hog_sees_shapes_in_gray_but_not_brightness(size, hog, hog_real, tmp_pat
     for row in range(size // 2):
         place = slice(row, None, size // 2), slice(row, row + size // 3), slice(size // 4, size // 2)
         squares[place], unseen[place] = 200, torch.tensor([0, 121, 255]).byte()
-    scores = [scores_of(fake, real, tmp_path, "hog") for fake in (others, (others * 0.5).byte(), squares, unseen, flat)]
+    fakes = map(generator_of, (others, (others * 0.5).byte(), squares, unseen, flat))
+    scores = [compute(fake, real, ["hog"], metric_num=132) for fake in fakes]
     near, dark, far, unseen, flat = (score["hog"] for score in scores)
     assert max(near, dark) < 0.15 * far and unseen == flat
     assert 0 < scores[0]["hog_real"] == scores[2]["hog_real"] < 0.5 * far

@@ -2,15 +2,14 @@ import errno
 import io
 import random
 import warnings
-from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import generator_of
 from torch import Tensor
 
 from errors import UserError
-from metrics.scores import compute_scores
 
 registry = pytest.importorskip("torch_fidelity.registry")
 frechet_distance = pytest.importorskip("metrics.opencv").frechet_distance  # tested in test_opencv.py
@@ -23,24 +22,6 @@ def images_of(seed: int, shift: float = 0) -> Tensor:
     """Random images (COUNT, SIZE, SIZE, 3) uint8 of 4x4 blocks, brighter by `shift`."""
     noise = np.random.default_rng(seed).normal(110 + shift, 40, (COUNT, 4, 4, 3))
     return torch.from_numpy(noise.repeat(SIZE // 4, 1).repeat(SIZE // 4, 2).clip(0, 255).astype(np.uint8))
-
-
-def generator_of(images: Tensor):
-    """A generator that returns these images."""
-    floats = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return lambda start, count: floats[start : start + count]
-
-
-@pytest.fixture
-def compute(tmp_path):
-    """`compute_scores` with a cache in a temporary folder."""
-
-    def run(generate, real, names, fingerprint="real", **changes) -> dict[str, float]:
-        options = {"metric_num": COUNT, "batch_size": 16, "cache_path": str(tmp_path / "cache")} | changes
-        loader = Namespace(images=real, device=torch.device("cpu"), source=Namespace(name="", fingerprint=fingerprint))
-        return compute_scores(Namespace(metrics=",".join(names), **options), generate, loader)
-
-    return run
 
 
 def features_of(images: Tensor) -> np.ndarray:

@@ -150,6 +150,7 @@ def test_a_run_writes_all_its_files(train, capsys):
     assert set(lines[0]) == D_STATS | sigmas | gammas | {"step", "g_loss", "lr/g", "lr/d", "images_per_s", "memory_mib"}
     page = (ROOT / "docs" / "reading_the_report.md").read_text("utf-8")
     assert all(f"`{name}`" in page for name in {*lines[0], *spreads[0]} - sigmas - gammas)
+    assert lines[-1]["gamma/G_attn1"] == pytest.approx(trainer.G.attn1.gamma.item())  # not that of the EMA
     main.print_outcome(config, 5, 0)
     paths = [Path(line.strip()) for line in capsys.readouterr().out.splitlines()[-3:]]
     explorer, grid = config.attn_folder / "5_explorer.html", config.sample_folder / "5_ema.png"

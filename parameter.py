@@ -144,7 +144,7 @@ class Config:
     ema_decay: float = option(
         0.999, "decay of the EMA generator; (1 + step) / (10 + step) while that is smaller", FRACTION
     )
-    seed: int = option(0, "seed of weights, z, shuffling and toy faces", SEED)
+    seed: int = option(0, "seed of weights, z, shuffling, flips, held-out images and toy faces", SEED)
     pretrained_model: str | None = option(
         None,
         "checkpoint to resume from or evaluate; best: see --metrics; auto: latest, else a new run; a file: of any run",
@@ -216,7 +216,7 @@ class Config:
     log_step: int = option(10, "steps between log entries", at_least(1))
     sample_step: int = option(100, "steps between sample grids", at_least(1))
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
-    g_num: int = option(5, "images per attention figure, at most --batch_size", at_least(1))
+    g_num: int = option(5, "images per attention figure, rows of interpolations; at most --batch_size", at_least(1))
     keep_samples: int = option(
         500,
         "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all",

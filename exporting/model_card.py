@@ -91,8 +91,8 @@ with torch.no_grad():
 ```
 """
 WEIGHTS = """
-G.safetensors and D.safetensors are the generator and its discriminator with spectral norm, in float16, to train from.
-In a clone of the program:
+G.safetensors and D.safetensors are the generator and its discriminator with spectral norm, matrices in float16, to
+train from. In a clone of the program:
 
     python main.py --train false --pretrained_model PATH/G.safetensors     # samples and attention maps
     python main.py --init_from PATH --version mine --dataset folder --image_path YOUR_IMAGES

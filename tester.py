@@ -106,8 +106,8 @@ class Tester:
     @torch.no_grad()
     def test(self) -> int:
         """Write all results and print where they are. Returns the exit code, 0."""
-        # Of an earlier test of this step; metrics take long, and say of which images they are.
-        remove_test_results(self.folder, keep=() if self.config.metrics else ["metrics.json"])
+        # Of an earlier test of this step; metrics take long, and stay until there are new ones.
+        remove_test_results(self.folder, keep=["metrics.json"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.attn_folder.mkdir(parents=True, exist_ok=True)
         print(f"{'EMA ' * self.is_ema}generator, step {self.step}, on {self.device}")

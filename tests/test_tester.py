@@ -165,7 +165,7 @@ def test_a_projection_is_compared_with_what_the_checkpoint_s_run_held_out(traine
         assert load_test_checkpoint(config, given)[1].holdout == expected
 
 
-def test_weights_alone_and_a_generator_alone_are_enough(trained, make_config):
+def test_weights_alone_and_a_generator_alone_are_enough(trained, make_config, monkeypatch):
     """Someone shares 500_G.pth: samples, the attention of G, nearest images and metrics work."""
     folder = trained.config.model_folder
     (folder / "3_state.pth").unlink()
@@ -176,6 +176,12 @@ def test_weights_alone_and_a_generator_alone_are_enough(trained, make_config):
     (folder / "3_G.pth").rename(folder / "500_G.pth")
     (folder / "3_D.pth").unlink()
     tested = make_tester(make_config(metrics="faces", metric_num=12), trained.loader)
+    tested.folder.mkdir(parents=True)
+    (tested.folder / "metrics.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(tester, "compute_metrics", lambda *_: 1 / 0)
+        tested.test()
+    assert (tested.folder / "metrics.json").read_text() == "{}"
     assert tested.test() == 0
     names = FILES - {"D_attn1.png", "D_attn2.png"} | {"metrics.json"}
     assert {path.name for path in tested.folder.iterdir()} == names

@@ -56,7 +56,7 @@ class Recorder(AbstractContextManager):
         loader: opened.
 
     Attributes:
-        saved_step: step of the newest checkpoint; at first that of the start.
+        saved_step: step of the newest checkpoint that was exported; at first that of the start.
         best: step, score and protocol of the best checkpoint in the folder; {} if there is none.
 
     Raises:
@@ -178,7 +178,8 @@ class Recorder(AbstractContextManager):
         if name == "best":
             state = {**state, "best": self.best}
         else:
-            self.saved_step, self._saved_at = name, time.monotonic()
+            self._saved_at = time.monotonic()
+            self.saved_step = name if export else self.saved_step
         self._background.submit(self._write_checkpoint, name, copy.deepcopy(state), export)
 
     def is_save_overdue(self) -> bool:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -166,13 +165,14 @@ def remove_test_results(folder: Path, keep: Sequence[str] = ()) -> None:
 def folder_names(classes: Sequence[str]) -> list[str]:
     """Return a folder's name for each class: a checkpoint from elsewhere may have any names, such as paths.
 
-    Those that would be one folder, on some systems also by their upper and lower case, end in the class's number.
+    If some would be one folder, on some systems also by their upper and lower case, all end in the class's number.
     """
     texts = [name.encode("utf-8", "replace").decode() for name in classes]
     names = [re.sub(r'[<>:"/\\|?*\0]', "_", text).strip(". ") or "_" for text in texts]
     names = [os.fsdecode(name.encode()) for name in names]  # UTF-8 in every locale
-    counts = Counter(name.lower() for name in names)
-    return [f"{name}_{number}" if counts[name.lower()] > 1 else name for number, name in enumerate(names)]
+    if len({name.lower() for name in names}) == len(names):
+        return names
+    return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
 def thin_results(folder: Path, ending: str, interval: int, keep: int, step: int) -> None:
@@ -206,6 +206,6 @@ def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterato
         *([("pictures", config.log_folder, r"(events\.out\.tfevents\..*|report\.html)")] if step == 0 else []),
     ):
         for path in sorted(folder.iterdir()) if kind in kinds and folder.is_dir() else ():
-            match = re.fullmatch(names, path.name)
+            match = path.is_dir() == (kind == "tests") and re.fullmatch(names, path.name)
             if match and (step == 0 or (best_step if match[1] == "best" else int(match[1])) > step):
                 yield path

@@ -25,6 +25,11 @@ def make_folders(config):
     return config
 
 
+def make_result(path):
+    """A file, or the folder of a test."""
+    path.write_text("{}\n") if path.suffix else path.mkdir()
+
+
 def test_a_second_run_is_refused_until_the_first_ends(make_config, tmp_path):
     names = ("sample_path", "attn_path", "model_save_path", "log_path")
     for paths in ({}, dict.fromkeys(names, str(tmp_path / "all results in one folder"))):
@@ -58,7 +63,7 @@ def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
         with pytest.raises(UserError, match="would replace checkpoints"):
             check(str(state.with_name(name)), overwrite=True)
     for later in (config.sample_folder / "test_3", config.model_folder / "3_G.pth"):
-        later.touch()
+        make_result(later)
         for wanted in ("2", str(state), str(tmp_path / "model_save_path/../model_save_path/sagan_celeb/2_state.pth")):
             with pytest.raises(UserError, match=rf"{later.name}.*--overwrite true.*--version.*2_state\.pth"):
                 check(wanted)
@@ -66,24 +71,24 @@ def test_going_back_is_refused_with_both_ways_on(make_config, tmp_path):
             check(wanted, version="other")
         for wanted, step in (("3", 3), ("latest", 2), ("auto", 2)):  # the newest, or one before those that are damaged
             check(wanted, step)
-        later.unlink()
+        later.rename(tmp_path / later.name)
     for best in (2, 3):  # the command that a report gives resumes from the newest checkpoint, maybe before the best
         checkpoint.save(config.model_folder, "best", {"step": best, "G": {}, "D": {}})
         check()
 
 
-def test_auto_does_not_start_over_a_run_whose_checkpoints_are_missing(make_config):
+def test_auto_does_not_start_over_a_run_whose_checkpoints_are_missing(make_config, tmp_path):
     """As where the disk of --model_save_path is not mounted. A run killed before its first checkpoint starts again."""
     config = make_folders(make_config(pretrained_model="auto"))
     (config.log_folder / "metrics.jsonl").write_text("{}\n")
     (config.sample_folder / "1_ema.png").touch()
     check_folders(config, 0)
     for path in (config.log_folder / "report.html", config.sample_folder / "test_1", config.model_folder / "1_G.pth"):
-        path.touch()
+        make_result(path)
         with pytest.raises(UserError, match=r"no checkpoint in .*--model_save_path.*--overwrite true"):
             check_folders(config, 0)
         check_folders(dataclasses.replace(config, overwrite=True), 0)
-        path.unlink()
+        path.rename(tmp_path / path.name)
 
 
 @pytest.mark.parametrize("kind, name", [
@@ -95,7 +100,7 @@ def test_a_new_run_or_a_checkpoint_from_elsewhere_needs_folders_without_results(
     """Also without those that are earlier than the checkpoint: they are of another course."""
     config = make_folders(make_config(pretrained_model=start))
     check_folders(config, 2)
-    (getattr(config, f"{kind}_folder") / name).write_text("{}\n")
+    make_result(getattr(config, f"{kind}_folder") / name)
     with pytest.raises(UserError, match=r"another --version.*--overwrite true"):
         check_folders(config, 2)
     config = dataclasses.replace(config, overwrite=True)
@@ -131,7 +136,7 @@ def test_overwrite_keeps_the_users_files(make_config, step):
     names = "0_left.png 9_left.png 9_notes.html 9_G.png x9_G.pth 9_G_copy.pth 9_G.pth.old 9_fake.png.old best.pth "
     names += "9_explorer.html.old best_G_copy.pth my_G.pth.tmp"
     users = {folder / name for folder in config.folders for name in names.split()}
-    users |= {config.sample_folder / name for name in ("test_9/notes.txt", "test_9/samples/best.png", "9_G.pth")}
+    users |= {config.sample_folder / name for name in ("test_9/a.txt", "test_9/samples/best.png", "9_G.pth", "test_8")}
     for path in {*users, config.attn_folder / "9_fake.png", config.sample_folder / "9_left" / "image.png"}:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -39,19 +39,9 @@ from utils import (
     files_by_step,
     progress,
 )
+from visuals import figures
 from visuals.attention_stats import format_attention_stats, mean_attention_stats, uniform_attention_stats
 from visuals.explorer import write_explorer
-from visuals.figures import (
-    CLASS_ROWS,
-    attention_figures,
-    comparison_figure,
-    progress_frames,
-    projection_figure,
-    sample_grid,
-    save_animation,
-    shorten,
-    to_pixels,
-)
 from visuals.playground import DIRECTIONS, REACH, generate_playground, playground_page
 
 INTERPOLATION_STEPS = 10  # images per interpolation, both ends included
@@ -150,7 +140,7 @@ class Tester:
         for first in progress(range(0, len(z), size), "samples", "batch"):
             rows = slice(first, first + size)
             images = self.G(z[rows], None if labels is None else labels[rows])
-            for number, pixels in enumerate(to_pixels(images), start=first):
+            for number, pixels in enumerate(figures.to_pixels(images), start=first):
                 Image.fromarray(pixels).save(folder / f"{number:05}.png")
 
     def _write_interpolations(self) -> None:
@@ -196,7 +186,7 @@ class Tester:
         names = ["photo", *["held-out"] * len(real)]
         steps = [f"nearest of {draws}", *(f"step {step}" for step in projection.SHOWN_STEPS[1:])]
         footer = f"Photo{kind}: {distance}.".replace("; ", ";\n")
-        figure = projection_figure(images, found.images, found.rmse, names, steps, footer)
+        figure = figures.projection_figure(images, found.images, found.rmse, names, steps, footer)
         figure.save(self.folder / "projection.png")
         return found.z[:1], label
 
@@ -207,7 +197,7 @@ class Tester:
         images = self.G(rows.flatten(0, 1), None if label is None else label.expand(rows.shape[:2].numel()))
         names = [f"direction {number}" for number in range(1, len(rows) + 1)]
         titles = [f"{amount:+}" if amount else "0" for amount in amounts]
-        sample_grid(images, row_names=names, column_names=titles).save(self.folder / "directions.png")
+        figures.sample_grid(images, row_names=names, column_names=titles).save(self.folder / "directions.png")
 
     def _write_columns(self, name: str, columns: list[Tensor], row_names: list[str]) -> None:
         """Write interpolations as rows of an image, and as an animation back and forth.
@@ -216,21 +206,22 @@ class Tester:
             columns: the images of each step (g_num, 3, S, S).
             row_names: names of the rows, or none.
         """
-        sample_grid(torch.stack(columns, 1).flatten(0, 1), len(columns), row_names).save(self.folder / f"{name}.png")
-        frames = [sample_grid(column, columns=len(column)) for column in columns]
-        save_animation(self.folder / f"{name}.gif", [*frames, *frames[-2::-1]], seconds=0.15)
+        grid = figures.sample_grid(torch.stack(columns, 1).flatten(0, 1), len(columns), row_names)
+        grid.save(self.folder / f"{name}.png")
+        frames = [figures.sample_grid(column, columns=len(column)) for column in columns]
+        figures.save_animation(self.folder / f"{name}.gif", [*frames, *frames[-2::-1]], seconds=0.15)
 
     def _write_progress(self) -> None:
         """Write an animation of the sample grids that training saved up to this step, all of the same z."""
         grids = files_by_step(self.config.sample_folder, "ema.png" if self.is_ema else "fake.png")
         steps = evenly_spaced([step for step in grids if step <= self.step], PROGRESS_FRAMES)
-        if frames := progress_frames({step: grids[step] for step in steps}):
-            save_animation(self.folder / "progress.gif", frames, seconds=0.25)
+        if frames := figures.progress_frames({step: grids[step] for step in steps}):
+            figures.save_animation(self.folder / "progress.gif", frames, seconds=0.25)
 
     def _write_playground(self, z: Tensor, label: Tensor | None) -> Path:
         """Write the grid between four z (4, z_dim) for each class, first for that of `label` (1,). Returns its path."""
         numbers = [] if label is None else [*dict.fromkeys([label.item(), *self.selected_classes])]
-        classes = [(self.classes[number], number) for number in numbers[:CLASS_ROWS]] or [("", None)]
+        classes = [(self.classes[number], number) for number in numbers[: figures.CLASS_ROWS]] or [("", None)]
         corner = f"the z nearest to {Path(self.config.project).name}" if self.config.project else ""
         playground = generate_playground(self.G, z, self.directions, classes)
         path = self.folder / "playground.html"
@@ -243,7 +234,7 @@ class Tester:
         count = self.config.g_num
         real = self.loader.batch(0, slice(count)) if self.loader else ()
         samples = collect_attention(self.G, self.D, *self._inputs(count), *real, classes=self.classes)
-        for name, figure in attention_figures(samples, self.step).items():
+        for name, figure in figures.attention_figures(samples, self.step).items():
             figure.save(self.folder / f"{name}.png")
         return write_explorer(self.config.attn_folder, self.config.version, self.step, samples)
 
@@ -279,7 +270,7 @@ class Tester:
         )
         captions = [["", *(f"{rmse:.3f}" for rmse in row)] for row in found.distances.tolist()]
         rows, titles = torch.cat([samples[:, None], neighbors], 1), ("sample", "nearest training images (RMSE)")
-        comparison_figure(rows, titles, captions, footer).save(self.folder / "nearest.png")
+        figures.comparison_figure(rows, titles, captions, footer).save(self.folder / "nearest.png")
 
     def _write_metrics(self) -> None:
         """Write and print the metrics that `--metrics` lists."""
@@ -297,7 +288,7 @@ class Tester:
         return draw_z(self.config, count, self.device, stream), labels
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
-        return [shorten(self.classes[number]) for number in numbers]
+        return [figures.shorten(self.classes[number]) for number in numbers]
 
     def _write_json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

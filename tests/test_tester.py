@@ -71,8 +71,8 @@ def test_output_names_every_file_and_those_of_an_earlier_test_go(trained, make_c
 
 def test_contents_of_the_files(trained, make_config, monkeypatch):
     tested, norms, drawn = make_tester(make_config(num_samples=5), trained.loader), [], []
-    draw = tester.comparison_figure
-    monkeypatch.setattr(tester, "comparison_figure", lambda *parts: drawn.append(parts) or draw(*parts))
+    draw = tester.figures.comparison_figure
+    monkeypatch.setattr(tester.figures, "comparison_figure", lambda *parts: drawn.append(parts) or draw(*parts))
     shutil.copy(trained.config.sample_folder / "3_ema.png", trained.config.sample_folder / "4_ema.png")  # a later step
     hook = tested.G.register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=1)))
     tested.test()

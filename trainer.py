@@ -27,7 +27,7 @@ from training.optimizers import Adam, Schedule
 from training.previews import Previews, draw_z
 from training.recorder import Recorder
 from training.resuming import TrainingState, is_holdout_trained
-from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode
+from utils import SEED_FIXED_Z, SEED_STEP, autocast, derive_seed, eval_mode, no_param_grads
 
 SYNC_STEPS = 10  # steps between the exchanges of signals and errors by several ranks
 
@@ -75,7 +75,8 @@ class Trainer:
         betas = float(config.beta1), float(config.beta2)  # Adam refuses integers
         self.g_optimizer = Adam(self.G.parameters(), config.g_lr, betas, capturable=use_graph)
         self.d_optimizer = Adam(self.D.parameters(), config.d_lr, betas, capturable=use_graph)
-        self.rng, fixed_z = torch.Generator(device), draw_z(config, config.batch_size, device, SEED_FIXED_Z)
+        self.rng = torch.Generator(device)
+        fixed_z = draw_z(config, config.batch_size, device, SEED_FIXED_Z)
         self.guard = NonFiniteGuard(device)
 
         # The state of the run; a checkpoint must be loaded before the capture of a graph.
@@ -110,7 +111,6 @@ class Trainer:
         generated images, for `augment`. Returns detached 0-d tensors: d_loss_real, d_loss_fake, d_loss (their sum, and
         the weighted d_penalty), the mean logits d_real and d_fake, and of hinge d_sign, the mean sign of the real ones.
         """
-        self.D.requires_grad_(True)  # `g_step` needs none of its gradients
         with autocast(self.device, self.precision):
             with torch.no_grad():
                 fake = self.G_ddp(z, fake_labels).float()
@@ -139,14 +139,14 @@ class Trainer:
         self, z: Tensor, fake_labels: Tensor | None = None, aug_noise: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Update G once. Inputs as in `d_step`, aug_noise (B, 7). Returns g_loss, a detached 0-d tensor."""
-        self.D.requires_grad_(False)  # only G is updated
-        with autocast(self.device, self.precision):
-            fake = self.G_ddp(z, fake_labels)
-            if aug_noise is not None:
-                fake = augment(fake.float(), aug_noise, self.augmentations)
-            loss = self.loss.of_G(self.D(fake, fake_labels).float())
-        self.g_optimizer.zero_grad()
-        loss.backward()
+        with no_param_grads(self.D):  # only G is updated
+            with autocast(self.device, self.precision):
+                fake = self.G_ddp(z, fake_labels)
+                if aug_noise is not None:
+                    fake = augment(fake.float(), aug_noise, self.augmentations)
+                loss = self.loss.of_G(self.D(fake, fake_labels).float())
+            self.g_optimizer.zero_grad()
+            loss.backward()
         self.g_optimizer.step()
         return {"g_loss": loss.detach()}
 

@@ -217,6 +217,16 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
             network.train()
 
 
+@contextmanager
+def no_param_grads(network: nn.Module) -> Iterator[None]:
+    """Switch off the gradients of a network's parameters; on again at the end."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
 def files_by_step(folder: Path, ending: str) -> dict[int, Path]:
     """Return the files `{step}_{ending}` of a folder by step, in ascending order; {} if there is no such folder."""
     pattern = re.compile(rf"(0|[1-9][0-9]*)_{re.escape(ending)}")

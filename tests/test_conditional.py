@@ -238,6 +238,7 @@ def test_class_names_may_have_commas_and_blanks_and_decomposed_letters(names, fo
 @pytest.mark.parametrize("names, folders", [
     (["cat", "../../x", "..", "a/b", "Katze süß", "x\0", ""],
      ["cat_0", "_.._x_1", "__2", "a_b_3", "Katze süß_4", "x__5", "__6"]),
+    (["a:b", "dog", "a?b", "Dog", "a"], ["a_b_0", "dog_1", "a_b_2", "Dog_3", "a_4"]),
     (["a:b", "Dog", "ä"], ["a_b", "Dog", "ä"]), (["a", "A", "a_0"], ["a_0", "A_1", "a_0_2"]),
 ])  # fmt: skip
 def test_classes_of_any_name_have_folders_of_their_own_inside(names, folders):

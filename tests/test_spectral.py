@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import generator_inputs, random_generator
 from torch import nn
 
-from spectral import SpectralNorm
+from spectral import SUFFIXES, SpectralNorm, fold_spectral_norm
+from training.models import MODELS
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -49,3 +53,19 @@ def test_a_zero_weight_gives_no_nan_and_no_iterations_are_refused():
     assert torch.isfinite(layer.module.weight_u).all()
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNorm(nn.Linear(2, 2), power_iterations=0)
+
+
+@pytest.mark.parametrize("model, imsize, num_classes", [("sagan", 32, 0), ("paper", 64, 0), ("paper", 64, 3)])
+def test_networks_with_folded_weights_equal_those_in_evaluation(model, imsize, num_classes):
+    """All outputs, of every kind of layer that is normalized: convolutions, linear layers and D's embedding."""
+    G = random_generator(model, imsize, num_classes)
+    D = MODELS[model].Discriminator(imsize, 8, num_classes=num_classes)
+    z, *labels = generator_inputs(5, num_classes)
+    for network, x in ((G, z), (D, torch.rand(5, 3, imsize, imsize))):
+        network(x, *labels)  # D in training mode: one power iteration
+        folded = fold_spectral_norm(copy.deepcopy(network.eval()))
+        assert not any(key.endswith(SUFFIXES) for key in folded.state_dict())
+        with torch.no_grad():
+            pairs = zip(*(net(x, *labels, return_attention=True) for net in (network, folded)), strict=True)
+        for expected, actual in pairs:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

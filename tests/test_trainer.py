@@ -27,7 +27,7 @@ def test_each_step_updates_its_network_alone_and_computes_no_gradient_that_nobod
     before = [parameter.grad.clone() for parameter in D]
     assert changed_by(lambda: trainer.g_step(torch.randn(4, 16))) == ([True, False], {"g_loss"})
     assert_same([parameter.grad for parameter in D], before)
-    assert dtypes == [torch.bfloat16] * 5
+    assert all(parameter.requires_grad for parameter in D) and dtypes == [torch.bfloat16] * 5
 
 
 @pytest.mark.parametrize("g_lr, d_lr, betas", [(1e-4, 4e-4, (0.0, 0.9)), (3e-3, 1e-3, (0.5, 0.999))])

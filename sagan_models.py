@@ -148,18 +148,18 @@ class Discriminator(nn.Module):
 
 
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Generator` with this state dict. Raises `KeyError` for other networks."""
-    z_dim, conv_dim = len(weights["l1.0.module.weight_bar"]), len(weights["last.0.weight"])
+    """Return the arguments of the `Generator` with this folded state dict; raises `KeyError` for other networks."""
+    z_dim, conv_dim = len(weights["l1.0.weight"]), len(weights["last.0.weight"])
     return {"z_dim": z_dim, "conv_dim": conv_dim, **_common_sizes(weights)}
 
 
 def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Discriminator` with this state dict. Raises `KeyError` for other networks."""
-    return {"conv_dim": len(weights["l1.0.module.weight_bar"]), **_common_sizes(weights)}
+    """Return the arguments of the `Discriminator`, as `generator_sizes`."""
+    return {"conv_dim": len(weights["l1.0.weight"]), **_common_sizes(weights)}
 
 
 def _common_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    blocks = sum(re.fullmatch(r"l\d+\.0\.module\.weight_bar", key) is not None for key in weights)
+    blocks = sum(re.fullmatch(r"l\d+\.0\.weight", key) is not None for key in weights)
     has_attention = any(key.startswith("attn") for key in weights)
     return {"image_size": 4 * 2**blocks, "num_classes": 0, "has_attention": has_attention}
 

@@ -10,12 +10,16 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+from safetensors.torch import save
+from torch import Tensor
+
 from datasets.labels import as_text
 from errors import UserError
-from exporting import onnx_file, safetensors_file
 from exporting.model_card import describe, model_card, read_metrics
+from exporting.onnx_file import onnx_bytes, read_onnx_metadata
 from parameter import Config
 from spectral import fold_spectral_norm
+from training.checkpoint import read_export
 from training.previews import samples_grid, select_classes
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
@@ -85,9 +89,9 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     """Return the metadata of this generator's files in other formats that the folder has, by format."""
     found = {}
     for name in FILES.keys() - formats:
-        module = onnx_file if name == "onnx" else safetensors_file
         with suppress(Exception):  # it is missing or damaged, or its library is missing
-            entries = [module.read_metadata(folder / file) for file in FILES[name]]
+            paths = [folder / file for file in FILES[name]]
+            entries = [read_onnx_metadata(path) if name == "onnx" else read_export(path)[1] for path in paths]
             if all(metadata.items() <= of_file.items() for of_file in entries):
                 found[name] = entries[0]
     return found
@@ -108,13 +112,29 @@ def network_files(
     contents = {}
     if "weights" in formats:
         for name, network in zip(FILES["weights"], (networks.G, networks.D), strict=True):
-            contents[name] = safetensors_file.weights_bytes(network, metadata)
+            contents[name] = weights_bytes(network.state_dict(), metadata)
     G = fold_spectral_norm(copy.deepcopy(networks.G))
     if "safetensors" in formats:
-        contents["generator.safetensors"] = safetensors_file.safetensors_bytes(G.state_dict(), metadata)
+        contents["generator.safetensors"] = safetensors_bytes(G.state_dict(), metadata)
     if "onnx" in formats:
-        contents["generator.onnx"] = onnx_file.onnx_bytes(G, metadata, with_maps)
+        contents["generator.onnx"] = onnx_bytes(G, metadata, with_maps)
     return contents
+
+
+def weights_bytes(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of the file of G or D to train from; `metadata` is that of G for both.
+
+    Kernels and matrices are in float16. Vectors stay as they are: u and v of spectral norm must have length 1, and
+    variances of BatchNorm may be too small for it.
+    """
+    weights = {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
+    return safetensors_bytes(weights, {**metadata, "spectral_norm": "not folded", "precision": "float16"})
+
+
+def safetensors_bytes(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a file of weights, which are on the CPU; reading one runs no code, unlike pickle."""
+    # "format" is what Hugging Face's loaders ask for: the library whose tensors these are.
+    return save({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt", **metadata})
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:

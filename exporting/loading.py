@@ -4,7 +4,7 @@ import hashlib
 import os
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlparse
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from errors import one_line
 from spectral import fold_spectral_norm
 from training.checkpoint import is_folded, read_dict, read_export, strip_dataparallel_prefix
-from training.models import Kind, build_empty, export_sizes, recognize
+from training.models import Kind, build_empty, recognize
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"  # folders of weights, of the format of export.py
 
@@ -28,18 +28,12 @@ def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
         ValueError: the file is missing, damaged, not to be downloaded, or has no generator of this program; the message
             is one line.
     """
-    path = _local(checkpoint)
-    if path.suffix == ".safetensors":
-        return _network(path, "generator", *read_export(path))
-    content = read_dict(path)
-    return _network(path, "generator", content.get("ema", content))
+    return _network(_local(checkpoint), "generator", "ema")
 
 
 def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
     """Return the discriminator of a file; see `load_generator`."""
-    path = _local(checkpoint)
-    content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
-    return _network(path, "discriminator", content.get("D", content))
+    return _network(_local(checkpoint), "discriminator", "D")
 
 
 def pretrained_file(name: str, network: Literal["G", "D"]) -> Path:
@@ -67,14 +61,14 @@ def _local(checkpoint: str | os.PathLike) -> Path:
     return path
 
 
-def _network(path: Path, kind: Kind, weights: dict[str, Any], metadata: dict[str, str] | None = None) -> nn.Module:
-    """Return a network with these weights; `metadata` is that of an export, see `is_folded`."""
+def _network(path: Path, kind: Kind, part: str) -> nn.Module:
+    """Return the network of a file of weights, or of that part of a state file."""
+    content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
     try:
-        if is_folded(metadata):
-            network = fold_spectral_norm(build_empty(kind, *export_sizes(metadata)))
-        else:
-            weights = strip_dataparallel_prefix(weights)
-            network = build_empty(kind, *recognize(kind, weights))
+        weights = strip_dataparallel_prefix(content.get(part, content))
+        network = build_empty(kind, *recognize(kind, weights))
+        if is_folded(weights):
+            fold_spectral_norm(network)
         network.load_state_dict(weights, assign=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's reason: keys and shapes
         raise ValueError(f"{path} has no {kind} of this program, or is damaged") from error

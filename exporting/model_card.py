@@ -106,7 +106,7 @@ PATH/D.safetensors. Their SHA-256:
 
 
 def describe(config: Config, saved: Checkpoint, networks: TestNetworks, given: Collection[str]) -> dict[str, str]:
-    """Return the metadata of the exported files; `training.models.export_sizes` reads the network's sizes from it.
+    """Return the metadata of the exported files.
 
     Args:
         given: names of the options on the command line, which say of which images weights without their state are.

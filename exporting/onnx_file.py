@@ -81,7 +81,7 @@ def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> by
     return content
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_onnx_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of an ONNX file; raises what onnx does where it cannot be read."""
     import onnx
 

@@ -263,24 +263,24 @@ class Discriminator(nn.Module):
 
 
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Generator` with this state dict. Raises `KeyError` for other networks."""
-    z_dim, width = (weights[f"{name}.module.weight_bar"].shape[1] for name in ("linear", "last"))
+    """Return the arguments of the `Generator` with this folded state dict; raises `KeyError` for other networks."""
+    z_dim, width = (weights[f"{name}.weight"].shape[1] for name in ("linear", "last"))
     layouts = {len(layout.g_widths) - 1: (size, layout.g_widths[-1]) for size, layout in LAYOUTS.items()}
     return {"z_dim": z_dim, **_common_sizes(weights, "block1.bn1.gain.weight", layouts, width)}
 
 
 def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Discriminator` with this state dict. Raises `KeyError` for other networks."""
+    """Return the arguments of the `Discriminator`, as `generator_sizes`."""
     layouts = {len(layout.d_widths): (size, layout.d_widths[0]) for size, layout in LAYOUTS.items()}
-    width = len(weights["block1.conv1.module.weight_bar"])
-    return _common_sizes(weights, "embedding.module.weight_bar", layouts, width)
+    width = len(weights["block1.conv1.weight"])
+    return _common_sizes(weights, "embedding.weight", layouts, width)
 
 
 def _common_sizes(
     weights: Mapping[str, Tensor], classes: str, layouts: Mapping[int, tuple[int, int]], width: int
 ) -> dict[str, int | bool]:
     """`classes` is the key of a row per class; `layouts` has, by number of blocks, the size and width / conv_dim."""
-    blocks = sum(re.fullmatch(r"block\d+\.conv1\.module\.weight_bar", key) is not None for key in weights)
+    blocks = sum(re.fullmatch(r"block\d+\.conv1\.weight", key) is not None for key in weights)
     image_size, factor = layouts[blocks]
     return {
         "conv_dim": width // factor,

@@ -26,7 +26,7 @@ import tester
 from data_loader import Loader
 from datasets.sources import find_source
 from errors import STOP_SIGNALS, Tolerate, stop_signals
-from exporting.safetensors_file import safetensors_bytes
+from exporting.files import safetensors_bytes
 from metrics.scores import compute_scores
 from parameter import Config
 from spectral import fold_spectral_norm

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from errors import UserError, one_line, warn
+from spectral import SUFFIXES
 from utils import files_by_step, write_atomically
 
 EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of safetensors files
-UNFOLDED = "not folded"  # "spectral_norm" in that of weights to train from
 Name = int | str  # of a checkpoint: its step, as digits too, or "best"
 
 
@@ -38,8 +38,8 @@ class Checkpoint:
     """State dicts of G and D on the CPU, and the state that was saved with them.
 
     `state` is None for weights without a state file, such as the reference's. `D` is None for a generator that came
-    without its discriminator. `metadata` is that of a safetensors file; see `is_folded`. A new run that starts from a
-    checkpoint (`is_initial`) takes the weights of G, its EMA and D, and nothing else.
+    without its discriminator. `metadata` is that of a safetensors file. A new run that starts from a checkpoint
+    (`is_initial`) takes the weights of G, its EMA and D, and nothing else.
     """
 
     step: int
@@ -150,9 +150,12 @@ def is_in(folder: Path, path: Path) -> bool:
     return path.resolve().parent == folder.resolve()
 
 
-def peek_best(folder: Path) -> dict[str, Any]:
-    """Return the state of the best checkpoint without reading its tensors; {} if it is missing or damaged."""
-    return _peek(_path(folder, "best", "state"))
+def peek(folder: Path, name: Name) -> dict[str, Any]:
+    """Return the state of a checkpoint without reading its tensors; {} if it is missing or damaged."""
+    try:
+        return torch.load(_path(folder, name, "state"), map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `read_dict`
+        return {}
 
 
 def read_dict(path: Path) -> dict[str, Any]:
@@ -196,9 +199,9 @@ def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
     return weights, metadata
 
 
-def is_folded(metadata: Mapping[str, str] | None) -> bool:
-    """Return whether weights with this metadata have plain layers in place of spectral norm, so cannot be trained."""
-    return metadata is not None and metadata.get("spectral_norm") != UNFOLDED
+def is_folded(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict has plain weights in place of those of spectral norm, so cannot be trained."""
+    return not any(key.endswith(SUFFIXES) for key in weights)
 
 
 def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +253,7 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
 def _load_safetensors(path: Path, needs_D: bool) -> Checkpoint:
     """Read an export, which has no D, or a `G.safetensors` with the `D.safetensors` beside it."""
     (G, metadata), D, D_path = _read(read_export, path), None, path.with_name("D.safetensors")
-    if is_folded(metadata):
+    if is_folded(G):
         if needs_D:
             raise UserError(f"{path} is an export, which has no discriminator; only --train false takes it")
     elif _is_there(D_path, needs_D):
@@ -285,13 +288,6 @@ def _read(read: Callable[[Path], Any], path: Path) -> Any:
         raise UserError(str(error)) from error
 
 
-def _peek(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # as in `read_dict`
-        return {}
-
-
 def _to_bytes(content: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()  # torch.save to a file would turn a full disk's OSError into a RuntimeError
     torch.save(dict(content), buffer)
@@ -302,5 +298,5 @@ def _prune(folder: Path, newest: int, keep_checkpoints: int) -> None:
     """Remove old state files up to step `newest`, see `save`."""
     full, weights = _full_and_weights(folder)
     for step in [step for step in full if step <= newest][keep_checkpoints or len(full) :]:
-        if step in weights or not _peek(_path(folder, step, "state")).get("exported", True):
+        if step in weights or not peek(folder, step).get("exported", True):
             _path(folder, step, "state").unlink()

@@ -24,10 +24,14 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
 
 
 def recognize(kind: Kind, weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Return the `--model` that a state dict is of, and its arguments to the constructor; `ValueError` if of none."""
+    """Return the `--model` that a state dict is of, and its arguments to the constructor; `ValueError` if of none.
+
+    Spectral norm may be folded.
+    """
     for name, module in MODELS.items():
         with suppress(KeyError, AttributeError, IndexError, TypeError):  # it is of another model
-            return name, getattr(module, f"{kind}_sizes")(weights)
+            plain = {key.replace(".module.weight_bar", ".weight"): value for key, value in weights.items()}
+            return name, getattr(module, f"{kind}_sizes")(plain)
     raise ValueError(f"these are not the weights of a {kind} of any --model")
 
 
@@ -35,12 +39,6 @@ def build_empty(kind: Kind, model: str, sizes: Mapping[str, Any]) -> nn.Module:
     """Return a network without memory, to `load_state_dict(weights, assign=True)`; draws no random numbers."""
     with torch.device("meta"):
         return getattr(MODELS[model], kind.capitalize())(**sizes)
-
-
-def export_sizes(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return what `recognize` does of an exported generator, by the metadata of its file."""
-    sizes: dict[str, Any] = {name: int(metadata[name]) for name in ("image_size", "z_dim", "conv_dim", "num_classes")}
-    return metadata["model"], {**sizes, "has_attention": metadata["attention"] == "full"}
 
 
 def checksum(weights: Mapping[str, Tensor]) -> int:

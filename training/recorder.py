@@ -81,7 +81,7 @@ class Recorder(AbstractContextManager):
         with ExitStack() as stack:  # closes what is open where a later line fails
             stack.enter_context(lock_folders(config))
             init_folders(config, step, loader.skipped, len(loader.source.items))
-            self.best = checkpoint.peek_best(config.model_folder).get("best", {})
+            self.best = checkpoint.peek(config.model_folder, "best").get("best", {})
             stack.push(self._finish)  # runs when all below is closed
             self._log = stack.enter_context(RunLog(config.log_folder, step, config.use_tensorboard))
             self._background = stack.enter_context(Background(loader.device))

@@ -17,7 +17,7 @@ from spectral import fold_spectral_norm
 from training import checkpoint
 from training.distributed import Ranks
 from training.guards import NonFiniteError
-from training.models import build_networks, export_sizes, recognize
+from training.models import build_networks, recognize
 from training.optimizers import Adam, Schedule
 
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
@@ -67,7 +67,7 @@ def load_test_networks(saved: checkpoint.Checkpoint, config: Config) -> TestNetw
     classes = saved_classes(saved)
     is_ema = saved.metadata["ema"] == "true" if saved.metadata else config.use_ema and saved.state is not None
     G, D = build_networks(config, len(classes))
-    if checkpoint.is_folded(saved.metadata):
+    if checkpoint.is_folded(saved.G):
         fold_spectral_norm(G)
     with checkpoint.reraise_load_errors(saved.step):
         G.load_state_dict(saved.state["ema"] if saved.state and is_ema else saved.G)
@@ -128,8 +128,6 @@ def check_architecture(saved: checkpoint.Checkpoint, expected: Mapping[str, int 
 
 
 def _generator_sizes(saved: checkpoint.Checkpoint) -> tuple[str, dict[str, Any]]:
-    if checkpoint.is_folded(saved.metadata):
-        return export_sizes(saved.metadata)
     with checkpoint.reraise_load_errors(saved.step):
         return recognize("generator", saved.G)
 

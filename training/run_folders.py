@@ -197,7 +197,7 @@ def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterato
 
     Only files and folders with names that this program writes: others in the folders are the user's.
     """
-    best_step = checkpoint.peek_best(config.model_folder).get("step", 0)
+    best_step = checkpoint.peek(config.model_folder, "best").get("step", 0)
     for kind, folder, names in (
         ("checkpoints", config.model_folder, r"(best|[0-9]+)_(state|G|D)\.pth"),
         ("tests", config.sample_folder, r"test_([0-9]+)"),

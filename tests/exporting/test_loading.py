@@ -46,9 +46,9 @@ def test_weights_alone_tell_the_network(tmp_path, network):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_export_alone_gives_the_generator(tmp_path, network):
-    """Once and for all: without random numbers, and though the file is damaged while the generator is in use."""
+    """Whatever sizes its metadata has, without random numbers, and though the file is damaged while G is in use."""
     path = tmp_path / "G.safetensors"
-    G = write_export(path, *network)
+    G = write_export(path, *network, image_size="48", conv_dim="8000000")
     state = torch.get_rng_state()
     read = load_generator(path)
     assert torch.equal(state, torch.get_rng_state())
@@ -73,14 +73,10 @@ def test_foreign_files_are_one_line(tmp_path, content):
             load_generator(tmp_path / name)
 
 
-@pytest.mark.parametrize("changes", [
-    {"content": "other"}, {"content_version": "2"}, {"model": "other"}, {"image_size": "48"}, {"image_size": "64"},
-    {"conv_dim": "x"}, {"num_classes": "3"}, {"attention": "none"}, {"conv_dim": "8000000"},
-])  # fmt: skip
-def test_metadata_that_does_not_fit_is_one_line(tmp_path, changes):
+@pytest.mark.parametrize("changes", [{"content": "other"}, {"content_version": "2"}])
+def test_other_content_is_one_line(tmp_path, changes):
     write_export(tmp_path / "G.safetensors", "sagan", 32, **changes)
-    problem = "is damaged or not an export" if "content" in next(iter(changes)) else "has no generator"
-    with pytest.raises(ValueError, match=rf"^[^\n]*G\.safetensors {problem} of this program[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*G\.safetensors is damaged or not an export of this program[^\n]*$"):
         load_generator(tmp_path / "G.safetensors")
 
 

@@ -108,7 +108,7 @@ class Bomb:
 def test_code_in_a_checkpoint_does_not_run(tmp_path, name, write):
     save_weights(tmp_path, 1)
     write({"l1": Bomb(tmp_path / "ran")}, tmp_path / name)
-    assert checkpoint.peek_best(tmp_path) == {}
+    assert checkpoint.peek(tmp_path, "best") == {}
     with pytest.raises(UserError, match=name):
         checkpoint.load(tmp_path, name.partition("_")[0])
     assert not (tmp_path / "ran").exists()

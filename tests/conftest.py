@@ -12,7 +12,6 @@ import sys
 import time
 import zlib
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -109,7 +108,7 @@ def toy_config(folder: Path, **changes) -> Config:
 @pytest.fixture
 def make_config(tmp_path):
     """A function that makes configurations of small toy runs, which write below a temporary folder."""
-    return partial(toy_config, tmp_path)
+    return lambda **changes: toy_config(tmp_path, **changes)
 
 
 @pytest.fixture
@@ -122,6 +121,18 @@ def no_report(monkeypatch):
 def make_trainer(make_config, no_report):
     """A function that makes trainers of small toy runs, whose report is empty."""
     return lambda **changes: build_trainer(make_config(**changes))
+
+
+@pytest.fixture
+def train(make_trainer):
+    """A function that takes a small run to its end, and returns its trainer."""
+
+    def train(**changes):
+        trainer = make_trainer(**changes)
+        assert trainer.train() == 0
+        return trainer
+
+    return train
 
 
 def build_trainer(config: Config, ranks: Ranks = Ranks()) -> Trainer:  # noqa: B008  it is immutable
@@ -157,6 +168,12 @@ def train_in(folder: Path, *words: str) -> None:
         code, out, err = run_main(folder, *words)
     print(out)
     assert code == 0, err
+
+
+@pytest.fixture(autouse=True)
+def nondeterministic_again():
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -229,6 +246,16 @@ def make_pictures(folder, names):
 def assert_untouched(files):
     for path, content in files.items():
         assert path.read_bytes() == content, path
+
+
+def make_folders(config):
+    for folder in config.folders:
+        folder.mkdir(parents=True)
+    return config
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def cache_folder(tmp_path):

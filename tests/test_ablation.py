@@ -12,7 +12,7 @@ import ablation
 import pytest
 import torch
 from ablation import make_runs
-from conftest import build_trainer, log, log_lines, train_in, wait_for
+from conftest import build_trainer, log, log_lines, make_folders, train_in, wait_for
 
 import main
 from errors import UserError
@@ -69,9 +69,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(vary, words, message, ru
 def finish(**data):
     """Write what is read of runs to step 4 in ./out; those without attention have no d_sign. Returns the runs."""
     runs = make_runs([ATTENTION], [0, 1], "out", [*SMALL, "--total_step=4"])
-    for config in (run.config for run in runs):
-        for folder in config.folders:
-            folder.mkdir(parents=True)
+    for config in (make_folders(run.config) for run in runs):
         lines = [{"step": step, "images_per_s": 1 if step == 3 else 8} for step in range(1, 5)]
         for line in lines if config.has_attention else []:
             line["d_sign"] = line["step"]

@@ -14,7 +14,7 @@ import scaling
 import step
 import torch
 from baseline import Baseline
-from conftest import train_in
+from conftest import run_main, train_in
 from floor import Rates, Work, floors_ms, step_work
 from kill import run_trials
 from step import Contender, Setting, add_ratios, build_step, time_block
@@ -22,16 +22,11 @@ from step import Contender, Setting, add_ratios, build_step, time_block
 SMALL = "--imsize 32 --z_dim 16 --g_conv_dim 8 --d_conv_dim 8 --num_workers 0 --device cpu"
 
 
-@pytest.fixture
-def output_of(monkeypatch, capsys):
-    """A function that runs a script with these words and returns the lines that it prints."""
-
-    def run(script, words):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *shlex.split(words)])
-        script.main()
-        return capsys.readouterr().out.splitlines()
-
-    return run
+def output_of(folder, script, words):
+    """Run a script with these words in a folder; return the lines that it prints."""
+    code, out, err = run_main(folder, *shlex.split(words), program=script)
+    assert not code, (code, err)
+    return out.splitlines()
 
 
 @pytest.mark.parametrize("update", ["d_step", "g_step"])
@@ -55,11 +50,10 @@ def test_contenders_take_the_same_step_and_the_first_after_waiting_is_not_counte
 
 
 @pytest.mark.slow
-def test_step_measures_contenders(output_of, tmp_path):
-    with pytest.raises(SystemExit):
-        output_of(step, "--device cpu --model sagan,paper --imsize 256")
+def test_step_measures_contenders(tmp_path):
+    assert run_main(tmp_path, *shlex.split("--device cpu --model sagan,paper --imsize 256"), program=step)[0] == 2
     words = "--device cpu --imsize 32 --batch_size 4 --rounds 1 --only 'ours fp32' --json"
-    lines = output_of(step, f"{words} {tmp_path}/a")
+    lines = output_of(tmp_path, step, f"{words} {tmp_path}/a")
     assert "cpu, sagan, 32x32, batch 4: 2 GFLOP per step" in lines
     (record,) = json.loads((tmp_path / "a").read_text())
     assert record["batch_size"] == 4 and record["speedup"] is None and record["peak_mib"] > 0
@@ -89,22 +83,21 @@ def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_data_loop_and_scaling_measure(make_config, no_report, output_of):
-    lines = output_of(data, "--images 100 --imsize 32 --batch_size 4 --num_workers 0")
+def test_data_loop_and_scaling_measure(make_config, no_report, tmp_path):
+    lines = output_of(tmp_path, data, "--images 100 --imsize 32 --batch_size 4 --num_workers 0")
     numbers = [float(re.search(r"  ([\d.]+) (images/s|ms)", line)[1]) for line in lines if line.strip()]
     assert len(numbers) == 4 and all(number > 0 for number in numbers)
     times = loop.measure(config := make_config(), steps=2, run_steps=5, rounds=2)
     assert list(times) == ["steps only", "with data", "whole run"] and all(ms > 0 for ms in times.values())
     assert (config.model_folder / "15_state.pth").exists()  # a warm-up run and one per round, resumed in turn
-    *_, row = output_of(scaling, f"--processes 2 --batch_size 4 --steps 15 {SMALL}")
+    *_, row = output_of(tmp_path, scaling, f"--processes 2 --batch_size 4 --steps 15 {SMALL}")
     assert re.fullmatch(r"\| 2 \| 4 \| [\d.]*[1-9][\d.]* \| 100% \| [\d.]*[1-9][\d.]* \|", row)
 
 
 @pytest.mark.slow
-def test_a_classifier_names_the_classes_of_real_faces_only(output_of, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_classifier_names_the_classes_of_real_faces_only(tmp_path):
     words = f"--dataset=toy --toy_num=600 --model=paper --conditional=true --total_step=1 --batch_size=4 {SMALL}"
     train_in(tmp_path, *words.replace("32", "64").split())
-    lines = output_of(class_accuracy, "--device cpu --num_samples 10")
+    lines = output_of(tmp_path, class_accuracy, "--device cpu --num_samples 10")
     real, *generated, mean = (float(re.fullmatch(r".*\S +([\d.]+)%", line)[1]) for line in lines[-5:])
     assert real > 70 and len(generated) == 3 and mean == pytest.approx(100 / 3, abs=0.1)  # the same for each class

@@ -63,12 +63,6 @@ def losses_and_output_of_a_failed_capture(config, steps):
     return eager, losses, out.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def nondeterministic_again():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("precision", ["fp32", *LOWER])
 @pytest.mark.parametrize("options", [
     {}, dict(n_critic=2), dict(adv_loss="wgan-gp"), dict(lr_schedule="linear", total_step=30, hflip=True), PAPER,

@@ -2,24 +2,18 @@
 
 import copy
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.swa_utils import update_bn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
-
+from conftest import ROOT
 from draw_models import count_parameters, draw, trace
 from floor import step_work
+from torch.optim.swa_utils import update_bn
 
-import sagan_models
 from exporting.loading import load_generator
-from networks import paper_models
+from training.models import MODELS
 
-DOCS = Path(__file__).parent.parent / "docs"
-MODELS = {"sagan": sagan_models, "paper": paper_models}
+DOCS = ROOT / "docs"
 NAMES = pytest.mark.parametrize("name", MODELS)
 
 
@@ -33,7 +27,7 @@ def cell(name: str, row: str) -> str:
 @NAMES
 def test_drawings_and_table_of_sizes_parameters_and_attention_layers(name):
     assert (DOCS / f"model_{name}.svg").read_text(encoding="utf-8") == draw(name), "run: python docs/draw_models.py"
-    sizes = sagan_models.IMAGE_SIZES if name == "sagan" else paper_models.LAYOUTS
+    sizes = MODELS[name].IMAGE_SIZES if name == "sagan" else MODELS[name].LAYOUTS
     assert cell(name, "sizes") == ", ".join(map(str, sizes))
     for size in sizes:
         with torch.device("meta"):
@@ -61,11 +55,10 @@ def test_work_of_a_step_of_the_table(name, make_trainer):
 
 
 @NAMES
-def test_the_average_of_checkpoints(name, make_trainer, tmp_path, monkeypatch):
+def test_the_average_of_checkpoints(name, train, tmp_path, monkeypatch):
     """As docs/checkpoints.md computes it: the mean of the weights, BatchNorm's statistics those of its own features."""
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "checkpoints.md").read_text(encoding="utf-8"), re.S)
-    trainer = make_trainer(model=name, total_step=3, min_save_step=1, model_save_step=1e-3, keep_checkpoints=0)
-    trainer.train()
+    trainer = train(model=name, total_step=3, min_save_step=1, model_save_step=1e-3, keep_checkpoints=0)
     folder = trainer.config.model_folder
     monkeypatch.chdir(tmp_path)
     exec(block.replace("models/cats", str(folder)).replace("(20000, 25000, 30000)", "(1, 2, 3)"), {})

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, assert_same, export_metadata, run_main, train_in
+from conftest import ROOT, WORDS, assert_same, contents, export_metadata, run_main, train_in
 from PIL import Image
 
 import export
@@ -50,10 +50,6 @@ def run(trained, tmp_path, capfd):
         return out + err
 
     return run
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow

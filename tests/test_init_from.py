@@ -121,14 +121,12 @@ def test_a_discriminator_of_another_checkpoint_is_refused(runs, tmp_path):
         load(tmp_path, tmp_path / "mixed/G.safetensors", needs_D=False)
 
 
-@pytest.mark.parametrize(
-    "folder", [path.parent for path in PRETRAINED.glob("*/model_card.md")], ids=lambda path: path.name
-)
-def test_weights_of_the_repository(folder):
+@pytest.mark.parametrize("name", [path.parent.name for path in PRETRAINED.glob("*/model_card.md")])
+def test_weights_of_the_repository(name):
     """They are small, as their card says, and draw different images that D does not know at once."""
-    files = [folder / f"{name}.safetensors" for name in "GD"]
+    files = [PRETRAINED / name / f"{part}.safetensors" for part in "GD"]
     assert sum(path.stat().st_size for path in files) < 15e6
-    card = (folder / "model_card.md").read_text("utf-8")
+    card = (PRETRAINED / name / "model_card.md").read_text("utf-8")
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() in card for path in files)
     with torch.no_grad():
         images = load_generator(files[0])(torch.randn(16, 128, generator=torch.Generator().manual_seed(0)))

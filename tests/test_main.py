@@ -17,6 +17,7 @@ from PIL import Image
 
 import main
 from errors import stop_signals
+from metrics import projection
 from sagan_models import Discriminator, Generator
 from trainer import Trainer
 
@@ -220,13 +221,10 @@ def test_a_signal_while_decoding_ends_the_run_and_leaves_no_files(tmp_path, star
 
 def test_seed_precision_and_determinism_are_those_of_the_options(tmp_path, run, no_report):
     words, weights = shlex.split("--total_step 1 --overwrite true --precision bf16 --deterministic true"), []
-    try:
-        for seed in ("3", "3", "4"):
-            code, out, _ = run(*WORDS, *words, "--seed", seed)
-            assert code == 0 and "on cpu in bf16" in out and torch.are_deterministic_algorithms_enabled()
-            weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for seed in ("3", "3", "4"):
+        code, out, _ = run(*WORDS, *words, "--seed", seed)
+        assert code == 0 and "on cpu in bf16" in out and torch.are_deterministic_algorithms_enabled()
+        weights.append(torch.load(tmp_path / "models/sagan_celeb/1_G.pth", weights_only=True)["last.0.weight"])
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -236,14 +234,17 @@ def test_a_run_that_diverges_saves_nothing(run, tmp_path):
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, run, fewer_images):
+def test_evaluating_a_checkpoint_without_images_and_with_metrics(trained, tmp_path, run, fewer_images, monkeypatch):
     """Most results need no training images; the face rate needs neither a download nor weights."""
+    monkeypatch.setattr(projection, "SHOWN_STEPS", (0, 2))
+    make_pictures(tmp_path, ["me.png"])
     code, out, err = run(*WORDS, "--train", "false", "--dataset", "folder")
     assert code == 0 and "test_2" in out and "warning: " in err and "nearest.png" in err
     folder = tmp_path / "samples/sagan_celeb/test_2"
     assert not (folder / "nearest.png").exists()
     words = "--train false --metrics faces --metric_num 12 --pretrained_model 2 --batch_size 30"  # of 20 images
+    words += " --project me.png"
     code, out, _ = run(*WORDS, *words.split())
     assert code == 0 and "faces" in out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 12
-    assert (folder / "nearest.png").exists()
+    assert (folder / "nearest.png").exists() and (folder / "projection.png").exists()

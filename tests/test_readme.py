@@ -11,7 +11,7 @@ import textwrap
 import ablation
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_main
 
 import export
 from exporting.loading import load_generator
@@ -78,12 +78,10 @@ def test_the_commands_of_the_program_parse():
 
 def test_the_commands_of_the_ablation_parse(tmp_path, monkeypatch):
     """To the first run, before which those of all others are parsed."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "train", lambda run: 7)
     monkeypatch.setattr(ablation, "seconds_per_step", lambda *_: 0.5)
     for words in commands("benchmarks/ablation.py"):
-        monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
-        assert ablation.main() == 7, words
+        assert run_main(tmp_path, *words, program=ablation)[0] == 7, words
 
 
 def test_the_lines_of_python_of_the_readme(monkeypatch):

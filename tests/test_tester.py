@@ -17,7 +17,6 @@ from errors import UserError
 from metrics import projection
 from metrics.nearest import nearest_images
 from networks.latents import latent_directions
-from training import recorder
 from training.resuming import load_test_checkpoint
 from visuals.attention_stats import attention_stats
 from visuals.figures import to_pixels
@@ -31,10 +30,8 @@ FILES = {"grid.png", "samples", "interpolation.png", "interpolation.gif", "progr
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The trainer of a run of three steps with a log entry and samples per step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "report_page", lambda *_: "")
-        trainer = build_trainer(toy_config(tmp_path_factory.mktemp("run"), log_step=1, sample_step=1))
-        trainer.train()
+    trainer = build_trainer(toy_config(tmp_path_factory.mktemp("run"), log_step=1, sample_step=1))
+    trainer.train()
     return trainer
 
 
@@ -42,7 +39,7 @@ def finished(tmp_path_factory):
 def trained(finished, tmp_path, make_config):
     """That trainer, whose results are copies that a test may change."""
     shutil.copytree(Path(finished.config.log_path).parent, tmp_path, dirs_exist_ok=True)
-    return SimpleNamespace(config=make_config(), loader=finished.loader, G=finished.G, ema=finished.ema)
+    return SimpleNamespace(config=make_config(), loader=finished.loader, G=finished.G)
 
 
 def make_tester(config, loader, photo=None):

@@ -34,18 +34,6 @@ RESUMED = {
 }
 
 
-@pytest.fixture
-def train(make_trainer):
-    """A function that takes a small run to its end, and returns its trainer."""
-
-    def train(**changes):
-        trainer = make_trainer(**changes)
-        assert trainer.train() == 0
-        return trainer
-
-    return train
-
-
 def metrics_of(trainer):
     """The lines of a run's log, without what depends on the machine."""
     lines = log(trainer.config.log_folder)
@@ -57,6 +45,7 @@ def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, train, options
     """Bit for bit: weights, EMA, fixed z, optimizers, samples and the log."""
     options = dict(total_step=4, log_step=1, sample_step=2) | options
     whole = train(version="whole", **options)
+    assert next(iter(whole.d_optimizer.state.values()))["step"] == 4 * whole.config.n_critic
     first = options | ({} if "lr_schedule" in options else {"total_step": 2})  # its rates depend on total_step
     train(version="parts", model_save_step=0.2, keep_checkpoints=0, **first)
     resumed = make_trainer(version="parts", pretrained_model="2", overwrite=first["total_step"] > 2, **options)

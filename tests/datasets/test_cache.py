@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import cache_folder
+from conftest import cache_folder, contents
 from PIL import Image
 
 from datasets.cache import STALE_SECONDS, open_cache
@@ -50,15 +50,11 @@ ALL, INFO = [*range(10)], b'{"format": 2, "count": 10, "skipped": []}'
 WITHOUT_3 = [0, 1, 2, 4, 5, 6, 7, 8, 9], {3: "3: OSError: no connection"}
 
 
-def files_in(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_an_existing_cache_is_opened_without_decoding_or_writing(numbers, tmp_path):
     assert numbers.open() == (ALL, {}) and numbers.tried == [*"0123456789"]
     folder = cache_folder(tmp_path)
     assert folder.name == "numbers_8_1"  # so that later versions find it
-    assert files_in(folder)["info.json"] == INFO
+    assert contents(folder)["info.json"] == INFO
     paths = (folder.parent, folder, *folder.iterdir())
     times = [path.stat().st_mtime_ns for path in paths]
     assert numbers.open() == (ALL, {}) and not numbers.tried
@@ -79,14 +75,14 @@ def test_a_damaged_cache_is_rebuilt_beside_files_of_others(numbers, tmp_path, na
 
     numbers.open()
     folder = cache_folder(tmp_path)
-    complete = files_in(folder)
+    complete = contents(folder)
     damage()
     assert numbers.open() == (ALL, {})
-    assert cache_folder(tmp_path) == folder and files_in(folder) == complete
+    assert cache_folder(tmp_path) == folder and contents(folder) == complete
     damage()
     (folder / ".DS_Store").write_text("a file manager's")
     assert numbers.open() == (ALL, {})
-    assert cache_folder(tmp_path) == folder and files_in(folder) == complete | {".DS_Store": b"a file manager's"}
+    assert cache_folder(tmp_path) == folder and contents(folder) == complete | {".DS_Store": b"a file manager's"}
 
 
 def test_a_cache_built_meanwhile_by_another_process_is_kept(numbers, tmp_path):
@@ -137,13 +133,13 @@ def test_a_cache_stays_if_it_cannot_be_built_again_as_well(numbers, monkeypatch,
 
 def test_a_cache_that_cannot_be_memory_mapped_is_read_and_one_that_cannot_be_read_stays(numbers, tmp_path, monkeypatch):
     numbers.open()
-    files = files_in(cache_folder(tmp_path))
+    files = contents(cache_folder(tmp_path))
     monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(errno.ENODEV, "No such device")))
     assert numbers.open() == (ALL, {}) and not numbers.tried
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
     with pytest.raises(UserError, match=r"Permission denied.*--cache_path"):
         numbers.open()
-    assert files_in(cache_folder(tmp_path)) == files
+    assert contents(cache_folder(tmp_path)) == files
 
 
 def decode_most(item, size):

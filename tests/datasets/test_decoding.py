@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, wait_for
@@ -81,9 +82,7 @@ def test_a_killed_worker_is_one_line_of_advice(program, workers):
 
 
 def test_processes_that_cannot_be_started_are_an_error(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
+    refuse = Mock(side_effect=BlockingIOError(11, "Resource temporarily unavailable"))
     monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", refuse)
     monkeypatch.setattr(sys, "platform", "win32")  # where so many in a pool would be another error
     with pytest.raises(UserError, match=r"temporarily unavailable.*--num_workers 0"):

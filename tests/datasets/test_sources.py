@@ -3,6 +3,7 @@ import os
 import pickle
 import re
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -105,14 +106,15 @@ def test_files_that_are_no_images_are_counted_in_one_warning_except_companions_a
     ("cifar10", "CIFAR10", r"quota exceeded.*cifar-10-python\.tar\.gz"),
 ])  # fmt: skip
 def test_missing_data_and_a_failed_download_say_what_to_do(tmp_path, monkeypatch, dataset, name, download):
-    def fail(*_, **__):
-        raise RuntimeError("quota exceeded\nmore")
-
     with pytest.raises(UserError, match=f"no {name[:5]}.*{download.rpartition('.*')[2]}"):
         find_source(dataset, str(tmp_path))
-    monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
+    monkeypatch.setattr(f"torchvision.datasets.{name}", Mock(side_effect=RuntimeError("quota exceeded\nmore")))
     with pytest.raises(UserError, match=download):
         find_source(dataset, str(tmp_path), download=True)
+    if dataset == "celeb":
+        image = tmp_path / "celeba/img_align_celeba/1.png"
+        monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: save(picture(), image))
+        assert find_source(dataset, str(tmp_path), download=True).items == ["1.png"]
 
 
 def test_fingerprints_depend_on_the_files_and_the_crop_and_stay_the_same_in_later_versions(tmp_path):

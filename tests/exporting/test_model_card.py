@@ -2,10 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
-from conftest import export_metadata
+from conftest import ROOT, export_metadata
 
 from exporting.model_card import DATASETS, model_card
 from parameter import DATASET
@@ -45,7 +44,7 @@ def test_what_the_card_says_of_the_network():
 
 
 def test_the_keys_that_docs_export_md_lists():
-    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \|", text.partition("| key |")[2].partition("\n\n")[0], re.M)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == [*export_metadata()]
 

@@ -95,19 +95,12 @@ def test_weights_of_the_references_parallel_and_of_torchs_format_before_zip(tmp_
     assert_is(checkpoint.load(tmp_path, tmp_path / "mine_G.pth"), 0, first=1, full=False)
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("name", ["1_G.pth", "1_state.pth", "best_state.pth"])
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, name, write):
     save_weights(tmp_path, 1)
-    write({"l1": Bomb(tmp_path / "ran")}, tmp_path / name)
+    bomb = type("Bomb", (), {"__reduce__": lambda _: (os.mkdir, (str(tmp_path / "ran"),))})()
+    write({"l1": bomb}, tmp_path / name)
     assert checkpoint.peek(tmp_path, "best") == {}
     with pytest.raises(UserError, match=name):
         checkpoint.load(tmp_path, name.partition("_")[0])

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, build_trainer, log, log_lines, toy_config, use_small_extractor, wait_for, weights_of
+from conftest import ROOT, SMALL, build_trainer, log, log_lines, toy_config, use_small_extractor, wait_for, weights_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -37,7 +37,6 @@ RUNS = {
     "classes": dict(total_step=2, n_critic=2, **CLASSES),
 }
 TORCHRUN = dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
-ROOT = Path(__file__).parents[2]
 MAIN = [str(ROOT / "main.py"), *(f"--{name}={value}" for name, value in SMALL.items()), "--log_step", "1"]
 LOGS, MODELS = "logs/sagan_celeb", "models/sagan_celeb"
 pytestmark = [

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import wait_for
 
 from training import checkpoint
 from training.recorder import Recorder
@@ -32,6 +33,7 @@ def test_a_checkpoint_is_a_copy_of_the_state_and_written_after_an_error_too(star
         recorder.checkpoint(1, STATE | {"G": weights, "ema": weights, "step": 1})
         weights["weight"].add_(1)
         gate.set()
+        wait_for((recorder.config.log_folder / "report.html").exists)
         raise ZeroDivisionError
     state = torch.load(recorder.config.model_folder / "1_state.pth", weights_only=True)
     assert state["G"]["weight"].tolist() == state["ema"]["weight"].tolist() == [0, 0]

@@ -50,10 +50,9 @@ def test_weights_of_another_network_are_one_line(make_config):
         load_resume_checkpoint(make_config(pretrained_model="7"))
 
 
-def test_the_first_state_files_resume(make_trainer, capsys):
+def test_the_first_state_files_resume(train, capsys):
     """They have fewer options, and less of the images' fingerprint."""
-    first = make_trainer(holdout=0.2)
-    first.train()
+    first = train(holdout=0.2)
     path = first.config.model_folder / "3_state.pth"
     state = torch.load(path, weights_only=True)
     state["data"] = {"images": state["data"]["images"], "checksum": 7}
@@ -61,7 +60,7 @@ def test_the_first_state_files_resume(make_trainer, capsys):
     state["config"] |= {"color": "blue", "truncation": None}  # None: the option was not used
     torch.save(state, path)
     capsys.readouterr()
-    make_trainer(holdout=0.2, pretrained_model="latest", total_step=4).train()
+    train(holdout=0.2, pretrained_model="latest", total_step=4)
     out, err = capsys.readouterr()
     changes = "--total_step 4 (was 3), --holdout 0.2 (was 0.0), color blue (no longer an option)"
     assert f"resuming from step 3; changed options: {changes}\n" in out

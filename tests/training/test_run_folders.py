@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import make_folders
 
 from errors import UserError
 from training import checkpoint
@@ -17,12 +18,6 @@ from utils import files_by_step
 
 def files(config):
     return {path for folder in config.folders for path in folder.rglob("*")}
-
-
-def make_folders(config):
-    for folder in config.folders:
-        folder.mkdir(parents=True)
-    return config
 
 
 def make_result(path):
@@ -109,10 +104,9 @@ def test_a_new_run_or_a_checkpoint_from_elsewhere_needs_folders_without_results(
     assert {path.name for path in files(config)} == {"config.json"}
 
 
-def test_later_pictures_go_when_a_run_resumes_and_under_overwrite_all_later_results(make_trainer):
+def test_later_pictures_go_when_a_run_resumes_and_under_overwrite_all_later_results(train):
     """It takes these steps again, as for its log. "auto" starts at step 0 if the first checkpoint was not reached."""
-    trainer = make_trainer(model_save_step=0.2, sample_step=1, attn_step=1)
-    trainer.train()
+    trainer = train(model_save_step=0.2, sample_step=1, attn_step=1)
     resumed = dataclasses.replace(trainer.config, pretrained_model="auto")
     overwriting = dataclasses.replace(resumed, overwrite=True)
     for name in ("test_3", "test_2", "test_x"):

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import SMALL, WORDS, log, train_in
+from conftest import SMALL, WORDS, log, make_folders, train_in
 from page_tools import BrowserPage, Keys
 from PIL import Image
 
@@ -37,10 +37,7 @@ def finished(tmp_path_factory) -> Path:
 def empty_run(tmp_path, monkeypatch) -> Config:
     """That run of 100 steps before it has results."""
     monkeypatch.chdir(tmp_path)
-    config = Config(**SMALL, total_step=100)
-    for folder in config.folders:
-        folder.mkdir(parents=True)
-    return config
+    return make_folders(Config(**SMALL, total_step=100))
 
 
 @pytest.fixture

@@ -81,7 +81,6 @@ class Loader:
         self._order = self._flip = torch.empty(0)
         self._training = self._held_out = np.empty(0, np.int64)  # numbers of the images
         self._limit, self._held_out_checksum = 0.0, 0
-        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def open(self) -> "Loader":
         """Open the cache, or build it if there is none, and return self.
@@ -102,10 +101,6 @@ class Loader:
             free, _ = torch.cuda.mem_get_info(self.device)
             if self.images.nbytes < MAX_GPU_MEMORY_FRACTION * free:
                 self.images = self.images.to(self.device)
-            else:
-                shape = (self.batch_size, *self.images.shape[1:])
-                pinned = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-                self._staging = [(buffer, torch.cuda.Event()) for buffer in pinned]
         return self
 
     @cached_property
@@ -142,10 +137,7 @@ class Loader:
         rows = range(self.batch_size * index, self.batch_size * (index + 1))[shard]
         rows = slice(rows.start, rows.stop)
         numbers = self._order[rows]
-        pixels = self._fetch(numbers)
-        if self.hflip:
-            pixels = torch.where(self._flip[rows], pixels.flip(2), pixels)
-        return to_model_range(pixels).contiguous(memory_format=self.memory_format), self._labels_of(numbers)
+        return self.images_at(numbers, self._flip[rows] if self.hflip else None), self._labels_of(numbers)
 
     def held_out(self, index: int, count: int, classes: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         """Return batch number `index` of up to `count` held-out images, as `batch`; after the last come the first.
@@ -163,10 +155,15 @@ class Loader:
         """Return the first training images of a class, at most `count`, as `images_at`."""
         return self.images_at(torch.from_numpy(self._training)[(self.training_labels == label).cpu()][:count])
 
-    def images_at(self, numbers: Tensor) -> Tensor:
-        """Return images by their numbers (B,): (B, 3, S, S) float32 in [-1, 1], on the device."""
-        images = to_model_range(self.images[numbers.to(self.images.device)].to(self.device))
-        return images.contiguous(memory_format=self.memory_format)
+    def images_at(self, numbers: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Return images by their numbers (B,), mirrored where `flip` (B, 1, 1, 1) is true; as those of `batch`."""
+        pixels = self.images[numbers.to(self.images.device)]
+        if self.device.type == "cuda" and not pixels.is_cuda:  # too many for its memory: copied while it computes
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        pixels = pixels.to(self.device)
+        if flip is not None:
+            pixels = torch.where(flip, pixels.flip(2), pixels)
+        return to_model_range(pixels).contiguous(memory_format=self.memory_format)
 
     def _labels_of(self, numbers: Tensor) -> Tensor | None:
         return self.labels[numbers.to(self.device)] if self.classes else None
@@ -199,20 +196,6 @@ class Loader:
                 f"--holdout {self.holdout} leaves no training images of {join_names(untrained)}: lower it, or choose "
                 "another --seed"
             )
-
-    def _fetch(self, numbers: Tensor) -> Tensor:
-        """Return images by their numbers (B,): (B, S, S, 3) uint8, on the device."""
-        if not self._staging:
-            return self.images[numbers].to(self.device)
-        # Two pinned buffers in turn: one is filled while the GPU still copies from the other.
-        self._staging.reverse()
-        buffer, copied = self._staging[0]
-        copied.synchronize()
-        buffer = buffer[: len(numbers)]
-        torch.index_select(self.images, 0, numbers, out=buffer)
-        batch = buffer.to(self.device, non_blocking=True)
-        copied.record()
-        return batch
 
     def _shuffle(self, epoch: int) -> None:
         random = np.random.default_rng([self.seed, epoch])

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+StopFn = Callable[[], int]  # returns the number of the signal that asks the training to stop, 0 before it
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 # CUDA and MPS; torch's CPU allocator on Windows and elsewhere; cuBLAS, cuDNN 9
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED")
@@ -126,25 +126,18 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any], numbers: Ite
             signal.signal(number, before)
 
 
-@dataclass
-class StopRequest:
-    """The number of the first signal that asked the training to stop, 0 before it."""
-
-    signal_number: int = 0
-
-
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first of `stop_signals` into a request to stop; a second one exits immediately."""
-    request = StopRequest()
+def stop_on_signals() -> Iterator[StopFn]:
+    """Yield a function that returns the number of the first of `stop_signals`, 0 before it; a second one exits."""
+    received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if request.signal_number:
+        if received:
             sys.exit(128 + number)
-        request.signal_number = number
+        received.append(number)
 
     with handle_signals(receive, stop_signals()):
-        yield request
+        yield lambda: received[0] if received else 0
 
 
 def warn(message: str) -> None:

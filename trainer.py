@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_loader import Loader
-from errors import StopRequest, UserError, stop_on_signals, warn
+from errors import StopFn, UserError, stop_on_signals, warn
 from metrics.scores import compute_metrics
 from networks.augmentation import RANDOM_NUMBERS, augment
 from networks.ema import EMA
@@ -227,7 +227,7 @@ class Trainer:
             )
             return self._loop(recorder, stop)
 
-    def _loop(self, recorder: Recorder | None, stop: StopRequest) -> int:
+    def _loop(self, recorder: Recorder | None, stop: StopFn) -> int:
         """Take steps until `total_step`, or a signal to any rank, whose number is returned. Rank 0 has the recorder."""
         config, ranks = self.config, self.ranks
         save_step = max(config.min_save_step, round(config.model_save_step * len(self.loader) / config.n_critic))
@@ -242,7 +242,7 @@ class Trainer:
         with ranks.raise_together():
             if recorder and self.step:
                 self._record_resumed(recorder, due_now(), stop)
-        signal_number = ranks.max(stop.signal_number)
+        signal_number = ranks.max(stop())
         while self.step < config.total_step and not signal_number:
             stats = self.train_step()
             due = due_now()
@@ -253,7 +253,7 @@ class Trainer:
             with ranks.raise_together():  # the other ranks wait here for what rank 0 computes
                 if recorder:
                     self._record(recorder, due, stats, stop)
-            signal_number = ranks.max(stop.signal_number)
+            signal_number = ranks.max(stop())
 
         with ranks.raise_together():
             if recorder and signal_number and recorder.saved_step != self.step:
@@ -264,7 +264,7 @@ class Trainer:
                 recorder.explorer(self.step, attention)
         return signal_number
 
-    def _record_resumed(self, recorder: Recorder, due: set[str], stop: StopRequest) -> None:
+    def _record_resumed(self, recorder: Recorder, due: set[str], stop: StopFn) -> None:
         """Record what the run that is resumed may lack: a branch its checkpoint, and what follows a checkpoint."""
         is_branch = self.config.pretrained_file is not None
         # Such as of the best checkpoint: later ones are removed, and "latest" must find this one.
@@ -277,7 +277,7 @@ class Trainer:
         if "metrics" in due:
             self._evaluate(recorder, stop)
 
-    def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopRequest) -> None:
+    def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopFn) -> None:
         """Record a step and what is due after it."""
         recorder.advance(self.step)
         if due:
@@ -289,17 +289,17 @@ class Trainer:
             recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
         if "samples" in due:
             recorder.samples(self.step, self.previews.samples())
-        if "attention" in due and self.step < self.config.total_step and not stop.signal_number:  # else after the loop
+        if "attention" in due and self.step < self.config.total_step and not stop():  # else after the loop
             recorder.attention(self.step, self.previews.attention())
         if "metrics" in due:
             self._evaluate(recorder, stop)
 
-    def _evaluate(self, recorder: Recorder, stop: StopRequest) -> None:
+    def _evaluate(self, recorder: Recorder, stop: StopFn) -> None:
         """Record the metrics of the EMA generator (of G without --use_ema), and the checkpoint if it is the best."""
         network = self.ema.network if self.config.use_ema else self.G
         try:
             with eval_mode(network):
-                scores = compute_metrics(self.config, network, self.loader, lambda: stop.signal_number > 0)
+                scores = compute_metrics(self.config, network, self.loader, stop)
         except UserError as error:  # such as a full disk: no reason to stop training
             warn(f"metrics skipped at step {self.step}: {error}")
         else:

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from errors import one_line
+from errors import UserError, one_line
 from spectral import fold_spectral_norm
 from training.checkpoint import is_folded, read_dict, read_export, strip_dataparallel_prefix
 from training.models import Kind, build_empty, recognize
@@ -63,13 +63,15 @@ def _local(checkpoint: str | os.PathLike) -> Path:
 
 def _network(path: Path, kind: Kind, part: str) -> nn.Module:
     """Return the network of a file of weights, or of that part of a state file."""
-    content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
     try:
+        content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
         weights = strip_dataparallel_prefix(content.get(part, content))
         network = build_empty(kind, *recognize(kind, weights))
         if is_folded(weights):
             fold_spectral_norm(network)
         network.load_state_dict(weights, assign=True)
+    except UserError as error:
+        raise ValueError(str(error)) from error
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's reason: keys and shapes
         raise ValueError(f"{path} has no {kind} of this program, or is damaged") from error
     return network.float().eval()

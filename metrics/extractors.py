@@ -98,29 +98,21 @@ def fetch_weights(metrics: Sequence[str]) -> None:
     Raises:
         UserError: weights are damaged or cannot be downloaded.
     """
-    if "prc" in metrics:
-        _fetch_weights(VGG16_Weights.IMAGENET1K_V1.url, metrics)
-    if set(metrics) - {"prc"}:
-        _fetch_weights(URL_INCEPTION_V3, metrics)
-
-
-def _fetch_weights(url: str, metrics: Sequence[str]) -> None:
-    """Download a file into torch.hub's folder, where torch-fidelity looks for it, or check the one that is there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    digits = path.stem.rsplit("-", 1)[1]  # of the file's SHA-256, by torch.hub's naming convention
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
-    try:
-        if path.exists():
-            if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):  # torch.hub checks only its own
+    for url in sorted({VGG16_Weights.IMAGENET1K_V1.url if name == "prc" else URL_INCEPTION_V3 for name in metrics}):
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])  # where torch-fidelity looks for it
+        digits = path.stem.rsplit("-", 1)[1]  # of the file's SHA-256, by torch.hub's naming convention
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(url, str(path), digits)
+            elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
                 raise UserError(f"{path} is damaged (its SHA-256 does not begin with {digits}): download {url} again")
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digits)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--metrics {','.join(metrics)} needs {path}, and it cannot be read or downloaded ({error}): "
-            f"download {url} yourself and put it there"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--metrics {','.join(metrics)} needs {path}, and it cannot be read or downloaded ({error}): "
+                f"download {url} yourself and put it there"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)

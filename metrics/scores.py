@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Loader
-from errors import UserError, warn_once
+from errors import StopFn, UserError, warn_once
 from networks.latents import sample_z
 from parameter import Config
 from utils import SEED_METRICS, SEED_METRICS_LABELS, derive_seed, to_uint8
@@ -50,9 +50,7 @@ def check_metrics(config: Config, device: torch.device) -> None:
             _import_libraries(config.metrics.split(","))
 
 
-def compute_metrics(
-    config: Config, G: nn.Module, loader: Loader, should_stop: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
+def compute_metrics(config: Config, G: nn.Module, loader: Loader, should_stop: StopFn = lambda: 0) -> dict[str, float]:
     """Compare `--metric_num` images of G with the loader's images.
 
     Args:
@@ -77,7 +75,7 @@ def compute_metrics(
 
 
 def compute_scores(
-    config: Config, generate: ImageFn, loader: Loader, should_stop: Callable[[], bool] = lambda: False
+    config: Config, generate: ImageFn, loader: Loader, should_stop: StopFn = lambda: 0
 ) -> dict[str, float]:
     """Compare generated images with real ones by `--metrics`. Saves and restores RNG state and backend flags.
 

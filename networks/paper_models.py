@@ -265,29 +265,21 @@ class Discriminator(nn.Module):
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
     """Return the arguments of the `Generator` with this folded state dict; raises `KeyError` for other networks."""
     z_dim, width = (weights[f"{name}.weight"].shape[1] for name in ("linear", "last"))
-    layouts = {len(layout.g_widths) - 1: (size, layout.g_widths[-1]) for size, layout in LAYOUTS.items()}
-    return {"z_dim": z_dim, **_common_sizes(weights, "block1.bn1.gain.weight", layouts, width)}
+    sizes = _common_sizes(weights, "block1.bn1.gain.weight", 4)
+    return {"z_dim": z_dim, "conv_dim": width // LAYOUTS[sizes["image_size"]].g_widths[-1], **sizes}
 
 
 def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
     """Return the arguments of the `Discriminator`, as `generator_sizes`."""
-    layouts = {len(layout.d_widths): (size, layout.d_widths[0]) for size, layout in LAYOUTS.items()}
-    width = len(weights["block1.conv1.weight"])
-    return _common_sizes(weights, "embedding.weight", layouts, width)
+    width, sizes = len(weights["block1.conv1.weight"]), _common_sizes(weights, "embedding.weight", 2)
+    return {"conv_dim": width // LAYOUTS[sizes["image_size"]].d_widths[0], **sizes}
 
 
-def _common_sizes(
-    weights: Mapping[str, Tensor], classes: str, layouts: Mapping[int, tuple[int, int]], width: int
-) -> dict[str, int | bool]:
-    """`classes` is the key of a row per class; `layouts` has, by number of blocks, the size and width / conv_dim."""
+def _common_sizes(weights: Mapping[str, Tensor], classes: str, base: int) -> dict[str, int | bool]:
+    """`classes` is the key of a row per class, `base` the image size that each block doubles."""
     blocks = sum(re.fullmatch(r"block\d+\.conv1\.weight", key) is not None for key in weights)
-    image_size, factor = layouts[blocks]
-    return {
-        "conv_dim": width // factor,
-        "image_size": image_size,
-        "num_classes": len(weights[classes]) if classes in weights else 0,
-        "has_attention": any(key.startswith("attn") for key in weights),
-    }
+    num_classes, has_attention = len(weights.get(classes, ())), any(key.startswith("attn") for key in weights)
+    return {"image_size": base * 2**blocks, "num_classes": num_classes, "has_attention": has_attention}
 
 
 def _check_sizes(image_size: int, conv_dim: int) -> Layout:

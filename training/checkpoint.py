@@ -14,7 +14,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +162,7 @@ def read_dict(path: Path) -> dict[str, Any]:
     """Return the dict that a file of torch.save contains, on the CPU, read with `weights_only=True`.
 
     Raises:
-        ValueError: the file is missing, damaged or contains something else; the message is one line.
+        UserError: the file is missing, damaged or contains something else.
     """
     try:
         if zipfile.is_zipfile(path):  # torch does not verify the checksums in its own zip files
@@ -173,11 +173,11 @@ def read_dict(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise TypeError(f"it contains a {type(content).__name__}, not a dict")
     except FileNotFoundError as error:
-        raise ValueError(f"there is no {path}") from error
+        raise UserError(f"there is no {path}") from error
     except Exception as error:  # OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError, ...: all kinds of damage
         # torch's messages are long, and advise to switch off `weights_only`.
         reason = str(error) if isinstance(error, (OSError, TypeError, ValueError)) else "torch cannot read it"
-        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(reason.split())})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({' '.join(reason.split())})") from error
     return content
 
 
@@ -185,7 +185,7 @@ def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
     """Return the weights, in float32, and the metadata of a safetensors file, see `exporting.model_card`.
 
     Raises:
-        ValueError: the file is missing, damaged or not an export of this program; the message is one line.
+        UserError: the file is missing, damaged or not an export of this program.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -195,7 +195,7 @@ def read_export(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, s
         if (metadata.get("content"), metadata.get("content_version")) != (EXPORT_CONTENT, EXPORT_VERSION):
             raise ValueError(f"its metadata does not say {EXPORT_CONTENT}, version {EXPORT_VERSION}")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
+        raise UserError(f"{path} is damaged or not an export of this program: {one_line(error)}") from error
     return weights, metadata
 
 
@@ -238,13 +238,13 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
     if path.suffix == ".safetensors" and path.name != "D.safetensors":
         return _load_safetensors(path, needs_D)
     if ending == "state.pth":
-        state = _read(read_dict, path)
+        state = read_dict(path)
         with reraise_load_errors(name):
             return Checkpoint(state["step"], state["G"], state["D"], state)
     if ending != "G.pth":
         raise UserError(f"{path}: its name must end in _state.pth, _G.pth or .safetensors, and not be D.safetensors")
     D_path = path.with_name(f"{name}_D.pth")
-    G, D = _read(read_dict, path), _read(read_dict, D_path) if _is_there(D_path, needs_D) else None
+    G, D = read_dict(path), read_dict(D_path) if _is_there(D_path, needs_D) else None
     with reraise_load_errors(name):
         G, D = strip_dataparallel_prefix(G), strip_dataparallel_prefix(D) if D else None
     return Checkpoint(int(name) if name.isdecimal() else 0, G, D, None)
@@ -252,12 +252,12 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
 
 def _load_safetensors(path: Path, needs_D: bool) -> Checkpoint:
     """Read an export, which has no D, or a `G.safetensors` with the `D.safetensors` beside it."""
-    (G, metadata), D, D_path = _read(read_export, path), None, path.with_name("D.safetensors")
+    (G, metadata), D, D_path = read_export(path), None, path.with_name("D.safetensors")
     if is_folded(G):
         if needs_D:
             raise UserError(f"{path} is an export, which has no discriminator; only --train false takes it")
     elif _is_there(D_path, needs_D):
-        D, metadata_of_D = _read(read_export, D_path)
+        D, metadata_of_D = read_export(D_path)
         if metadata_of_D != metadata:
             raise UserError(f"{D_path} is not of the checkpoint that {path} is of")
     return Checkpoint(int(metadata["step"]), G, D, None, metadata)
@@ -278,14 +278,6 @@ def _full_and_weights(folder: Path, needs_D: bool = True) -> tuple[list[int], li
     """Return the steps with a state file, and those with exported weights, each newest first."""
     state, G, D = (files_by_step(folder, f"{part}.pth").keys() for part in ("state", "G", "D"))
     return sorted(state, reverse=True), sorted(G & D if needs_D else G, reverse=True)
-
-
-def _read(read: Callable[[Path], Any], path: Path) -> Any:
-    """Return what `read_dict` or `read_export` does; `UserError` if it cannot."""
-    try:
-        return read(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _to_bytes(content: Mapping[str, Any]) -> memoryview:

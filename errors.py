@@ -1,6 +1,7 @@
 """How the program speaks to the user when something is wrong, one line on stderr each, and the signals that end it."""
 
 import errno
+import importlib
 import os
 import re
 import signal
@@ -84,6 +85,14 @@ def exit_code(error: BaseException) -> int:
 def one_line(error: BaseException) -> str:
     """Return the type and the message of an error, at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def import_optional(name: str, problem: str) -> ModuleType:
+    """Import a package that may be missing or broken; `UserError` of the problem and the reason if it is."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # such as protobuf's TypeErrors and ValueErrors where its version does not fit
+        raise UserError(f"{problem} ({one_line(error)})") from error
 
 
 def _other_module() -> ModuleType | None:

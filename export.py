@@ -16,15 +16,15 @@ in an earlier export of the same generator is added to it; --overwrite true repl
 """
 
 import argparse
-import importlib
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH and python -I leave out
 
-from errors import UserError, exit_code, make_output_robust, one_line
+from errors import UserError, exit_code, handle_signals, import_optional, make_output_robust
 from parameter import EXPORT_PATH, Parser, boolean, comma_list, get_parameters, given_options, subset_of
 
 FORMATS = subset_of("safetensors", "onnx", "weights")
@@ -34,14 +34,21 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def main() -> int:
     """Run the command line. Returns the exit code."""
     make_output_robust()
-    try:
-        own, arguments = parse(sys.argv[1:])
-        config, given = get_parameters(arguments, "export.py"), given_options(arguments)
-        from exporting.files import export  # not above: it imports torch, which takes seconds
+    interrupts = []
 
-        return export(config, given, own.export_path, own.format, own.maps)
-    except (Exception, KeyboardInterrupt) as error:
-        return exit_code(error)
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    with handle_signals(interrupt, [signal.SIGINT]):
+        try:
+            own, arguments = parse(sys.argv[1:])
+            config, given = get_parameters(arguments, "export.py"), given_options(arguments)
+            from exporting.files import export  # not above: it imports torch, which takes seconds
+
+            return export(config, given, own.export_path, own.format, own.maps)
+        except (Exception, KeyboardInterrupt) as error:
+            return exit_code(KeyboardInterrupt() if interrupts else error)  # torch.onnx turns it into other errors
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -63,11 +70,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("--maps true is for --format onnx")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would report to Microsoft
     for package in ONNX_PACKAGES if "onnx" in own.format else ():
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # such as protobuf's TypeError where its version does not fit
-            how = f"pip install -r requirements-export.txt ({one_line(error)})"
-            raise UserError(f"--format onnx needs {package}: {how}") from error
+        import_optional(package, f"--format onnx needs {package}: pip install -r requirements-export.txt")
     return own, [*arguments, "--train=false"]
 
 

@@ -172,9 +172,12 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
 
 
 if __name__ == "__main__":
-    code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # Without the interpreter's own end, in which a thread of gloo may abort the process (pytorch issue 190489).
+    try:
+        code, has_threads = main(), os.environ.get("WORLD_SIZE", "1") != "1"  # of gloo
+    except SystemExit as error:  # such as of a second signal, anywhere in a step
+        code, has_threads = error.code, True
+    if has_threads:
+        # Without the interpreter's own end, in which threads of torch may abort the process (pytorch issue 190489).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -216,7 +216,9 @@ class Config:
     log_step: int = option(10, "steps between log entries", at_least(1))
     sample_step: int = option(100, "steps between sample grids", at_least(1))
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
-    g_num: int = option(5, "images per attention figure, rows of interpolations; at most --batch_size", at_least(1))
+    g_num: int = option(
+        5, "images per attention figure, rows of interpolations; in training at most --batch_size", at_least(1)
+    )
     keep_samples: int = option(
         500,
         "keep at most so many sample grids and attention figures, evenly spaced over the steps; 0: all",

@@ -23,6 +23,7 @@ from errors import UserError, warn, warn_once
 # augmented.png.
 SEED_STEP, SEED_FIXED_Z, SEED_METRICS, SEED_SAMPLES, SEED_INTERPOLATION, SEED_METRICS_LABELS, SEED_AUGMENTED = range(7)
 
+STEP = "(0|[1-9][0-9]*)"  # the pattern of a step in a file's name
 LINE_SECONDS = 10  # between two lines of progress where stderr is no terminal
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -229,7 +230,7 @@ def no_param_grads(network: nn.Module) -> Iterator[None]:
 
 def files_by_step(folder: Path, ending: str) -> dict[int, Path]:
     """Return the files `{step}_{ending}` of a folder by step, in ascending order; {} if there is no such folder."""
-    pattern = re.compile(rf"(0|[1-9][0-9]*)_{re.escape(ending)}")
+    pattern = re.compile(rf"{STEP}_{re.escape(ending)}")
     matches = (pattern.fullmatch(path.name) for path in folder.glob("*"))
     return {step: folder / name for step, name in sorted((int(match[1]), match[0]) for match in matches if match)}
 

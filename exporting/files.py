@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.labels import as_text
-from errors import UserError
+from errors import UserError, import_optional
 from exporting.model_card import describe, model_card, read_metrics
 from exporting.onnx_file import onnx_bytes, read_onnx_metadata
 from parameter import Config
@@ -86,11 +86,17 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
 
 
 def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
-    """Return the metadata of this generator's files in other formats that the folder has, by format."""
+    """Return the metadata of this generator's files in other formats that the folder has, by format.
+
+    Raises:
+        UserError: there is an ONNX file, and no library to read it.
+    """
     found = {}
     for name in FILES.keys() - formats:
-        with suppress(Exception):  # it is missing or damaged, or its library is missing
-            paths = [folder / file for file in FILES[name]]
+        paths = [folder / file for file in FILES[name]]
+        if name == "onnx" and paths[0].exists():
+            import_optional("onnx", f"to read {paths[0]}: pip install -r requirements-export.txt, or move the file")
+        with suppress(Exception):  # it is missing or damaged
             entries = [read_onnx_metadata(path) if name == "onnx" else read_export(path)[1] for path in paths]
             if all(metadata.items() <= of_file.items() for of_file in entries):
                 found[name] = entries[0]

@@ -5,7 +5,9 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -184,3 +186,20 @@ def test_a_package_that_cannot_be_imported_is_one_line_for_its_format(run, monke
     message = run("--version", "plain", "--format", "onnx", code=2)
     assert f"needs {package}: pip install -r" in message and "does not fit" in message
     assert "no checkpoint" in run("--version", "none", "--format", "safetensors,weights", code=2)
+    path = tmp_path / "exports/plain/2/generator.onnx"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    if package == "onnx":  # not known to be of another generator
+        assert f"to read {path}: pip" in run(*PLAIN, "--overwrite", "true", code=2) and path.exists()
+
+
+def test_an_interrupted_export_says_so(tmp_path, monkeypatch):
+    """Whatever torch.onnx makes of the KeyboardInterrupt, which arrives while it imports its modules."""
+
+    def swallow(*_):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("Create an issue in the PyTorch GitHub repository")
+
+    monkeypatch.setattr("exporting.files.export", swallow)
+    assert run_main(tmp_path, program=export)[::2] == (130, "interrupted\n")

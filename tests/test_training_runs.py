@@ -270,13 +270,15 @@ def test_a_run_goes_on_from_its_best_checkpoint_which_is_made_again_if_it_was_lo
     monkeypatch.setattr("trainer.compute_metrics", lambda *_: {"hog": scores.pop(0)})
     monkeypatch.setattr("metrics.scores.check_metrics", lambda *_: None)
     options = dict(metrics="hog", metric_step=2, model_save_step=9)
-    folder = train(**options, total_step=4).config.model_folder
+    config = train(**options, total_step=4).config
+    folder = config.model_folder
     train(**options, total_step=2, pretrained_model="best", overwrite=True)
     assert [path.name for path in sorted(folder.glob("[0-9]*"))] == ["2_state.pth"]
     for path in folder.glob("best_*"):
         path.unlink()
     train(**options, total_step=2, pretrained_model="latest")
     assert checkpoint.load(folder, "best").step == 2 and not scores
+    assert [entry["step"] for entry in log(config.log_folder, "hog")] == [2]
 
 
 def test_a_checkpoint_is_saved_before_what_takes_time(make_trainer, monkeypatch):

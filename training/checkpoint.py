@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from errors import UserError, one_line, warn
 from spectral import SUFFIXES
-from utils import files_by_step, write_atomically
+from utils import STEP, files_by_step, write_atomically
 
 EXPORT_CONTENT, EXPORT_VERSION = "sagan-generator", "1"  # in the metadata of safetensors files
 Name = int | str  # of a checkpoint: its step, as digits too, or "best"
@@ -117,7 +117,7 @@ def list_steps(folder: Path, *, needs_D: bool = True) -> list[int]:
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of a process killed while it saved. No other may be writing to the folder."""
     for path in folder.iterdir():
-        if re.fullmatch(r"([0-9]+|best)_(state|G|D)\.pth\.tmp", path.name):
+        if re.fullmatch(rf"(best|{STEP})_(state|G|D)\.pth\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 

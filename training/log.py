@@ -8,17 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import Tolerate, UserError
+from errors import Tolerate, import_optional
 from utils import flush_to_disk
 
 
 def check_tensorboard(use_tensorboard: bool) -> None:
     """Raise `UserError` if TensorBoard's files are to be written and tensorboardX cannot be imported."""
-    try:
-        if use_tensorboard:
-            import tensorboardX  # noqa: F401  takes a second
-    except Exception as error:  # protobuf raises TypeErrors and ValueErrors where it does not fit
-        raise UserError(f"--use_tensorboard true: tensorboardX cannot be imported ({error})") from error
+    if use_tensorboard:
+        import_optional("tensorboardX", "--use_tensorboard true: tensorboardX cannot be imported")  # takes a second
 
 
 class RunLog(AbstractContextManager):

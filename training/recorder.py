@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -126,7 +125,7 @@ class Recorder(AbstractContextManager):
         The best have the lowest of the first of `--metrics` that is a distance; it starts anew where they are computed
         in another way than `best`.
         """
-        self._log.scalars(step, scores)
+        self._log_once(step, scores)
         self._logged_at = (time.perf_counter(), step)  # images/s are of training alone
         config = self.config
         metric = next((name for name in config.metrics.split(",") if name in DISTANCES), None)
@@ -139,8 +138,11 @@ class Recorder(AbstractContextManager):
         self.best = protocol | {"step": step, "score": scores[metric]}
         return True
 
-    def _has_logged(self, step: int, name: str) -> bool:
-        return step in read_curves(self.config.log_folder, step).get(name, np.empty((0, 2)))[:, 0]
+    def _log_once(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write a log entry, unless the run that is resumed at this step has written it."""
+        curves = read_curves(self.config.log_folder, step) if step == self._start else {}
+        if not {name for name, points in curves.items() if step in points[:, 0]} >= numbers.keys():
+            self._log.scalars(step, numbers)
 
     def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""
@@ -157,8 +159,7 @@ class Recorder(AbstractContextManager):
         if all(map(math.isfinite, spreads.values())):
             if len(images["ema"]) >= MIN_SAMPLES:
                 self._collapse.add(step, **spreads)
-            if step > self._start or not self._has_logged(step, "spread"):  # the run before may have
-                self._log.scalars(step, spreads)
+            self._log_once(step, spreads)
 
     @functools.cached_property
     def _spread_real(self) -> float:

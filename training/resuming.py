@@ -231,7 +231,7 @@ def _options_for_test(saved: checkpoint.Checkpoint, config: Config, given: Set[s
     if saved.metadata:
         options["use_ema"] = saved.metadata["ema"] == "true"
     if config.pretrained_file:
-        folders = [folder.name for folder in config.pretrained_file.absolute().parents]
+        folders = [folder.name for folder in Path(os.path.abspath(config.pretrained_file)).parents]
         is_export = config.pretrained_file.suffix == ".safetensors" and folders[0].isdecimal()  # in <version>/<step>
         options["version"] = folders[is_export] or config.version
     return options

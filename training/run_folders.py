@@ -17,12 +17,12 @@ from torch import nn
 from errors import UserError, warn
 from parameter import Config
 from training import checkpoint
-from utils import check_writable, files_by_step
+from utils import STEP, check_writable, files_by_step
 
 FINAL_KINDS = ("checkpoints", "tests")  # of results with a step in their name
 KINDS = (*FINAL_KINDS, "pictures")
 TEST_RESULTS = re.compile(  # what `--train false` writes to its folder
-    r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn\d+\.png"
+    r"samples/([^/]+/)?\d{5,}\.png|grid\.png|(class_)?interpolation\.(png|gif)|progress\.gif|[GD]_attn[1-9]\.png"
     r"|(attention|metrics)\.json|(nearest|directions)\.png|projection\.(png|npy)|playground\.html"
 )
 
@@ -199,10 +199,10 @@ def _later_results(config: Config, step: int, kinds: Collection[str]) -> Iterato
     """
     best_step = checkpoint.peek(config.model_folder, "best").get("step", 0)
     for kind, folder, names in (
-        ("checkpoints", config.model_folder, r"(best|[0-9]+)_(state|G|D)\.pth"),
-        ("tests", config.sample_folder, r"test_([0-9]+)"),
-        ("pictures", config.sample_folder, r"([0-9]+)_(fake|ema)\.png"),
-        ("pictures", config.attn_folder, r"([0-9]+)_([GD]_attn[0-9]+\.png|explorer\.html)"),
+        ("checkpoints", config.model_folder, rf"(best|{STEP})_(state|G|D)\.pth"),
+        ("tests", config.sample_folder, f"test_{STEP}"),
+        ("pictures", config.sample_folder, rf"{STEP}_(fake|ema)\.png"),
+        ("pictures", config.attn_folder, rf"{STEP}_([GD]_attn[1-9]\.png|explorer\.html)"),
         *([("pictures", config.log_folder, r"(events\.out\.tfevents\..*|report\.html)")] if step == 0 else []),
     ):
         for path in sorted(folder.iterdir()) if kind in kinds and folder.is_dir() else ():

@@ -100,11 +100,13 @@ def test_an_evaluation_takes_network_and_data_from_the_checkpoint(make_config, c
 
 
 @pytest.mark.parametrize("name", ["cats/5_state.pth", "cats/2024/5_G.pth"])
-def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name):
+def test_an_evaluation_of_a_file_goes_to_the_version_of_its_folder(make_config, tmp_path, name, monkeypatch):
     """So that results of other weights are not among those of the default version."""
     path = tmp_path / name
     shutil.copytree(save(make_config(seed=3), 5), path.parent)
-    config = make_config(train=False, pretrained_model=str(path))
+    (path.parent / "below").mkdir()
+    monkeypatch.chdir(path.parent / "below")
+    config = make_config(train=False, pretrained_model=f"../{path.name}")
     saved, tested = load_test_checkpoint(config, {"train", "pretrained_model"})
     assert (saved.step, tested.version, saved.state is None) == (5, path.parent.name, path.name == "5_G.pth")
     assert load_test_checkpoint(config, {"train", "pretrained_model", "version"})[1].version == config.version

@@ -128,9 +128,10 @@ def test_overwrite_keeps_the_users_files(make_config, step):
     """Their names resemble those of results, or are those of another folder's."""
     config = make_folders(make_config(overwrite=True))
     names = "0_left.png 9_left.png 9_notes.html 9_G.png x9_G.pth 9_G_copy.pth 9_G.pth.old 9_fake.png.old best.pth "
-    names += "9_explorer.html.old best_G_copy.pth my_G.pth.tmp"
+    names += "9_explorer.html.old best_G_copy.pth my_G.pth.tmp 09_fake.png 09_G.pth 09_G.pth.tmp 9_G_attn09.png"
     users = {folder / name for folder in config.folders for name in names.split()}
-    users |= {config.sample_folder / name for name in ("test_9/a.txt", "test_9/samples/best.png", "9_G.pth", "test_8")}
+    users |= {config.sample_folder / name for name in ("test_9/a.txt", "test_9/samples/best.png", "9_G.pth", "test_8",
+                                                      "test_09/grid.png")}  # fmt: skip
     for path in {*users, config.attn_folder / "9_fake.png", config.sample_folder / "9_left" / "image.png"}:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -173,10 +173,11 @@ def open_loader_if_any(config: Config, device: "torch.device", saved: "Checkpoin
 
 if __name__ == "__main__":
     try:
-        code, has_threads = main(), os.environ.get("WORLD_SIZE", "1") != "1"  # of gloo
+        code = main()
+        ends_at_once = os.environ.get("WORLD_SIZE", "1") != "1"
     except SystemExit as error:  # such as of a second signal, anywhere in a step
-        code, has_threads = error.code, True
-    if has_threads:
+        code, ends_at_once = error.code, True
+    if ends_at_once:
         # Without the interpreter's own end, in which threads of torch may abort the process (pytorch issue 190489).
         sys.stdout.flush()
         os._exit(code)

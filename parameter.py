@@ -217,7 +217,9 @@ class Config:
     sample_step: int = option(100, "steps between sample grids", at_least(1))
     attn_step: int = option(1000, "steps between attention figures", at_least(1))
     g_num: int = option(
-        5, "images per attention figure, rows of interpolations; in training at most --batch_size", at_least(1)
+        5,
+        "images per attention figure, rows of interpolations; in training, and of real images, at most --batch_size",
+        at_least(1),
     )
     keep_samples: int = option(
         500,

@@ -148,7 +148,7 @@ class Discriminator(nn.Module):
 
 
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Generator` with this folded state dict; raises `KeyError` for other networks."""
+    """Return the arguments of the `Generator` with these weights, named as folded ones; `KeyError` if of others."""
     z_dim, conv_dim = len(weights["l1.0.weight"]), len(weights["last.0.weight"])
     return {"z_dim": z_dim, "conv_dim": conv_dim, **_common_sizes(weights)}
 

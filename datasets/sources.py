@@ -218,17 +218,16 @@ def _cifar10(root: Path, download: bool) -> Source:
     if root.name == CIFAR10_FOLDER and not (root / CIFAR10_FOLDER).is_dir():
         root = root.parent
     try:
-        dataset = _open_cifar10(str(root), download)
+        count = len(_open_cifar10(str(root), download))
     except Exception as error:  # torchvision raises RuntimeError, OSError or URLError by what is missing
         found = (root / CIFAR10_FOLDER).is_dir()
         state = f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged" if found else f"no CIFAR-10 in {root}"
         reason = "" if "not found or corrupted" in str(error) else f" ({one_line(error)})"  # torchvision's advice
         advice = "" if found or download else "use --download true, or "
         raise UserError(f"{state}{reason}: {advice}unpack cifar-10-python.tar.gz in {root}") from error
-    count, decode = len(dataset), partial(_decode_cifar10, str(root))
+    decode, labels = partial(_decode_cifar10, str(root)), partial(_cifar10_labels, str(root))
     fingerprint = _digest([count])  # without the files, because torchvision checks their MD5 sums
-    return Source("cifar10", range(count), decode, fingerprint, f"{count:,} images of CIFAR-10",
-                  lambda: Labels((*dataset.classes,), dataset.targets))  # fmt: skip
+    return Source("cifar10", range(count), decode, fingerprint, f"{count:,} images of CIFAR-10", labels)
 
 
 @lru_cache(maxsize=1)
@@ -236,6 +235,11 @@ def _open_cifar10(root: str, download: bool):
     from torchvision.datasets import CIFAR10
 
     return CIFAR10(root, download=download)
+
+
+def _cifar10_labels(root: str) -> Labels:
+    dataset = _open_cifar10(root, False)
+    return Labels((*dataset.classes,), dataset.targets)
 
 
 def _decode_cifar10(root: str, index: int, size: int) -> Image.Image:

@@ -95,7 +95,7 @@ def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping
     for name in FILES.keys() - formats:
         paths = [folder / file for file in FILES[name]]
         if name == "onnx" and paths[0].exists():
-            import_optional("onnx", f"to read {paths[0]}: pip install -r requirements-export.txt, or move the file")
+            import_optional("onnx", f"{paths[0]} cannot be read: pip install -r requirements-export.txt, or move it")
         with suppress(Exception):  # it is missing or damaged
             entries = [read_onnx_metadata(path) if name == "onnx" else read_export(path)[1] for path in paths]
             if all(metadata.items() <= of_file.items() for of_file in entries):

@@ -263,7 +263,7 @@ class Discriminator(nn.Module):
 
 
 def generator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Return the arguments of the `Generator` with this folded state dict; raises `KeyError` for other networks."""
+    """Return the arguments of the `Generator` with these weights, named as folded ones; `KeyError` if of others."""
     z_dim, width = (weights[f"{name}.weight"].shape[1] for name in ("linear", "last"))
     sizes = _common_sizes(weights, "block1.bn1.gain.weight", 4)
     return {"z_dim": z_dim, "conv_dim": width // LAYOUTS[sizes["image_size"]].g_widths[-1], **sizes}
@@ -276,7 +276,7 @@ def discriminator_sizes(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
 
 
 def _common_sizes(weights: Mapping[str, Tensor], classes: str, base: int) -> dict[str, int | bool]:
-    """`classes` is the key of a row per class, `base` the image size that each block doubles."""
+    """`classes` is the key of a row per class, `base` the image size / 2**blocks."""
     blocks = sum(re.fullmatch(r"block\d+\.conv1\.weight", key) is not None for key in weights)
     num_classes, has_attention = len(weights.get(classes, ())), any(key.startswith("attn") for key in weights)
     return {"image_size": base * 2**blocks, "num_classes": num_classes, "has_attention": has_attention}

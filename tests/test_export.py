@@ -190,7 +190,7 @@ def test_a_package_that_cannot_be_imported_is_one_line_for_its_format(run, monke
     path.parent.mkdir(parents=True)
     path.touch()
     if package == "onnx":  # not known to be of another generator
-        assert f"to read {path}: pip" in run(*PLAIN, "--overwrite", "true", code=2) and path.exists()
+        assert f"{path} cannot be read: pip" in run(*PLAIN, "--overwrite", "true", code=2) and path.exists()
 
 
 def test_an_interrupted_export_says_so(tmp_path, monkeypatch):

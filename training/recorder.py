@@ -139,10 +139,14 @@ class Recorder(AbstractContextManager):
         return True
 
     def _log_once(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write a log entry, unless the run that is resumed at this step has written it."""
+        """Write a log entry, without the numbers that the run which is resumed at this step has written."""
         curves = read_curves(self.config.log_folder, step) if step == self._start else {}
-        if not {name for name, points in curves.items() if step in points[:, 0]} >= numbers.keys():
-            self._log.scalars(step, numbers)
+        logged = {name: points[-1, 1] for name, points in curves.items() if points[-1, 0] == step}
+        known = {
+            name for name, value in numbers.items() if math.isclose(value, logged.get(name, math.nan), rel_tol=1e-6)
+        }
+        if new := {name: value for name, value in numbers.items() if name not in known}:
+            self._log.scalars(step, new)
 
     def real_images(self, name: str, images: Tensor) -> None:
         """Write `{name}.png`, a grid of images (B, 3, S, S) as in `samples`."""

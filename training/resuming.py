@@ -46,6 +46,8 @@ def load_resume_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     saved = checkpoint.load(config.model_folder, "latest" if wanted == "auto" else wanted)
     saved = dataclasses.replace(saved, is_initial=is_new)
     check_architecture(saved, config.architecture)
+    if checkpoint.is_folded(saved.G):
+        raise UserError(f"checkpoint {saved.step} has spectral norm folded in; only --train false takes it")
     return saved
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import wait_for
+from conftest import log, wait_for
 
 from training import checkpoint
 from training.recorder import Recorder
@@ -101,3 +101,11 @@ def test_a_checkpoint_is_overdue_after_save_minutes(start, monkeypatch, minutes,
             assert recorder.is_save_overdue() == expected
         recorder.checkpoint(1, STATE | {"step": 1})
         assert not recorder.is_save_overdue()
+
+
+def test_numbers_of_a_resumed_step_are_logged_once(start):
+    with start() as recorder:
+        for numbers in ({"hog": 3.0}, {"hog": 3.0, "faces": 0.5}, {"hog": 2.0, "faces": 0.5}, {"hog": 2.0}):
+            recorder._log_once(0, numbers)
+    entries = [{"hog": 3.0}, {"faces": 0.5}, {"hog": 2.0}]
+    assert log(recorder.config.log_folder) == [{"step": 0} | numbers for numbers in entries]

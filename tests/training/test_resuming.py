@@ -8,8 +8,10 @@ import torch
 from errors import UserError
 from parameter import Config
 from sagan_models import Discriminator, Generator
+from spectral import fold_spectral_norm
 from training import checkpoint
 from training.guards import NonFiniteError
+from training.models import build_networks
 from training.resuming import load_resume_checkpoint, load_test_checkpoint, non_finite_message
 
 SIZES = {"imsize": 32, "z_dim": 16, "g_conv_dim": 8, "d_conv_dim": 8}
@@ -48,6 +50,12 @@ def test_weights_of_another_network_are_one_line(make_config):
     save(make_config(), 7, G={"weight": torch.ones(2)})
     with pytest.raises(UserError, match="of any --model"):
         load_resume_checkpoint(make_config(pretrained_model="7"))
+    path = save(make_config(), 8) / "8_G.pth"
+    G = build_networks(make_config(), 0)[0]
+    torch.save(fold_spectral_norm(G).state_dict(), path)
+    path.with_name("8_state.pth").unlink()
+    with pytest.raises(UserError, match="8 has spectral norm folded in"):
+        load_resume_checkpoint(make_config(pretrained_model="8"))
 
 
 def test_the_first_state_files_resume(train, capsys):

@@ -9,6 +9,7 @@ from conftest import make_pictures
 from data_loader import Loader
 from datasets.labels import Labels, folder_labels
 from datasets.sources import find_source
+from datasets.toy_faces import HAIR_LENGTHS
 from errors import UserError
 
 ATTRIBUTES = ["5_o_Clock_Shadow", "Eyeglasses", "Smiling"]
@@ -113,7 +114,7 @@ def test_toy_faces_are_drawn_with_the_hair_of_their_class():
     """Beside the chin there is hair or background: long hair reaches lower than medium hair, and that than short."""
     source = find_source("toy", toy_num=90, seed=5)
     labels = source.labels()
-    assert list(labels.classes) == ["short", "medium", "long"]
+    assert list(labels.classes) == ["short", "medium", "long"] == [*HAIR_LENGTHS]
     lowest = [[], [], []]
     for item, number in zip(source.items, labels.targets, strict=True):
         column = np.asarray(source.decode(item, 64)).astype(int)[:, 14]

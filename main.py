@@ -64,6 +64,7 @@ def run(config: Config) -> int:
     if config.parallel and (processes := processes_to_start(config.device, config.train)) > 1:
         return launch(processes)
     with process_group(config.device) as ranks:
+        ranks.check_equal(config.checksum, "the ranks have different options: start all of them with the same command")
         with ranks.raise_together():
             device = setup_device(config.device, ranks.local_rank if ranks.size > 1 else None)
             precision = set_backends(device, config.precision if config.train else "fp32", config.deterministic)

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,6 +301,12 @@ class Config:
         names = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "attention", "conditional")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def checksum(self) -> int:
+        """A CRC32 of what must be equal on all machines: not where images are, nor how they get into the cache."""
+        options = {name: value for name, value in vars(self).items() if not name.endswith("_path")}
+        return zlib.crc32(repr(options | {"num_workers": 0, "download": False}).encode())
+
     def summary(self) -> str:
         """Return all options by group, a few lines that a run prints at its start."""
         wrapper = textwrap.TextWrapper(
@@ -317,8 +324,12 @@ class Config:
         --overwrite is left out as well: running the command again must not delete the results.
         """
         changed = dataclasses.replace(self, overwrite=False, **changes)
-        size = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun sets it
-        words = ["python"] if size is None or self.parallel else ["torchrun", f"--nproc_per_node={size}"]
+        words = ["python"]
+        if "LOCAL_WORLD_SIZE" in os.environ and not self.parallel:  # torchrun sets it
+            words = ["torchrun", "--nproc_per_node=" + os.environ["LOCAL_WORLD_SIZE"]]
+            if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
+                endpoint = os.environ["MASTER_ADDR"]  # of one of the machines; the port is torchrun's default
+                words += ["--nnodes=" + machines, "--rdzv_backend=c10d", "--rdzv_endpoint=" + endpoint]
         script = Path(sys.argv[0])
         words.append(str(script.with_name("main.py")) if script.name in ("main.py", "export.py") else "main.py")
         for field in dataclasses.fields(changed):

@@ -172,6 +172,7 @@ def test_fewer_images_than_one_batch_are_an_error(numbered, labelled, tmp_path):
 @pytest.mark.parametrize("changes, is_warning", [
     ({}, False), ({"holdout": 0.1}, False), ({"items": [*range(90)]}, False), ({"holdout": 0, "seed": 2}, False),
     ({"holdout": 0.3}, True), ({"seed": 1}, True), ({"items": [f"dog/{number}" for number in range(60)]}, True),
+    ({"items": [f"dog/{number}" for number in reversed(range(60))]}, True),
 ])  # fmt: skip
 def test_a_resumed_run_warns_of_held_out_images_that_were_trained_on(numbered, capsys, changes, is_warning):
     saved = {"items": [*range(60)], "holdout": 0.2}

@@ -96,9 +96,18 @@ def test_command_line_and_json_give_the_same_config(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["another.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Config(imsize=32).command_line() == "torchrun --nproc_per_node=8 main.py --imsize 32"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    words = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=a main.py"
+    assert Config().command_line() == f"torchrun --nproc_per_node=8 {words}"
     assert Config(parallel=True).command_line() == "python main.py --parallel true"
     monkeypatch.setattr(sys, "platform", "win32")  # single quotes are part of a word in its shell
     assert Config(version=r"a b", log_path=r"C:\x").command_line().endswith(r'--version "a b" --log_path C:\x')
+
+
+def test_machines_may_differ_in_paths_and_decoding_only():
+    here, there = Config(), Config(image_path="a", cache_path="b", num_workers=9, download=True)
+    assert here.checksum == there.checksum != Config(seed=1).checksum
 
 
 def test_summary_has_every_option_and_its_value():

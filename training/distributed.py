@@ -91,10 +91,6 @@ class Ranks:
         """Return the largest of the ranks' numbers."""
         return -self._min(-number)
 
-    def all_equal(self, number: int) -> bool:
-        """Return whether all ranks have the same number."""
-        return self._min(number) == self.max(number)
-
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """Raise on all ranks if one raises inside: its own error on the lowest that does, `PeerFailed` on the others.
@@ -114,6 +110,13 @@ class Ranks:
             raise error
         if failed < self.size:
             raise PeerFailed(f"rank {failed} failed")
+
+    def check_equal(self, number: int, message: str) -> None:
+        """Raise a `UserError` with this message if the ranks have different numbers."""
+        is_same = self._min(number) == self.max(number)
+        with self.raise_together():
+            if not is_same:
+                raise UserError(message)
 
     def on_rank_zero(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function on rank 0 while the others wait. Returns its result, or fails, on all ranks."""

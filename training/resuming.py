@@ -187,10 +187,10 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
 
 def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
     """Raise `UserError` if another rank has other images or labels, or holds out others."""
-    same = ranks.all_equal(data["checksum"] ^ data["held_out_checksum"])
-    with ranks.raise_together():
-        if not same:
-            raise UserError("the machines have different images or labels: copy them, or --cache_path, to all of them")
+    ranks.check_equal(
+        data["checksum"] ^ data["held_out_checksum"],
+        "the machines have different images or labels: copy them, or --cache_path, to all of them",
+    )
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:
@@ -267,7 +267,7 @@ def is_holdout_trained(saved: checkpoint.Checkpoint, current: Mapping[str, float
     is_of_others = saved.is_initial and not (same["images"] and same["checksum"])
     if is_of_others or not (saved.state or saved.step):  # weights of step 0 are initial ones
         return False
-    renamed = same["images"] and same["checksum"] and same["holdout"] and not same["held_out_checksum"]
+    renamed = same["images"] and same["holdout"] and not same["held_out_checksum"]
     return current["holdout"] > 0 and (not same["seed"] or current["holdout"] > data["holdout"] or renamed)
 
 

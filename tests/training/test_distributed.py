@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +21,7 @@ from conftest import ROOT, SMALL, build_trainer, log, log_lines, toy_config, use
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import main
 from errors import PeerFailed, UserError, exit_code
 from networks.sync_batchnorm import CpuSyncBatchNorm2d
 from training import distributed, recorder
@@ -127,6 +129,8 @@ def compute(ranks, folder):
     found["errors"] = [error_of(fail, 0), error_of(fail, 1), error_of(ranks.shard, 9),
                        error_of(make(two, "diverges", ranks, d_lr=1e38, total_step=5).train),
                        error_of(lambda: make(mine, "others", machines, toy_num=20 + 4 * ranks.rank))]  # fmt: skip
+    with mock.patch.object(distributed, "process_group", lambda _: nullcontext(ranks)):
+        found["errors"].append(error_of(main.run, toy_config(mine, total_step=1, g_lr=0.1 + ranks.rank)))
     torch.save(found, folder / f"{ranks.rank}.pt")
     raise RuntimeError("a bug")
 
@@ -232,8 +236,8 @@ def test_batch_norm_of_channels_far_from_zero(pair, std):
 
 def test_an_error_or_a_signal_of_one_rank_ends_all_at_the_same_step(pair):
     folder, (first, second) = pair
-    assert first["errors"] == ["UserError", "PeerFailed", "UserError", "NonFiniteError", "UserError"]
-    assert second["errors"] == ["PeerFailed", "UserError", "UserError", "PeerFailed", "PeerFailed"]
+    assert first["errors"] == ["UserError", "PeerFailed", "UserError", "NonFiniteError", "UserError", "UserError"]
+    assert second["errors"] == ["PeerFailed", "UserError", "UserError", "PeerFailed", "PeerFailed", "PeerFailed"]
     number, step = first["stopped"]
     assert first["stopped"] == second["stopped"] and number == signal.SIGTERM and 4 <= step <= 20
     assert (folder / f"two/model_save_path/stopped/{step}_state.pth").exists()

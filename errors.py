@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager, suppress
 from functools import cache
-from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -60,12 +59,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):  # before the training loop, in which it saves a checkpoint
         print("interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, ImportError) and (other := _other_module()):
-        message = (
-            f"this Python has imported another module {other.__name__}, {other.__file__}: restart it (in a notebook, "
-            "the kernel) and run the program first, or as a process of its own (in a notebook, by !python)"
-        )
-    elif _is_out_of_memory(error):
+    if _is_out_of_memory(error):
         message = "out of memory: reduce --batch_size, --imsize or --g_conv_dim/--d_conv_dim"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         message = "no more threads can be started: raise ulimit -u, or the container's pids limit"
@@ -93,16 +87,6 @@ def import_optional(name: str, problem: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:  # such as protobuf's TypeErrors and ValueErrors where its version does not fit
         raise UserError(f"{problem} ({one_line(error)})") from error
-
-
-def _other_module() -> ModuleType | None:
-    """Return a module from elsewhere that this process has imported by a name of the program's own."""
-    root = Path(__file__).resolve().parent
-    for path in root.iterdir():
-        module = sys.modules.get(path.stem)
-        if getattr(module, "__file__", None) and root not in Path(module.__file__).resolve().parents:
-            return module
-    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

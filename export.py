@@ -11,8 +11,8 @@ Writes <export_path>/<version>/<step>/:
   samples.png             the grid of --train false
 
 Options of main.py (python main.py --help), but for --metrics and --project, mean what they mean with --train false,
-such as --version, --model_save_path, --use_ema, --num_samples, --class_name and --seed. A format that is missing
-in an earlier export of the same generator is added to it; --overwrite true replaces an earlier export.
+such as --version, --model_save_path, --use_ema, --num_samples, --class_name and --seed. --overwrite true replaces
+an earlier export, with all its formats.
 """
 
 import argparse

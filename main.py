@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH and python -I leave out
 
-from errors import UserError, exit_code, handle_signals, make_output_robust, stop_signals, warn
+from errors import UserError, exit_code, handle_signals, import_optional, make_output_robust, stop_signals, warn
 from parameter import Config, get_parameters, given_options
 
 if TYPE_CHECKING:
@@ -89,24 +89,26 @@ def make_trainer(config: Config, device: "torch.device", precision: str, ranks: 
     from metrics.scores import check_metrics
     from trainer import Trainer
     from training import resuming
-    from training.log import check_tensorboard
     from training.run_folders import check_folders, warn_of_small_disk
 
     with ranks.raise_together():
         ranks.shard(config.batch_size)  # raises if it cannot be shared
+        if config.use_tensorboard:
+            import_optional("tensorboardX", "--use_tensorboard true: tensorboardX cannot be imported")
     saved = ranks.on_rank_zero(resuming.load_resume_checkpoint, config)
     loader = ranks.rank_zero_first(lambda: make_loader(config, device, precision))
     if saved:
         ranks.on_rank_zero(resuming.check_classes, saved, loader.classes)
     ranks.on_rank_zero(check_folders, config, saved.step if saved else 0)
     ranks.on_rank_zero(check_metrics, config, device)
-    ranks.on_rank_zero(check_tensorboard, config.use_tensorboard)
     ranks.rank_zero_first(loader.open)
-    resuming.check_same_images(ranks, loader.fingerprint)
+    data = loader.fingerprint
+    differ = "the machines have different images or labels: copy them, or --cache_path, to all of them"
+    ranks.check_equal(data["checksum"] ^ data["held_out_checksum"], differ)
     trainer = Trainer(config, loader, device, precision, ranks, saved)
     ranks.on_rank_zero(warn_of_small_disk, config, (trainer.G, trainer.D))
     if saved:
-        ranks.on_rank_zero(resuming.print_differences, saved, config, loader.fingerprint)
+        ranks.on_rank_zero(resuming.print_differences, saved, config, data)
     return trainer
 
 

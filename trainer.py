@@ -23,7 +23,7 @@ from training.cuda_graph import GraphedStep, can_capture
 from training.distributed import Ranks
 from training.guards import NonFiniteGuard
 from training.models import build_networks
-from training.optimizers import Adam, Schedule
+from training.optimizers import Adam, lr_decay
 from training.previews import Previews, draw_z
 from training.recorder import Recorder
 from training.resuming import TrainingState, is_holdout_trained
@@ -80,12 +80,11 @@ class Trainer:
         self.guard = NonFiniteGuard(device)
 
         # The state of the run; a checkpoint must be loaded before the capture of a graph.
-        schedule = Schedule(config.lr_schedule, config.lr_decay, config.total_step, len(loader) / config.n_critic)
-        self.state = TrainingState(
-            0, self.G, self.D, self.ema.network, self.g_optimizer, self.d_optimizer, fixed_z, schedule
-        )
+        self.state = TrainingState(0, self.G, self.D, self.ema.network, self.g_optimizer, self.d_optimizer, fixed_z)
         if saved:
             self.state.load(saved)
+            if saved.state and saved.state["config"].get("lr_schedule") != config.lr_schedule:
+                self.state.lr_factor = 1.0  # another schedule starts anew
         self.holdout_is_trained = saved is not None and is_holdout_trained(saved, loader.fingerprint)
         self.updates = self._updates
         if use_graph:
@@ -192,12 +191,12 @@ class Trainer:
         Returns:
             The losses and logits of the last update of each network, see `d_step` and `g_step`.
         """
-        factor = self.state.schedule.factor(self.step)
-        self.g_optimizer.set_learning_rate(self.config.g_lr * factor)
-        self.d_optimizer.set_learning_rate(self.config.d_lr * factor)
+        self.g_optimizer.set_learning_rate(self.config.g_lr * self.state.lr_factor)
+        self.d_optimizer.set_learning_rate(self.config.d_lr * self.state.lr_factor)
         stats = self.updates(self._draw_inputs())
         self.ema.update(self.step)
         self.state.step += 1
+        self.state.lr_factor *= lr_decay(self.config, self.step, len(self.loader))
         self.guard.add(self.step, stats)
         return stats
 
@@ -244,7 +243,7 @@ class Trainer:
                 self._record_resumed(recorder, due_now(), stop)
         signal_number = ranks.max(stop())
         while self.step < config.total_step and not signal_number:
-            stats = self.train_step()
+            lr_factor, stats = self.state.lr_factor, self.train_step()
             due = due_now()
             if ranks.size > 1 and not due and self.step % SYNC_STEPS:
                 continue
@@ -252,7 +251,7 @@ class Trainer:
                 stats = ranks.mean(stats)
             with ranks.raise_together():  # the other ranks wait here for what rank 0 computes
                 if recorder:
-                    self._record(recorder, due, stats, stop)
+                    self._record(recorder, due, stats, lr_factor, stop)
             signal_number = ranks.max(stop())
 
         with ranks.raise_together():
@@ -277,14 +276,15 @@ class Trainer:
         if "metrics" in due:
             self._evaluate(recorder, stop)
 
-    def _record(self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], stop: StopFn) -> None:
-        """Record a step and what is due after it."""
+    def _record(
+        self, recorder: Recorder, due: set[str], stats: dict[str, Tensor], lr_factor: float, stop: StopFn
+    ) -> None:
+        """Record a step and what is due after it; `lr_factor` is that of the step."""
         recorder.advance(self.step)
         if due:
             self.guard.check_losses()
         if "log" in due:
-            factor = self.state.schedule.factor(self.step - 1)
-            recorder.log(self.step, stats | self.previews.scalars(self.step), factor)
+            recorder.log(self.step, stats | self.previews.scalars(self.step), lr_factor)
         if "checkpoint" in due or recorder.is_save_overdue():  # before all that takes time
             recorder.checkpoint(self.step, self._saved_state(), export="checkpoint" in due)
         if "samples" in due:

@@ -6,8 +6,8 @@
 `--batch_size` is the global batch size (strong scaling), or with `--per_process true` that of each process (weak
 scaling). Other options are passed to `main.py`, which torchrun starts for each number of processes. The rate is the
 median of the logged ones without the first, so it includes data, logging and communication; the efficiency is the rate
-per process divided by that of the first row. The last column is the sum over N independent runs of one process each, which
-do not communicate: the difference to it is the communication overhead. On GPUs add `--cuda_graph false`, because
+per process divided by that of the first row. The last column is the sum over N independent runs of one process each,
+which do not communicate: the difference to it is the communication overhead. On GPUs add `--cuda_graph false`, because
 several processes run eagerly.
 """
 

@@ -4,12 +4,10 @@ labels = folder_labels("data/animals", ["cat/1.jpg", "dog/1.jpg"])
 labels.classes, labels.targets                          # ("cat", "dog"), [0, 1]
 """
 
-import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,21 +61,11 @@ def folder_labels(root: str, names: Sequence[str]) -> Labels:
         )
     folders = [as_text(name.split(os.sep, 1)[0]) for name in names]
     classes = tuple(sorted({*folders}))
-    _warn_of_splits(root, names)
+    if {folder.lower() for folder in classes} <= SPLITS:
+        found = f"the folders {join_names(classes)} of {root} look like parts of a dataset, not like classes"
+        warn(f"{found}: set --image_path to one of them to train on the folders in it")
     number = {folder: index for index, folder in enumerate(classes)}
     return Labels(classes, [number[folder] for folder in folders])
-
-
-def _warn_of_splits(root: str, names: Sequence[str]) -> None:
-    """Warn of folders called train and val, or whose folders have all the same names: the classes are below them."""
-    below: dict[str, set[str]] = {}
-    for folder, inner, *file in (name.split(os.sep, 2) for name in names):
-        below.setdefault(folder, set()).add(inner if file else "")
-    first, *others = below.values()
-    alike = len(first - {""}) > 1 and not first <= SPLITS and all(other == first for other in others)
-    if others and (alike or {folder.lower() for folder in below} <= SPLITS):
-        found = f"the folders {join_names(sorted(below))} of {root} look like parts of a dataset, not like classes"
-        warn(f"{found}: set --image_path to one of them to train on the folders in it")
 
 
 def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str | None) -> Labels:
@@ -101,43 +89,22 @@ def celeb_labels(root: Path, folder: Path, names: Sequence[str], attribute: str 
             f"--conditional true needs CelebA's attributes: download {ATTRIBUTE_FILES[0]} from its page "
             f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html, folder Anno) and put it into {target}"
         )
-    rows, header, first = _read_rows(path), [], []
-    for first in rows:
-        if len(first) > 1 and re.fullmatch(r"-?\d+", first[1]):  # the first image
-            break
-        header = first  # the .txt begins with the number of images
-    attributes = header[1:] if path.suffix == ".csv" or header[:1] == ["image_id"] else header
-    if not attributes or len(attributes) != len(first) - 1:
-        raise UserError(f"{path} has no line with a name for each attribute before the first image: download it again")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    separator = r"\s*,\s*" if "," in text else r"\s+"  # of Kaggle's .csv, or of the .txt
+    rows = [re.split(separator, line.strip()) for line in text.splitlines() if line.strip()]
+    header, *rows = [row for row in rows if len(row) > 1 or not row[0].isdecimal()] or [[]]  # no number of images
+    damaged = UserError(f"{path} has lines that are not a file name and 1 or -1 for each attribute: download it again")
+    if {len(row) - len(header) for row in rows} not in ({0}, {1}):
+        raise damaged
+    attributes = header[1 - len(rows[0]) :]  # without a title of the file names
     if attribute not in attributes:
         given = f"--attribute {attribute} is not in {path}" if attribute else "--dataset celeb needs --attribute"
         raise UserError(f"{given}; choose one of {', '.join(attributes)}")
-    present = dict(_presence(path, chain([first], rows), attributes.index(attribute)))
+    try:
+        present = {Path(name).stem: int(int(row[attributes.index(attribute)]) > 0) for name, *row in rows}
+    except (IndexError, ValueError) as error:
+        raise damaged from error
     stems = [Path(name).stem for name in names]
     if missing := [name for name, stem in zip(names, stems, strict=True) if stem not in present]:
         raise UserError(f"{path} lacks images: {len(missing):,}, the first {missing[0]}: add a line for each")
     return Labels((f"not_{attribute}", attribute), [present[stem] for stem in stems])
-
-
-def _read_rows(path: Path) -> Iterator[list[str]]:
-    """Yield the cells of each line: between commas, as in the .csv that Kaggle has, or between blanks."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    has_commas = "," in text
-    if "\0" in text:  # of PowerShell and some programs for tables
-        raise UserError(f"{path} is in UTF-16 or damaged: save it in UTF-8")
-    try:
-        for line in filter(str.strip, text.splitlines()):
-            cells = next(csv.reader([line], skipinitialspace=True)) if has_commas else line.split()
-            yield [cell.strip() for cell in cells]
-    except csv.Error as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _presence(path: Path, rows: Iterable[list[str]], column: int) -> Iterator[tuple[str, int]]:
-    """Yield the name without ending, and 1 or 0, of each row: a file name, then 1 or -1 for each attribute."""
-    for row in rows:
-        try:
-            yield Path(row[0]).stem, int(int(row[1 + column]) > 0)
-        except (IndexError, ValueError) as error:
-            line = " ".join(row)[:80]
-            raise UserError(f"{path} is damaged: a line is {line!r}, not a file name and 1 or -1 each") from error

@@ -22,7 +22,7 @@ from PIL import Image
 from datasets.image_files import count_by_ending, decode_file, find_images, image_size, resize, to_rgb
 from datasets.labels import Labels, celeb_labels, folder_labels
 from datasets.toy_faces import HAIR_LENGTHS, draw_face, hair_length
-from errors import UserError, one_line, warn
+from errors import UserError, import_optional, one_line, warn
 
 CELEB_COUNT, CELEB_SIZE = 202_599, (178, 218)  # of the aligned images
 CELEB_CROP = 160  # pixels, as in the reference
@@ -180,10 +180,7 @@ def _lsun(root: Path) -> Source:
     data = folder / "data.mdb"
     if not data.is_file():
         raise UserError(f"no LSUN in {root}: expected {data} (github.com/fyu/lsun: {LSUN_CLASS})")
-    try:
-        import lmdb
-    except ModuleNotFoundError as error:
-        raise UserError("--dataset lsun reads LMDB files: pip install lmdb") from error
+    lmdb = import_optional("lmdb", "--dataset lsun reads LMDB files: pip install lmdb")
     try:
         database = _open_lsun(str(folder))
         size, expected = data.stat().st_size, (database.info()["last_pgno"] + 1) * database.stat()["psize"]

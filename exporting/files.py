@@ -1,4 +1,4 @@
-"""Write the files of an export. None is ever replaced unasked; a format that an earlier export lacks is added to it."""
+"""Write the files of an export. None is ever replaced unasked."""
 
 import copy
 import hashlib
@@ -6,7 +6,6 @@ import io
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -14,18 +13,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datasets.labels import as_text
-from errors import UserError, import_optional
+from errors import UserError
 from exporting.model_card import describe, model_card, read_metrics
-from exporting.onnx_file import onnx_bytes, read_onnx_metadata
+from exporting.onnx_file import onnx_bytes
 from parameter import Config
 from spectral import fold_spectral_norm
-from training.checkpoint import read_export
 from training.previews import samples_grid, select_classes
 from training.resuming import TestNetworks, load_test_checkpoint, load_test_networks
 from utils import check_writable, write_atomically
 
 FILES = {"safetensors": ["generator.safetensors"], "onnx": ["generator.onnx"],
          "weights": ["G.safetensors", "D.safetensors"]}  # fmt: skip
+NETWORK_FILES = [*chain(*FILES.values())]
 
 
 def export(config: Config, given: set[str], export_path: str, formats: Sequence[str], with_maps: bool) -> int:
@@ -53,62 +52,24 @@ def export(config: Config, given: set[str], export_path: str, formats: Sequence[
     if "weights" in formats and networks.D is None:
         raise UserError("--format weights needs a checkpoint with a discriminator")
     folder = Path(os.path.expanduser(export_path)) / config.version / str(saved.step)
-    others = read_other_formats(folder, formats, metadata)
-    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
-    if not config.overwrite:
-        check_folder(folder, others)
+    found = [name for name in (*NETWORK_FILES, "model_card.md", "samples.png") if (folder / name).exists()]
+    if found and not config.overwrite:
+        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
     check_writable(folder)
+    metrics = read_metrics(config.test_folder(saved.step) / "metrics.json", metadata, saved)
     contents = network_files(networks, metadata, formats, with_maps)
-    available = {*formats, *others}
-    maps = others.get("onnx", {}).get("maps", "").split()
-    if with_maps:
-        maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")]
+    maps = [name for name, _ in networks.G.named_children() if name.startswith("attn")] if with_maps else []
     num_images = saved.state["data"].get("training_images") if saved.state else None
-    digests = {  # of weights to train from: those that are written now, and those that stay
-        name: hashlib.sha256(contents[name] if name in contents else (folder / name).read_bytes()).hexdigest()
-        for name in (FILES["weights"] if "weights" in available else ())
-    }
-    card = model_card(as_text(config.version), metadata, num_images, metrics, available, maps, digests)
-    if config.overwrite or not (folder / "model_card.md").exists():
-        contents["model_card.md"] = card.encode("utf-8")
-    if config.overwrite or not (folder / "samples.png").exists():
-        samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
-        contents["samples.png"] = png.getvalue()
-    write_files(folder, contents, keep=[file for name in others for file in FILES[name]])
-    if "model_card.md" not in contents:
-        print("model_card.md is left as it was, without this format: --overwrite true writes it anew")
-    elif saved.state and metrics is None:
+    digests = {name: hashlib.sha256(contents[name]).hexdigest() for name in FILES["weights"] if name in contents}
+    card = model_card(as_text(config.version), metadata, num_images, metrics, formats, maps, digests)
+    samples_grid(networks.G, config, networks.classes).save(png := io.BytesIO(), "png")
+    write_files(folder, contents | {"model_card.md": card.encode("utf-8"), "samples.png": png.getvalue()})
+    if saved.state and metrics is None:
         is_named = config.pretrained_file or config.pretrained_model == "best"
         wanted = config.pretrained_model if is_named else str(saved.step)
         command = config.command_line(pretrained_model=wanted, metrics="fid,kid,isc,prc")
         print(f"The card has no metrics: compute them by {command}, then export with --overwrite true")
     return 0
-
-
-def read_other_formats(folder: Path, formats: Collection[str], metadata: Mapping[str, str]) -> dict[str, dict]:
-    """Return the metadata of this generator's files in other formats that the folder has, by format.
-
-    Raises:
-        UserError: there is an ONNX file, and no library to read it.
-    """
-    found = {}
-    for name in FILES.keys() - formats:
-        paths = [folder / file for file in FILES[name]]
-        if name == "onnx" and paths[0].exists():
-            import_optional("onnx", f"{paths[0]} cannot be read: pip install -r requirements-export.txt, or move it")
-        with suppress(Exception):  # it is missing or damaged
-            entries = [read_onnx_metadata(path) if name == "onnx" else read_export(path)[1] for path in paths]
-            if all(metadata.items() <= of_file.items() for of_file in entries):
-                found[name] = entries[0]
-    return found
-
-
-def check_folder(folder: Path, others: Collection[str]) -> None:
-    """Raise `UserError` if there are files already, other than those of other formats of this generator."""
-    found = [name for name in (*chain(*FILES.values()), "model_card.md", "samples.png") if (folder / name).exists()]
-    expected = {"model_card.md", "samples.png"}.union(*(FILES[name] for name in others)) if others else set()
-    if not expected.issuperset(found):
-        raise UserError(f"{folder} already has {', '.join(found)}: move them, or replace them with --overwrite true")
 
 
 def network_files(
@@ -143,17 +104,13 @@ def safetensors_bytes(weights: Mapping[str, Tensor], metadata: Mapping[str, str]
     return save({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt", **metadata})
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes], keep: Collection[str]) -> None:
-    """Write all files or none and print their sizes. Networks that are neither among them nor kept are removed.
-
-    Without `--overwrite true` there are none of these, see `check_folder`.
-    """
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write all files or none and print their sizes. Other networks of an earlier export are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically({folder / name: content for name, content in contents.items()})
     print(f"results in {folder}:")
     for name, content in contents.items():
         print(f"  {name:<23}{math.ceil(len(content) / 1024):>9,} KiB")
-    for path in (folder / name for name in {*chain(*FILES.values())} - {*contents, *keep}):
-        if path.exists():
-            path.unlink()
-            print(f"removed {path}: it was not of this generator, or not readable")
+    for name in NETWORK_FILES:
+        if name not in contents:
+            (folder / name).unlink(missing_ok=True)

@@ -9,30 +9,23 @@ from urllib.parse import urlparse
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from errors import UserError, one_line
 from spectral import fold_spectral_norm
-from training.checkpoint import is_folded, read_dict, read_export, strip_dataparallel_prefix
+from training.checkpoint import is_folded, read_dict, read_export
 from training.models import Kind, build_empty, recognize
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"  # folders of weights, of the format of export.py
 
 
 def load_generator(checkpoint: str | os.PathLike) -> nn.Module:
-    """Return the generator of a file, on the CPU in evaluation mode; of `{step}_state.pth` the EMA generator.
-
-    Args:
-        checkpoint: path or URL of a file; one on the web is downloaded once.
-
-    Raises:
-        ValueError: the file is missing, damaged, not to be downloaded, or has no generator of this program; the message
-            is one line.
-    """
+    """Return the generator of a file, as `hubconf.generator` does."""
     return _network(_local(checkpoint), "generator", "ema")
 
 
 def load_discriminator(checkpoint: str | os.PathLike) -> nn.Module:
-    """Return the discriminator of a file; see `load_generator`."""
+    """Return the discriminator of a file, as `hubconf.discriminator` does."""
     return _network(_local(checkpoint), "discriminator", "D")
 
 
@@ -65,7 +58,8 @@ def _network(path: Path, kind: Kind, part: str) -> nn.Module:
     """Return the network of a file of weights, or of that part of a state file."""
     try:
         content = read_export(path)[0] if path.suffix == ".safetensors" else read_dict(path)
-        weights = strip_dataparallel_prefix(content.get(part, content))
+        weights = content.get(part, content)
+        consume_prefix_in_state_dict_if_present(weights, "module.")  # of the reference's `--parallel`
         network = build_empty(kind, *recognize(kind, weights))
         if is_folded(weights):
             fold_spectral_norm(network)

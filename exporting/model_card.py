@@ -4,12 +4,11 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from errors import warn
-from parameter import METRIC_RESULTS, Config
+from parameter import Config
 from training.checkpoint import EXPORT_CONTENT, EXPORT_VERSION, Checkpoint
 from training.models import checksum
 from training.resuming import TestNetworks
@@ -194,6 +193,6 @@ def _escape(text: str) -> str:
 
 
 def _metrics_table(metrics: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {metrics[name]:.4g} |" for name in chain(*METRIC_RESULTS.values()) if name in metrics]
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items() if isinstance(value, float)]  # the scores
     how = f"Of {metrics['images']:,} images; docs/metrics.md of the program's repository says how."
     return "\n".join(["| metric | value |", "|---|---|", *rows, "", how])

@@ -9,7 +9,6 @@ onnx, onnxscript and onnxruntime are optional dependencies, imported when they a
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from networks.paper_models import UpsampledConv2d
 from spectral import replace_layers
 
 OPSET, IR_VERSION = 18, 8  # the least version of the file format that has these operators
-MAX_BYTES = 2**31 - 2**20  # of the weights: an ONNX file without external data may have 2 GiB
 
 
 class _Images(nn.Module):
@@ -48,8 +46,6 @@ def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> by
     """
     import onnx
 
-    if sum(tensor.numel() * tensor.element_size() for tensor in G.state_dict().values()) > MAX_BYTES:
-        raise UserError("these weights are too large for an ONNX file of 2 GiB: use --format safetensors")
     # Its kernel is computed from its weight, which torch.onnx exports wrongly; and some runtimes want constant kernels.
     G = replace_layers(copy.deepcopy(G), UpsampledConv2d, UpsampledConv2d.as_conv_transpose)
     network = _Images(G, with_maps).eval()
@@ -79,13 +75,6 @@ def onnx_bytes(G: nn.Module, metadata: Mapping[str, str], with_maps: bool) -> by
     content = model.SerializeToString()
     _check(content, inputs, outputs)
     return content
-
-
-def read_onnx_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of an ONNX file; raises what onnx does where it cannot be read."""
-    import onnx
-
-    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
 def _check(content: bytes, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:

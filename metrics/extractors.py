@@ -3,10 +3,8 @@
 torch-fidelity is an optional dependency: import this module only for metrics that need it.
 """
 
-import glob
 import hashlib
 import socket
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,14 +21,17 @@ from tqdm import tqdm
 
 from errors import UserError
 from metrics.scores import MIN_IMAGES, ImageFn, Images
-from parameter import METRIC_RESULTS
 from utils import progress
 
-RESULT_KEYS = {  # torch-fidelity's names of METRIC_RESULTS
-    "fid": (KEY_METRIC_FID,),
-    "kid": (KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD),
-    "isc": (KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD),
-    "prc": (KEY_METRIC_PRECISION, KEY_METRIC_RECALL, KEY_METRIC_F_SCORE),
+RESULT_NAMES = {  # ours, by torch-fidelity's
+    KEY_METRIC_FID: "fid",
+    KEY_METRIC_KID_MEAN: "kid",
+    KEY_METRIC_KID_STD: "kid_std",
+    KEY_METRIC_ISC_MEAN: "isc",
+    KEY_METRIC_ISC_STD: "isc_std",
+    KEY_METRIC_PRECISION: "precision",
+    KEY_METRIC_RECALL: "recall",
+    KEY_METRIC_F_SCORE: "f_score",
 }
 ISC_SPLITS = MIN_IMAGES
 KID_SUBSET_SIZE = 1000
@@ -61,9 +62,6 @@ def feature_scores(
     names: Sequence[str], fakes: Images, reals: Images, batch_size: int, device: torch.device, cache: Path, key: str
 ) -> dict[str, float]:
     """Run torch-fidelity; it caches the features of the real images in files whose names begin with `key`."""
-    for path in cache.glob(f"{glob.escape(key)}-*.pt"):
-        if not zipfile.is_zipfile(path):  # cut off by a power failure: torch-fidelity's error would not name the file
-            path.unlink()
     kid_subset_size = min(KID_SUBSET_SIZE, fakes.count, reals.count)
     with progress(None, ", ".join(names), "img", total=0) as bar:
         results = calculate_metrics(
@@ -72,7 +70,7 @@ def feature_scores(
             input2=None if names == ["isc"] else ImageSource(*reals, bar),  # isc needs no real images
             input2_model_num_samples=reals.count,
             input2_cache_name=key,
-            **{name: name in names for name in RESULT_KEYS},
+            **{name: name in names for name in ("fid", "kid", "isc", "prc")},
             isc_splits=ISC_SPLITS,
             kid_subset_size=kid_subset_size,
             prc_batch_size=PRC_BATCH_SIZE,
@@ -84,12 +82,7 @@ def feature_scores(
         )
     if kid_subset_size == fakes.count == reals.count:  # all subsets are the whole set
         results.pop(KEY_METRIC_KID_STD, None)
-    return {
-        result: results[theirs]
-        for name, keys in RESULT_KEYS.items()
-        for result, theirs in zip(METRIC_RESULTS[name], keys, strict=True)
-        if theirs in results
-    }
+    return {ours: results[theirs] for theirs, ours in RESULT_NAMES.items() if theirs in results}
 
 
 def fetch_weights(metrics: Sequence[str]) -> None:

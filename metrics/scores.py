@@ -7,7 +7,6 @@ distance fall as the number of images grows. torch-fidelity and opencv-python-he
 imported only for the metrics that need them.
 """
 
-import importlib
 import os
 import tempfile
 import warnings
@@ -21,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import Loader
-from errors import StopFn, UserError, warn_once
+from errors import StopFn, UserError, import_optional, warn_once
 from networks.latents import sample_z
 from parameter import Config
 from utils import SEED_METRICS, SEED_METRICS_LABELS, derive_seed, to_uint8
 
 OPENCV_METRICS = ("faces", "hog")
-OPTIONAL_DEPENDENCIES = {"metrics.extractors": "torch-fidelity>=0.4", "metrics.opencv": "opencv-python-headless<5"}
 MIN_IMAGES = 10  # one for each split of isc; the other metrics need fewer
 ImageFn = Callable[[int, int], Tensor]  # (start, count) -> images start ... start + count - 1, (count, 3, S, S)
 
@@ -87,7 +85,7 @@ def compute_scores(
         loader: its real images, at most `--metric_num` of them, are read batch by batch; extractors run on its device.
 
     Returns:
-        By the names in `METRIC_RESULTS`.
+        By the names that they have in the log and in metrics.json.
 
     Raises:
         UserError: a library or weights are missing or unusable, there are too few images, the disk is
@@ -174,22 +172,17 @@ def _open_cache(folder: Path) -> Iterator[Path]:
 
 def _import_libraries(names: Sequence[str]) -> tuple[ModuleType | None, ModuleType | None]:
     """Return `metrics.opencv` and `metrics.extractors` if the metrics need them; downloads missing weights."""
-    opencv_metrics = [name for name in names if name in OPENCV_METRICS]
-    feature_metrics = [name for name in names if name not in OPENCV_METRICS]
-    opencv = _import_optional("metrics.opencv", opencv_metrics) if opencv_metrics else None
-    extractors = _import_optional("metrics.extractors", feature_metrics) if feature_metrics else None
+
+    def load(module: str, package: str, names: Sequence[str]) -> ModuleType | None:
+        problem = f'--metrics {",".join(names)} needs {package}: pip install "{package}"'
+        return import_optional(module, problem) if names else None
+
+    features = [name for name in names if name not in OPENCV_METRICS]
+    opencv = load("metrics.opencv", "opencv-python-headless<5", [name for name in names if name in OPENCV_METRICS])
+    extractors = load("metrics.extractors", "torch-fidelity>=0.4", features)
     if extractors:
-        extractors.fetch_weights(feature_metrics)
+        extractors.fetch_weights(features)
     return opencv, extractors
-
-
-def _import_optional(module: str, names: Sequence[str]) -> ModuleType:
-    """Import a module that needs an optional dependency, or raise a `UserError` that says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = OPTIONAL_DEPENDENCIES[module]
-        raise UserError(f'--metrics {",".join(names)} needs {package}: pip install "{package}" ({error})') from error
 
 
 def _pixels_of(images: Tensor) -> Tensor:

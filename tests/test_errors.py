@@ -86,14 +86,3 @@ def test_the_first_signal_is_received_and_the_second_exits(name):
         with pytest.raises(SystemExit, match=str(128 + number)):
             signal.raise_signal(number)
     assert signal.getsignal(number) == previous
-
-
-@pytest.mark.parametrize("name", ["datasets", "training"])
-def test_another_module_of_the_same_name_in_this_process(tmp_path, name):
-    """As in a notebook that runs the program by %run."""
-    (tmp_path / f"{name}.py").touch()
-    code = f"import sys, {name}, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['main.py', '--dataset', 'toy']\n"
-    code += f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and f"another module {name}, {tmp_path}" in done.stderr

@@ -51,7 +51,7 @@ def test_two_steps_resumed_to_four_equal_four_steps(make_trainer, train, options
     resumed = make_trainer(version="parts", pretrained_model="2", overwrite=first["total_step"] > 2, **options)
     assert resumed.step == 2
     resumed.train()
-    assert_same(*(trainer.state.state_dict() | {"schedule": None} for trainer in (whole, resumed)))
+    assert_same(*(trainer.state.state_dict() for trainer in (whole, resumed)))
     for kind in ("fake", "ema"):
         samples = [trainer.config.sample_folder / f"4_{kind}.png" for trainer in (whole, resumed)]
         assert samples[0].read_bytes() == samples[1].read_bytes()
@@ -151,7 +151,7 @@ def test_a_run_writes_all_its_files(train, capsys):
 
 
 def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_changes(train, capsys):
-    """After 7 steps of 5 an epoch, an epoch is 20 steps long: the rates halve again after 0.6 of it, at step 19."""
+    """After 7 steps, of which 5 are an epoch, one has 20 steps: the rates halve again after step 20."""
     options = dict(lr_schedule="exponential", lr_decay=0.5, log_step=1)
     first = train(**options, total_step=7)
     options |= dict(toy_num=40, batch_size=2, g_num=2, pretrained_model="latest")
@@ -161,7 +161,21 @@ def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_chan
         assert ("has 40 images; it had 20" in capsys.readouterr().err) == (total_step == 10)
     assert torch.equal(resumed.state.fixed_z, first.state.fixed_z)
     factors = [(entry["lr/g"] + entry["lr/d"]) / 5e-4 for entry in log(resumed.config.log_folder, "lr/g")]
-    assert factors == pytest.approx([1] * 5 + [0.5] * 14 + [0.25] * 20 + [0.125])
+    assert factors == pytest.approx([1] * 5 + [0.5] * 15 + [0.25] * 20)
+
+
+@pytest.mark.parametrize("step, schedule, factors", [
+    ("2", "linear", [1 / 2, 3 / 8, 1 / 4, 1 / 8]), ("4", "linear", [1, 1 / 2]), ("2", "constant", [1] * 4),
+])  # fmt: skip
+def test_a_linear_schedule_goes_on_to_another_last_step_and_another_one_starts_anew(
+    train, step, schedule, factors
+):
+    """From step 2 of 4, where the factor is 1/2, to step 6; the schedule had come to its end at step 4."""
+    options = dict(log_step=1, model_save_step=0.2, keep_checkpoints=0)
+    train(lr_schedule="linear", total_step=4, **options)
+    resumed = train(lr_schedule=schedule, total_step=6, pretrained_model=step, overwrite=True, **options)
+    rates = [entry["lr/d"] / resumed.config.d_lr for entry in log(resumed.config.log_folder, "lr/d")]
+    assert rates[int(step) :] == pytest.approx(factors)
 
 
 def test_a_finished_run_resumes_without_a_step_and_from_weights_alone_with_a_warning(train, make_trainer, capsys):

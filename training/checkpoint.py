@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.utils._pytree import tree_map_only
 
 from errors import UserError, one_line, warn
@@ -75,13 +76,8 @@ def save(folder: Path, name: Name, state: Mapping[str, Any], *, export: bool = T
         if name != "best":
             _prune(folder, name, keep_checkpoints)
     except OSError as error:
-        again = "start again with --overwrite true"
-        if has_any(folder):
-            again = "resume with --pretrained_model latest, as earlier checkpoints are intact"
-        raise UserError(
-            f"cannot write checkpoint {name} to {folder}: {error.strerror or error}. Free space or permit writing, "
-            f"then {again}"
-        ) from error
+        reason = f"cannot write checkpoint {name} to {folder}: {error.strerror or error}"
+        raise UserError(f"{reason}. Free space or permit writing, then go on with --pretrained_model auto") from error
 
 
 def load(folder: Path, wanted: str | Path, *, needs_D: bool = True) -> Checkpoint:
@@ -204,12 +200,6 @@ def is_folded(weights: Mapping[str, Tensor]) -> bool:
     return not any(key.endswith(SUFFIXES) for key in weights)
 
 
-def strip_dataparallel_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the "module." that the reference's `--parallel` puts before every key."""
-    is_prefixed = all(key.startswith("module.") for key in weights)
-    return {key.removeprefix("module."): value for key, value in weights.items()} if is_prefixed else weights
-
-
 def _candidates(folder: Path, wanted: str, needs_D: bool) -> list[Name]:
     """Return the checkpoints that `wanted` may mean, in the order in which to try them; `UserError` if none."""
     if wanted == "best":
@@ -246,7 +236,8 @@ def _load_file(path: Path, needs_D: bool) -> Checkpoint:
     D_path = path.with_name(f"{name}_D.pth")
     G, D = read_dict(path), read_dict(D_path) if _is_there(D_path, needs_D) else None
     with reraise_load_errors(name):
-        G, D = strip_dataparallel_prefix(G), strip_dataparallel_prefix(D) if D else None
+        for weights in filter(None, (G, D)):
+            consume_prefix_in_state_dict_if_present(weights, "module.")  # of the reference's `--parallel`
     return Checkpoint(int(name) if name.isdecimal() else 0, G, D, None)
 
 

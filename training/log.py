@@ -8,14 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import Tolerate, import_optional
+from errors import Tolerate
 from utils import flush_to_disk
-
-
-def check_tensorboard(use_tensorboard: bool) -> None:
-    """Raise `UserError` if TensorBoard's files are to be written and tensorboardX cannot be imported."""
-    if use_tensorboard:
-        import_optional("tensorboardX", "--use_tensorboard true: tensorboardX cannot be imported")  # takes a second
 
 
 class RunLog(AbstractContextManager):

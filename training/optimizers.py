@@ -1,13 +1,12 @@
-"""Adam, and its learning rate over a run: continuous where a resumed run has other options or images."""
+"""Adam, and the schedule of its learning rate."""
 
-import dataclasses
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from parameter import Config
 
 
 class Adam(torch.optim.Adam):
@@ -35,56 +34,15 @@ class Adam(torch.optim.Adam):
                 moments[key] = torch.empty_like(parameter).copy_(moments[key])
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Factor of both learning rates as a function of the step.
+def lr_decay(config: Config, step: int, num_batches: int) -> float:
+    """Return the number by which both learning rates are multiplied after `step` steps, of `num_batches` per epoch.
 
-    constant: 1. exponential: times `decay` after each epoch. linear: to 0 at `total_step`.
-
-    Attributes:
-        kind: constant, exponential or linear.
-        epoch_steps: steps per epoch.
-        start_step, start_epochs, start_factor: step from which these options hold, epochs done and factor there.
+    One number per step, so that the rates do not jump where a resumed run has other options or images.
     """
-
-    kind: str
-    decay: float
-    total_step: int
-    epoch_steps: float
-    start_step: int = 0
-    start_epochs: float = 0.0
-    start_factor: float = 1.0
-
-    def epochs(self, step: int) -> float:
-        """Return the epochs done after `step` steps."""
-        return self.start_epochs + (step - self.start_step) / self.epoch_steps
-
-    def factor(self, step: int) -> float:
-        """Return the factor in the step that follows `step` finished ones."""
-        match self.kind:
-            case "exponential":
-                return self.start_factor * self.decay ** (_whole(self.epochs(step)) - _whole(self.start_epochs))
-            case "linear":
-                return self.start_factor * (self.total_step - step) / (self.total_step - self.start_step)
-        return self.start_factor
-
-    def resumed(self, saved: "Schedule", step: int) -> "Schedule":
-        """Return this schedule as the continuation, after `step` steps, of the one that a checkpoint was saved with.
-
-        The factor does not jump where the images, the batch size, `total_step` or `decay` changed. Another kind starts
-        at 1. A linear schedule that had reached 0 continues as if it had had this `total_step` from the first step.
-        """
-        if dataclasses.replace(saved, start_step=0, start_epochs=0.0, start_factor=1.0) == self:
-            return saved
-        if self.kind != saved.kind:
-            factor = 1.0
-        elif self.kind == "linear" and step >= saved.total_step:
-            factor = max(0.0, 1 - step / self.total_step)
-        else:
-            factor = saved.factor(step)
-        return dataclasses.replace(self, start_step=step, start_epochs=saved.epochs(step), start_factor=factor)
-
-
-def _whole(epochs: float) -> int:
-    """Return the number of finished epochs; sums of fractions may fall short of it by a rounding error."""
-    return math.floor(epochs + 1e-6)
+    match config.lr_schedule:
+        case "exponential":  # after each epoch
+            before, now = (steps * config.n_critic // num_batches for steps in (step - 1, step))
+            return config.lr_decay ** (now - before)
+        case "linear":  # to 0 at `total_step`
+            return (config.total_step - step) / (config.total_step - step + 1)
+    return 1.0

@@ -15,10 +15,9 @@ from errors import UserError, warn
 from parameter import Config, option_text
 from spectral import fold_spectral_norm
 from training import checkpoint
-from training.distributed import Ranks
 from training.guards import NonFiniteError
 from training.models import build_networks, recognize
-from training.optimizers import Adam, Schedule
+from training.optimizers import Adam
 
 DATA_OPTIONS = ("dataset", "image_path", "crop_size", "toy_num", "attribute")
 
@@ -145,12 +144,11 @@ class TrainingState:
     g_optimizer: Adam
     d_optimizer: Adam
     fixed_z: Tensor  # (B, z_dim), latents of the sample grids
-    schedule: Schedule
+    lr_factor: float = 1.0  # of both learning rates in the next step
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, tensors and state dicts by the names above."""
-        parts = vars(self) | {"schedule": dataclasses.asdict(self.schedule)}
-        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in vars(self).items()}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint, or start from its weights; `UserError` if it does not fit.
@@ -165,7 +163,7 @@ class TrainingState:
                 getattr(self, name).load_state_dict(parts[name])
             if is_resumed:
                 self.fixed_z = saved.state["fixed_z"].to(self.fixed_z.device)
-                self.schedule = self.schedule.resumed(Schedule(**saved.state["schedule"]), saved.step)
+                self.lr_factor = saved.state.get("lr_factor") or 1.0  # 0 at the end of a linear schedule: starts anew
 
 
 def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mapping[str, float]) -> None:
@@ -183,14 +181,6 @@ def print_differences(saved: checkpoint.Checkpoint, config: Config, data: Mappin
         warn_of_other_images(saved, data)
     if saved.step >= config.total_step:
         warn(f"there is nothing to train: step {saved.step} is not below --total_step {config.total_step}")
-
-
-def check_same_images(ranks: Ranks, data: Mapping[str, float]) -> None:
-    """Raise `UserError` if another rank has other images or labels, or holds out others."""
-    ranks.check_equal(
-        data["checksum"] ^ data["held_out_checksum"],
-        "the machines have different images or labels: copy them, or --cache_path, to all of them",
-    )
 
 
 def load_test_checkpoint(config: Config, given: Set[str]) -> tuple[checkpoint.Checkpoint, Config]:

@@ -52,9 +52,3 @@ def test_a_graph_that_torch_exports_wrongly_is_no_file():
 
     with pytest.raises(UserError, match="onnxruntime does not return the images"):
         onnx_file.onnx_bytes(Wrong(), export_metadata(), False)
-
-
-def test_weights_too_large_for_a_file(monkeypatch):
-    monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
-    with pytest.raises(UserError, match="--format safetensors"):
-        onnx_file.onnx_bytes(torch.nn.Linear(100, 100), export_metadata(), False)

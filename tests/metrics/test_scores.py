@@ -80,9 +80,6 @@ def test_features_of_real_images_are_cached_or_a_warning_says_that_they_cannot_b
     black = torch.zeros(COUNT, SIZE, SIZE, 3, dtype=torch.uint8)
     assert compute(fake, black, names) == first
     assert compute(fake, black, names, fingerprint="other") != first != compute(fake, black[:, ::2, ::2], names)
-    for path in (tmp_path / "cache" / "metrics").iterdir():
-        path.write_bytes(path.read_bytes()[:100])  # cut off: computed again
-    assert compute(fake, images_of(0), names) == first
     (tmp_path / "file").touch()
     capsys.readouterr()
     assert compute(fake, images_of(0), names, cache_path=str(tmp_path / "file")) == first

@@ -184,7 +184,7 @@ def test_files_are_flushed_before_they_are_renamed_then_the_folder(tmp_path, mon
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
     warn_once.cache_clear()
-    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError, match="--pretrained_model latest"):
+    with contextlib.nullcontext() if is_refusal else pytest.raises(UserError, match="--pretrained_model auto"):
         save(tmp_path, 1, 2)
         write_atomically({tmp_path / "small": b"smaller than a buffer"})
     assert capsys.readouterr().err.count("warning") == is_refusal

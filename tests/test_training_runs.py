@@ -167,9 +167,7 @@ def test_the_learning_rate_and_the_fixed_z_go_on_when_the_data_or_the_batch_chan
 @pytest.mark.parametrize("step, schedule, factors", [
     ("2", "linear", [1 / 2, 3 / 8, 1 / 4, 1 / 8]), ("4", "linear", [1, 1 / 2]), ("2", "constant", [1] * 4),
 ])  # fmt: skip
-def test_a_linear_schedule_goes_on_to_another_last_step_and_another_one_starts_anew(
-    train, step, schedule, factors
-):
+def test_a_linear_schedule_goes_on_to_another_last_step_and_another_one_starts_anew(train, step, schedule, factors):
     """From step 2 of 4, where the factor is 1/2, to step 6; the schedule had come to its end at step 4."""
     options = dict(log_step=1, model_save_step=0.2, keep_checkpoints=0)
     train(lr_schedule="linear", total_step=4, **options)
